@@ -222,6 +222,7 @@ class _Parser(argparse.ArgumentParser):
 def _make_parser():
     comments = _comments()
     parser = _Parser(
+        usage="%(prog)s [--NAME VALUE ...]",
         description="Settings are the constants of config.py; each can be overridden here for one run.",
         allow_abbrev=False,
     )

@@ -138,7 +138,7 @@ def main():
                 written.append(output.path)
                 if continuation.cut_off:
                     cut_off.append(output.path)
-                bar.set_postfix_str(f"{len(written)}/{num_prompts} files")
+                bar.set_postfix_str(f"{len(written)}/{num_prompts} files", refresh=False)
     finally:  # also after Ctrl-C or on a full disk: what is written stays, and is told
         summarize(len(written), cut_off, failed, patch_length)
     return 1 if failed else 0

@@ -241,7 +241,7 @@ def main():
     )
     torch.manual_seed(config.SEED)
     model = wanted.build(config.DROPOUT).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.LEARNING_RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.LEARNING_RATE, fused=True)
     checkpoint, own_paths = load_own(model, optimizer, wanted) if config.LOAD_FROM_CHECKPOINT else (None, [])
     if checkpoint is None:
         checkpoint = {"run_id": os.urandom(8).hex(), "epoch": 0, "best_epoch": 0, "min_eval_loss": math.inf}

@@ -142,16 +142,16 @@ def list_files(folders, name, extension=None):
     Raises:
         UserError: a folder is missing, is a file, or cannot be read.
     """
-    found, seen, stack = set(), set(), []
     for folder in folders:
         if not os.path.isdir(folder):
             what = "is a file" if os.path.exists(folder) else "does not exist"
             raise UserError(f"{name}: {folder!r} {what}; it must be a folder")
-        stack.append(os.path.normpath(folder))
-    while stack:
-        folder = stack.pop()
-        real = os.path.realpath(folder)  # links to folders are followed, but never round and round
-        if real in seen:
+    found, seen = set(), set()
+    waiting, links = [os.path.normpath(folder) for folder in folders], []
+    while waiting or links:
+        folder = (waiting or links).pop()  # links to folders come last: what they lead to keeps its own name
+        real = os.path.realpath(folder)
+        if real in seen:  # also ends a link that leads round and round
             continue
         seen.add(real)
         try:
@@ -160,9 +160,10 @@ def list_files(folders, name, extension=None):
                     if entry.name.startswith("."):
                         continue
                     if entry.is_dir():
-                        stack.append(entry.path)
-                    elif extension is None or extension_of(entry.name) == extension:
-                        found.add(entry.path)
+                        (links if entry.is_symlink() else waiting).append(entry.path)
+                    elif entry.is_file() or entry.is_symlink():  # a dead link is kept: reading it says so; a pipe is no file
+                        if extension is None or extension_of(entry.name) == extension:
+                            found.add(entry.path)
         except OSError as error:
             raise UserError(f"{name}: cannot read the folder {folder!r}: {error.strerror}") from None
     return sorted(found)
@@ -351,14 +352,19 @@ class BytePrediction(ModelOutput):
     nats: torch.Tensor | None = None  # float32 (N, S), cross-entropy of each symbol
 
 
-class PatchLevelDecoder(PreTrainedModel):
+class ByteModel(PreTrainedModel):
+    """What the four models share: a GPT2Config, and PyTorch's scaled_dot_product_attention."""
+
+    config_class = GPT2Config
+    _supports_sdpa = True  # without it, transformers would fall back to its slow attention
+
+
+class PatchLevelDecoder(ByteModel):
     """GPT-2 over patches: each patch becomes one embedding, each output sums up the patches up to its own (paper, 3.1).
 
     Args:
         config: GPT2Config; its n_positions is L. PATCH_SIZE is its attribute `patch_size`, 16 if it has none.
     """
-
-    config_class = GPT2Config
 
     def __init__(self, config):
         config = _fused(config)
@@ -399,14 +405,12 @@ class PatchLevelDecoder(PreTrainedModel):
         return self.base(inputs_embeds=self.embed(patches), use_cache=False)
 
 
-class ByteLevelDecoder(PreTrainedModel):
+class ByteLevelDecoder(ByteModel):
     """GPT-2 over the symbols of one patch, begun by the patch-level output of the patch before it (paper, 3.1).
 
     Args:
         config: GPT2Config; its n_positions is S + 1 and its vocab_size 257.
     """
-
-    config_class = GPT2Config
 
     def __init__(self, config):
         config = _fused(config)
@@ -430,7 +434,7 @@ class ByteLevelDecoder(PreTrainedModel):
         return BytePrediction(loss=nats.mean(), logits=logits, nats=nats)
 
 
-class bGPTLMHeadModel(PreTrainedModel):
+class bGPTLMHeadModel(ByteModel):
     """The generative byte model: a patch-level and a byte-level decoder (paper, 3.1 and 3.2).
 
     Args:
@@ -440,8 +444,6 @@ class bGPTLMHeadModel(PreTrainedModel):
     Raises:
         ValueError: the two do not fit each other.
     """
-
-    config_class = GPT2Config
 
     def __init__(self, patch_config, byte_config):
         super().__init__(byte_config)
@@ -470,15 +472,13 @@ class bGPTLMHeadModel(PreTrainedModel):
         return self.byte_level_decoder(encoded[:, :-1][targets], patches[:, 1:][targets])
 
 
-class bGPTForClassification(PreTrainedModel):
+class bGPTForClassification(ByteModel):
     """The classifier: the mean of the patch-level outputs over a file's real patches, then one linear layer (paper, 3.3).
 
     Args:
         patch_config: GPT2Config of the patch-level decoder; see `PatchLevelDecoder`.
         num_labels: number of labels.
     """
-
-    config_class = GPT2Config
 
     def __init__(self, patch_config, num_labels):
         super().__init__(patch_config)
@@ -853,7 +853,12 @@ def replacing(path):
 def save_checkpoint(path, checkpoint):
     """Saves a dict of plain types and tensors at `path`, see `replacing`."""
     with replacing(path) as file:
-        torch.save(checkpoint, file)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # how torch.save ends when a write fails, on a full disk for instance
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path, name):

@@ -1,0 +1,894 @@
+"""CPU states: the data on which bGPT learns to be a processor (arXiv 2402.19155, CPU state modelling).
+
+    python cpu-simulation.py --mode generate     random programs and their states → DIR/train, DIR/test
+    python cpu-simulation.py --mode translate    one .bin file as text
+    python cpu-simulation.py --mode evaluate     how much of the .bin files in a folder is true
+
+The machine: an accumulator ACC, registers A, B, C…, a program counter PC, an instruction register IR, and a
+byte memory that holds the program, 4 bytes an instruction (opcode, then operands; registers count from 1, 0 is
+"no operand"). There are no jumps. A step fetches IR and moves PC on, writes the state, then executes IR.
+
+A .bin file:   [memory: memory_size bytes] [initial state] [state written by step 1] [by step 2] …
+A state:       [PC] [ACC] [IR: 4 bytes] [registers]                     6 + num_registers bytes
+
+Only what the assembler can write is executed. Any other instruction (unknown opcode, operands missing or too
+many, a register past the last; HLT and LOADI are no exceptions) is malformed: it changes nothing and the run
+goes on. A program without HLT ends after memory_size / 4 steps, each instruction once.
+
+Dims in comments: B programs, T = memory_size / 4 instructions in memory, R = num_registers, S = 6 + R bytes in a
+state, N steps of all programs together.
+"""
+
+import argparse
+import collections
+import contextlib
+import functools
+import hashlib
+import heapq
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing stops two runs from writing to one folder
+    fcntl = None
+
+# ---------------------------------------------------------------------------------------------------------------
+# The machine
+# ---------------------------------------------------------------------------------------------------------------
+
+# How an instruction with a given number of operands is wired: (destination, x, y), each 0 = ACC or 1–3 = operand.
+# It does destination ← effect(x, y); SWAP also does y ← x.
+UNARY = {0: (0, 0, 0), 1: (1, 1, 0)}
+BINARY = {1: (0, 0, 1), 2: (1, 1, 2), 3: (3, 1, 2)}
+
+# In the order of the opcodes from 0. Effects work on arrays of ints 0–255.
+INSTRUCTIONS = {
+    "HLT": ({0: (0, 0, 0)}, lambda x, y: x),
+    "CLR": (UNARY, lambda x, y: 0 * x),
+    "INC": (UNARY, lambda x, y: np.minimum(x + 1, 255)),
+    "DEC": (UNARY, lambda x, y: np.maximum(x - 1, 0)),
+    "SHL": (UNARY, lambda x, y: x << 1 & 255),
+    "SHR": (UNARY, lambda x, y: x >> 1),
+    "ROL": (UNARY, lambda x, y: (x << 1 | x >> 7) & 255),
+    "ROR": (UNARY, lambda x, y: (x >> 1 | x << 7) & 255),
+    "NOT": (UNARY, lambda x, y: 255 - x),
+    "PUSH": ({1: (0, 1, 0)}, lambda x, y: x),
+    "POP": ({1: (1, 0, 0)}, lambda x, y: x),
+    "LOADI": ({1: (0, 1, 0)}, lambda x, y: x),  # its operand is a number, not a register
+    "SWAP": ({1: (0, 0, 1), 2: (1, 1, 2)}, lambda x, y: y),
+    "ADD": (BINARY, lambda x, y: np.minimum(x + y, 255)),
+    "SUB": (BINARY, lambda x, y: np.maximum(x - y, 0)),
+    "MUL": (BINARY, lambda x, y: np.minimum(x * y, 255)),
+    "DIV": (BINARY, lambda x, y: np.where(y == 0, 255, x // np.maximum(y, 1))),
+    "AND": (BINARY, lambda x, y: x & y),
+    "OR": (BINARY, lambda x, y: x | y),
+    "XOR": (BINARY, lambda x, y: x ^ y),
+    "MOV": ({2: (1, 2, 0)}, lambda x, y: x),
+}
+NAMES = list(INSTRUCTIONS)
+HLT, LOADI, SWAP = (NAMES.index(name) for name in ("HLT", "LOADI", "SWAP"))
+FAULTS = ["", "unknown opcode", "operand missing", "too many operands", "register past the last"]
+
+
+@functools.cache
+def tables():
+    """What `decode` and `simulate` look up: effects (21·65536,) uint8 by opcode << 16 | x << 8 | y, wiring
+    (21, 4, 3) by opcode and number of operands, fewest and most operands (21,)."""
+    x, y = np.arange(256)[:, None], np.arange(256)[None, :]
+    effects = np.empty((len(NAMES), 256, 256), np.uint8)
+    wiring = np.zeros((len(NAMES), 4, 3), np.intp)
+    for opcode, (wires, effect) in enumerate(INSTRUCTIONS.values()):
+        effects[opcode] = effect(x, y)
+        for count, wire in wires.items():
+            wiring[opcode, count] = wire
+    fewest, most = np.array([(min(wires), max(wires)) for wires, _ in INSTRUCTIONS.values()]).T
+    return effects.reshape(-1), wiring, fewest, most
+
+
+def decode(instructions, num_registers):
+    """Check instructions (N, 4) uint8. Returns opcodes (N,), operands (N, 4) with ACC as operand 0, wires (N, 3)
+    and faults (N,), indices into FAULTS. Malformed ones come back as HLT without operands, which changes nothing."""
+    _, wiring, fewest, most = tables()
+    opcode = np.minimum(instructions[:, 0], len(NAMES)).astype(np.intp)
+    known = opcode < len(NAMES)
+    opcode[~known] = HLT
+    a1, a2, a3 = instructions[:, 1], instructions[:, 2], instructions[:, 3]
+    loadi = opcode == LOADI
+    count = np.where(a3 > 0, 3, np.where(a2 > 0, 2, np.where((a1 > 0) | loadi, 1, 0)))  # up to the last one given
+    past = (np.where(loadi, 0, a1) > num_registers) | (a2 > num_registers) | (a3 > num_registers)
+    gap = (count > 1) & (a1 == 0) & ~loadi | (count > 2) & (a2 == 0)
+    fault = np.select([~known, count > most[opcode], gap | (count < fewest[opcode]), past], [1, 3, 2, 4], 0)
+
+    operands = instructions.astype(np.intp)  # the opcode's column becomes ACC, "operand 0"
+    operands[:, 0] = 0
+    bad = np.flatnonzero(fault)
+    opcode[bad], count[bad], operands[bad] = HLT, 0, 0
+    return opcode, operands, wiring[opcode, count], fault
+
+
+def simulate(memory, initial, num_registers):
+    """Run B programs, all of them a step at a time (the machine of section 5 of the specification).
+
+    memory (B, 4·T) uint8; initial (B, 1 + R) uint8: ACC and registers. Returns states (N, S) uint8, program after
+    program; offsets (B + 1,): program b wrote states[offsets[b]:offsets[b + 1]]; faults (N,), indices into FAULTS,
+    of the instruction that each step executes.
+    """
+    effects, *_ = tables()
+    B, width = initial.shape  # width = 1 + R
+    program = memory.reshape(B, -1, 4)  # (B, T, 4)
+    T = program.shape[1]
+    halts = ~program.any(axis=2)  # (B, T); HLT is four zero bytes
+    lengths = np.where(halts.any(axis=1), halts.argmax(axis=1) + 1, T)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+
+    # Longest program first, then step by step: the programs still running at a step are the first `running` ones.
+    order = np.argsort(-lengths, kind="stable")
+    active = lengths[order] > np.arange(T)[:, None]  # (T, B)
+    running = active.sum(axis=1)  # (T,)
+    step, rank = np.nonzero(active)  # (N,) each
+    fetched = program[order[rank], step]  # (N, 4)
+    opcode, operands, wires, fault = decode(fetched, num_registers)
+
+    # One flat row of cells: ACC and registers of every program, the numbers 0–255 for LOADI, one cell to throw away.
+    cells = np.concatenate([initial[order].reshape(-1), np.arange(256), [0]]).astype(np.intp)
+    own = cells[: B * width].reshape(B, width)
+    target, x, y = (rank * width + operands[np.arange(len(rank)), wires[:, i]] for i in range(3))
+    loadi = np.flatnonzero(opcode == LOADI)
+    x[loadi] = B * width + operands[loadi, 1]
+    swapped = np.where(opcode == SWAP, y, len(cells) - 1)
+    effect_of = opcode << 16
+
+    before = np.empty((len(rank), width), np.uint8)  # ACC and registers as each step writes them
+    end = 0
+    for count in running[running > 0]:
+        now = slice(end, end + count)
+        end += count
+        before[now] = own[:count]
+        x_value = cells[x[now]]
+        cells[target[now]] = effects[effect_of[now] | x_value << 8 | cells[y[now]]]
+        cells[swapped[now]] = x_value
+
+    place = offsets[order[rank]] + step  # (N,) from step by step to program by program
+    states = np.empty((len(rank), 5 + width), np.uint8)
+    states[place, 0] = np.minimum(step + 1, T - 1)
+    states[place, 1] = before[:, 0]
+    states[place, 2:6] = fetched
+    states[place, 6:] = before[:, 1:]
+    faults = np.empty(len(rank), np.intp)
+    faults[place] = fault
+    return states, offsets, faults
+
+
+@functools.cache
+def assembly(word):
+    """The assembly line of an instruction given as a little-endian int: 0x02010D → "ADD A B". An unknown opcode or
+    register is written as #number, and an operand left out before another as #0."""
+    opcode, *operands = word.to_bytes(4, "little")
+    name = NAMES[opcode] if opcode < len(NAMES) else f"#{opcode}"
+    while operands and not operands[-1]:
+        operands.pop()
+    letters = [chr(64 + a) if 1 <= a <= 26 else f"#{a}" for a in operands]
+    if opcode == LOADI:
+        letters[:1] = [str(operands[0] if operands else 0)]
+    return " ".join([name, *letters])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Worker processes and files
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def set_up_worker():
+    """In a new worker: Ctrl-C is for the parent to answer, and a parent that was killed takes the worker along."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def run_jobs(jobs, num_workers):
+    """Run jobs (key, function, *arguments) and yield their results in order. Jobs with the same key modulo
+    num_workers run one after another in one process. num_workers 0: all in this process."""
+    if num_workers == 0:
+        for _, function, *arguments in jobs:
+            yield function(*arguments)
+        return
+    spawn = multiprocessing.get_context("spawn")  # the one start method that is safe everywhere
+    pools = [ProcessPoolExecutor(1, spawn, initializer=set_up_worker) for _ in range(num_workers)]
+    pending = collections.deque()
+    try:
+        for pool in pools:  # a worker must not be caught by a Ctrl-C while it starts: it inherits the blocked signal
+            with blocked_interrupt():
+                pool.submit(os.getpid)
+        for key, function, *arguments in jobs:
+            pending.append(pools[key % num_workers].submit(function, *arguments))
+            while len(pending) > 4 * num_workers:  # as many as keep the workers busy: memory stays flat
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def blocked_interrupt():
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def write_whole(path, data, part):
+    """Write bytes to path by way of the file `part` in the same folder: at any moment of a kill or a full disk, path
+    holds all of them or what it held before."""
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        if isinstance(error, OSError):  # name the file that the user knows
+            raise OSError(error.errno, error.strerror, path) from None
+        raise
+
+
+def check_output(option, path):
+    """Refuse, before any work, a path that cannot be written."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if os.path.isdir(path):
+        raise SystemExit(f"{option} {path}: is a folder; it must be a file")
+    if not os.path.isdir(folder):
+        raise SystemExit(f"{option} {path}: there is no folder {folder}")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise SystemExit(f"{option} {path}: is not writable")
+
+
+def write_output(path, text):
+    """Write a text that the user asked for."""
+    path = os.path.realpath(path)  # through a link, not over it
+    if os.path.exists(path) and not os.path.isfile(path):  # /dev/null or a pipe: there is nothing to replace
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    else:
+        write_whole(path, text.encode(), os.path.join(os.path.dirname(path), f".part-{os.getpid()}"))
+
+
+def stored_options(folder, levels):
+    """The options in FOLDER/cpu_states.json, or in that of one of `levels` folders above. Returns (dict, its path),
+    or ({}, None) where there is none."""
+    folder = os.path.abspath(folder)
+    for _ in range(levels + 1):
+        path = os.path.join(folder, "cpu_states.json")
+        if os.path.isfile(path):
+            try:
+                with open(path, encoding="utf-8") as file:
+                    options = json.load(file)
+                if isinstance(options, dict):
+                    return options, path
+            except ValueError:  # not UTF-8, not JSON
+                pass
+            raise SystemExit(f"{path}: is damaged; it must hold the options of the data set as JSON")
+        folder = os.path.dirname(folder)
+    return {}, None
+
+
+def settle_sizes(args, folder):
+    """Fill in num_registers and memory_size: from the command line, else from cpu_states.json, else the defaults."""
+    stored, path = stored_options(folder, 2)
+    for name, default in SIZES.items():
+        given = getattr(args, name)
+        if given is not None and stored.get(name, given) != given:
+            raise SystemExit(f"--{name} {given}: {path} says that these files have {stored[name]}")
+        setattr(args, name, given if given is not None else stored.get(name, default))
+    wrong = wrong_size(args)
+    if wrong:
+        raise SystemExit(f"{path}: {wrong}")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Generate
+# ---------------------------------------------------------------------------------------------------------------
+
+STORED = ("num_registers", "memory_size", "num_min_program", "num_max_program", "num_train_instance",
+          "num_test_instance", "random_seed")  # fmt: skip
+
+
+def draw(rng, count, args):
+    """Draw `count` instances: memory (count, memory_size) uint8 and initial (count, 1 + R) uint8.
+
+    The numbers are those of rng.randint and rng.choice. Both take n.bit_length() bits, again and again until they are
+    below n; that loop is written out here, as the calls would cost several times as much. A choice from one draws too.
+    """
+    bits = rng.getrandbits
+    R, span = args.num_registers, args.num_max_program - args.num_min_program + 1
+    R_bits, span_bits = R.bit_length(), span.bit_length()
+    counts = [(min(wires), len(wires), len(wires).bit_length()) for wires, _ in INSTRUCTIONS.values()]
+    initial, words, lengths = [], [], []
+    for _ in range(count):
+        for _ in range(1 + R):
+            value = bits(9)
+            while value > 255:
+                value = bits(9)
+            initial.append(value)
+        length = bits(span_bits)
+        while length >= span:
+            length = bits(span_bits)
+        length += args.num_min_program
+        lengths.append(length)
+        for _ in range(length - 1):
+            opcode = bits(5)  # of the 20 after HLT
+            while opcode > 19:
+                opcode = bits(5)
+            opcode += 1
+            if opcode == LOADI:
+                value = bits(9)
+                while value > 255:
+                    value = bits(9)
+                words.append(opcode | value << 8)
+                continue
+            fewest, choices, choices_bits = counts[opcode]
+            operands = bits(choices_bits)
+            while operands >= choices:
+                operands = bits(choices_bits)
+            word, shift = opcode, 8
+            for _ in range(fewest + operands):
+                register = bits(R_bits)
+                while register >= R:
+                    register = bits(R_bits)
+                word |= register + 1 << shift
+                shift += 8
+            words.append(word)
+        words.append(HLT)
+    memory = np.zeros((count, args.memory_size // 4), "<u4")
+    memory[np.arange(memory.shape[1]) < np.array(lengths)[:, None]] = words
+    return memory.view(np.uint8), np.array(initial, np.uint8).reshape(count, 1 + R)
+
+
+def write_instances(folder, memory, initial, num_registers):
+    """Run and write some instances, a later one over an earlier one of the same program. Returns how many."""
+    states, offsets, _ = simulate(memory, initial, num_registers)
+    first = np.zeros((len(memory), 6 + num_registers), np.uint8)  # PC 0, IR zeros
+    first[:, 1], first[:, 6:] = initial[:, 0], initial[:, 1:]
+    words = memory.view("<u4")
+    rows = {}
+    for row, length in enumerate(np.diff(offsets)):
+        text = "".join(map(assembly, words[row, :length].tolist()))
+        rows[hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()] = row
+    part = os.path.join(folder, f".part-{os.getpid()}")
+    for name, row in rows.items():
+        data = memory[row].tobytes() + first[row].tobytes() + states[offsets[row] : offsets[row + 1]].tobytes()
+        write_whole(os.path.join(folder, f"{name}.bin"), data, part)
+    return len(memory)
+
+
+def generate_jobs(args, folders, num_workers):
+    """All instances, drawn in order, as jobs for `run_jobs`. A program always goes to the same worker, so that of two
+    instances that share a file the later one is written later."""
+    rng = random.Random(args.random_seed)
+    shares = max(num_workers, 1)
+    for folder, total in zip(folders, (args.num_train_instance, args.num_test_instance)):
+        for start in range(0, total, BATCH * shares):
+            memory, initial = draw(rng, min(BATCH * shares, total - start), args)
+            share = memory.view("<u4").sum(axis=1, dtype=np.int64) % shares
+            for worker in range(shares):
+                mine = share == worker
+                if mine.any():
+                    yield worker, write_instances, folder, memory[mine], initial[mine], args.num_registers
+
+
+def claim(args, folders):
+    """Make DIR, DIR/train and DIR/test this data set's: refuse a folder that holds another or is being written to,
+    keep the options in DIR/cpu_states.json, and sweep what a killed run has left. Returns what to hold open."""
+    for folder in folders:
+        os.makedirs(folder, exist_ok=True)
+    lock = None
+    if fcntl:
+        lock = os.open(args.dir_path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"--dir_path {args.dir_path}: another run is writing to it") from None
+        except OSError:  # a file system without locks
+            pass
+    options = {name: getattr(args, name) for name in STORED}
+    stored, path = stored_options(args.dir_path, 0)
+    other = [f"{name} {stored.get(name)}, not {options[name]}" for name in STORED if stored.get(name) != options[name]]
+    if path and other:
+        raise SystemExit(f"--dir_path {args.dir_path}: holds a data set with {', '.join(other)}; "
+                         "give another folder, or delete this one first")  # fmt: skip
+    leftovers = []
+    for folder in folders:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not path and entry.name.endswith(".bin"):
+                    raise SystemExit(f"--dir_path {args.dir_path}: {folder} already holds .bin files, and no cpu_states.json "
+                                     "says with which options; give another folder, or delete this one first")  # fmt: skip
+                if entry.name.startswith(".part-"):
+                    leftovers.append(entry.path)
+    for leftover in leftovers:
+        os.remove(leftover)
+    if not path:
+        write_output(os.path.join(args.dir_path, "cpu_states.json"), json.dumps(options, indent=1) + "\n")
+    return lock
+
+
+def generate(args):
+    """Write the data set of a seed: byte for byte the published generator's."""
+    folders = [os.path.join(args.dir_path, name) for name in ("train", "test")]
+    total = args.num_train_instance + args.num_test_instance
+    num_workers = available_cores() if total > SMALL else 0
+    lock = claim(args, folders)
+    began = time.monotonic()
+    with tqdm(total=total, unit=" instances", unit_scale=True) as bar:
+        with contextlib.closing(run_jobs(generate_jobs(args, folders, num_workers), num_workers)) as results:
+            for written in results:
+                bar.update(written)
+    seconds = time.monotonic() - began
+    if lock is not None:
+        os.close(lock)
+    files = [sum(name.endswith(".bin") for name in os.listdir(folder)) for folder in folders]
+    print(f"{args.dir_path}: {args.num_train_instance:,} training and {args.num_test_instance:,} test instances in "
+          f"{files[0]:,} + {files[1]:,} files (one program, one file), {seconds:.1f} s, {total / seconds:,.0f} instances/s")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Translate
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def heading(num_registers):
+    """The column heads over `row`."""
+    heads = ["PC", "ACC", "IR", "", "", "", *(chr(65 + i) for i in range(num_registers))]
+    return "".join(f"{head:>4} " for head in heads).rstrip()
+
+
+def row(state, other):
+    """One state (S bytes) as a line of numbers, * behind those that differ from `other`; bytes may be missing."""
+    return "".join(f"{value:>4}{'*' if other[i] != value else ' '}" for i, value in enumerate(state)).rstrip()
+
+
+def describe(data, num_registers, memory_size):
+    """A .bin file's bytes as (lines of text, [(byte, what is wrong there), …])."""
+    S, wrong = 6 + num_registers, []
+    program = data[:memory_size]
+    words = [program[i : i + 4] for i in range(0, len(program) - 3, 4)]
+    length = words.index(bytes(4)) + 1 if bytes(4) in words else len(words)
+    *_, faults = decode(np.frombuffer(b"".join(words[:length]), np.uint8).reshape(-1, 4), num_registers)
+    text = [assembly(int.from_bytes(word, "little")) for word in words]
+    lines = ["program"]
+    for i in range(length):
+        lines.append(f"{i + 1:5}  {text[i]}" + (f"    <- {FAULTS[faults[i]]}, has no effect" if faults[i] else ""))
+        if faults[i]:
+            wrong.append((4 * i, f"{FAULTS[faults[i]]} in instruction {i + 1} ({text[i]})"))
+    if len(program) < memory_size:
+        return lines, [*wrong, (len(data), f"the file ends inside the memory of {memory_size} bytes")]
+    if bytes(4) not in words:
+        wrong.append((memory_size, "the program has no HLT"))
+
+    states = [data[i : i + S] for i in range(memory_size, len(data), S)]
+    if not states or len(states[0]) < S:
+        wrong.append((len(data), f"the file ends before the initial state of {S} bytes does"))
+    elif states[0][0] or any(states[0][2:6]):
+        wrong.append((memory_size, "PC and IR of the initial state are not 0"))
+    for i, state in enumerate(states):
+        after = "initial" if i == 0 else f"fetched {assembly(int.from_bytes(state[2:6], 'little'))}"
+        lines += ["", f"state {i}   {after if len(state) >= min(6, S) else ''}", heading(num_registers),
+                  row(state, states[i - 1] if i else state)]  # fmt: skip
+        if i and len(state) < S:
+            wrong.append((len(data), f"the file ends inside state {i} ({len(state)} of {S} bytes)"))
+    end = memory_size + S * (length + 1)
+    if states and len(data) > end:
+        wrong.append((end, f"the program's last state, {length}, ends here, the file only {len(data) - end:,} bytes later"))
+    elif len(states) <= length and (not states or len(states[-1]) == S):
+        wrong.append((len(data), f"the file ends after state {len(states) - 1} of {length}"))
+    return lines, sorted(wrong)
+
+
+def translate(args):
+    """Write one .bin file as text, to the screen and to args.output_path."""
+    if not os.path.isfile(args.states_path):
+        kind = "is not a file" if os.path.exists(args.states_path) else "there is no such file"
+        raise SystemExit(f"--states_path {args.states_path}: {kind}; it must be a .bin file")
+    settle_sizes(args, os.path.dirname(os.path.abspath(args.states_path)))
+    check_output("--output_path", args.output_path)
+    if os.path.exists(args.output_path) and os.path.samefile(args.states_path, args.output_path):
+        raise SystemExit(f"--output_path {args.output_path}: is the file to translate; give another")
+    with open(args.states_path, "rb") as file:
+        data = file.read()
+    lines, wrong = describe(data, args.num_registers, args.memory_size)
+    title = (f"{printable(args.states_path)}: {len(data):,} bytes, {args.num_registers} registers, "
+             f"{args.memory_size} bytes of memory; * marks what a step changed")  # fmt: skip
+    text = "\n".join([title, "", *lines, *(f"byte {byte}: {what}" for byte, what in wrong)]) + "\n"
+    write_output(args.output_path, text)
+    if not wrong:
+        print(text, end="", flush=True)
+        return
+    with contextlib.suppress(BrokenPipeError):
+        print(text, end="", flush=True)
+    more = f" (and {len(wrong) - 1} more, listed above)" if len(wrong) > 1 else ""
+    raise SystemExit(f"{printable(args.states_path)}: malformed at byte {wrong[0][0]}: {wrong[0][1]}{more}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluate
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def find_files(folder):
+    """Every .bin file below folder, hidden files and folders aside, in an order of its own."""
+
+    def fail(error):
+        raise error
+
+    found = []
+    for path, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.join(path, name) for name in sorted(names) if name.endswith(".bin") and name[0] != "."]
+    return found
+
+
+def plausible(data, num_registers, memory_size):
+    """Whether the first two states of a file look as if its sizes were these."""
+    S = 6 + num_registers
+    first, second = data[memory_size : memory_size + S], data[memory_size + S : memory_size + 2 * S]
+    return len(second) == S and not first[0] and not any(first[2:6]) and second[2:6] == data[:4]
+
+
+def new_tally(memory_size):
+    """Counts that add up: [right, all] for bytes, states, files; per opcode (the last for malformed instructions)
+    [steps, bytes, right bytes, right states, executed, executed right], per position [states, bytes, right bytes,
+    right states]."""
+    return {
+        "bytes": np.zeros(2, np.int64), "states": np.zeros(2, np.int64), "files": np.zeros(2, np.int64),
+        "opcodes": np.zeros((len(NAMES) + 1, 6), np.int64), "positions": np.zeros((memory_size // 4, 4), np.int64),
+        "malformed": {}, "worst": [], "long_enough": 0, "others": collections.Counter(),
+    }  # fmt: skip
+
+
+def note(tally, reason, path, times=1):
+    """Count a malformed file; the first one of a reason is its example."""
+    entry = tally["malformed"].setdefault(reason, {"files": 0, "times": 0, "example": path})
+    entry["files"] += 1
+    entry["times"] += times
+
+
+def add(tally, other):
+    """Add a later tally to an earlier one."""
+    for name in ("bytes", "states", "files", "opcodes", "positions"):
+        tally[name] += other[name]
+    for reason, entry in other["malformed"].items():
+        mine = tally["malformed"].setdefault(reason, {"files": 0, "times": 0, "example": entry["example"]})
+        mine["files"] += entry["files"]
+        mine["times"] += entry["times"]
+    tally["worst"] = heapq.nsmallest(WORST, tally["worst"] + other["worst"], key=lambda w: (w["accuracy"], w["path"]))
+    tally["long_enough"] += other["long_enough"]
+    tally["others"] += other["others"]
+
+
+def evaluate_files(paths, num_registers, memory_size):
+    """Compare files with the truth that their own program and initial state have; returns a tally."""
+    S, T = 6 + num_registers, memory_size // 4
+    tally = new_tally(memory_size)
+    tally["files"][1] = len(paths)
+    read = []  # (path, its size, its first bytes)
+    for path in paths:
+        try:
+            if not os.path.isfile(path):  # a pipe would never end
+                raise OSError
+            with open(path, "rb") as file:
+                data, size = file.read(LONGEST), os.fstat(file.fileno()).st_size
+        except OSError:
+            note(tally, "unreadable", path)
+            continue
+        if size < memory_size + S:
+            note(tally, "too short for memory and initial state", path)
+        else:
+            read.append((path, size, data))
+    if not read:
+        return tally
+
+    tally["long_enough"] = len(read)
+    heads = np.frombuffer(b"".join(data[: memory_size + S] for _, _, data in read), np.uint8).reshape(len(read), -1)
+    memory, first = np.ascontiguousarray(heads[:, :memory_size]), heads[:, memory_size:]
+    initial = np.concatenate([first[:, 1:2], first[:, 6:]], axis=1)
+    states, offsets, faults = simulate(memory, initial, num_registers)
+    lengths = np.diff(offsets)
+
+    # What the files say, cut or filled to the length of the truth, and whether each byte is in the file at all.
+    begin = memory_size + S
+    claims = b"".join(data[begin : begin + n * S].ljust(n * S, b"\0") for (_, _, data), n in zip(read, lengths.tolist()))
+    sizes = np.array([size for _, size, _ in read]) - begin  # (B,) bytes after the initial state
+    place = np.arange(len(states)) - np.repeat(offsets[:-1], lengths)  # (N,) 0 at each file's first step
+    there = place[:, None] * S + np.arange(S) < np.repeat(sizes, lengths)[:, None]  # (N, S)
+    claimed = np.frombuffer(claims, np.uint8).reshape(-1, S)
+    right = (claimed == states) & there
+    extra = np.maximum(sizes - lengths * S, 0)  # (B,) bytes beyond the true end: all wrong
+    exact, good = right.all(axis=1), right.sum(axis=1)  # (N,) each
+    good_bytes = np.add.reduceat(good, offsets[:-1])  # (B,)
+    all_bytes = lengths * S + extra
+    tally["bytes"] += [good_bytes.sum(), all_bytes.sum()]
+    tally["states"] += [exact.sum(), len(states) + (-(-extra // S)).sum()]
+    tally["files"][0] = (good_bytes == all_bytes).sum()
+
+    # An instruction shows in the state after the one that its step writes. It was executed right or wrong only where
+    # ACC and registers were right before it, and where that next state is in the file.
+    result = np.delete(right, [0, 2, 3, 4, 5], axis=1).all(axis=1)  # (N,) ACC and registers
+    has_next = np.append(there[1:, -1], False)
+    has_next[offsets[1:] - 1] = False
+    executed = result & has_next
+    executed_right = executed & np.append(result[1:], False)
+    opcode = np.where(faults == 0, states[:, 2], len(NAMES)).astype(np.intp)
+    for i, column in enumerate((np.ones_like(good), np.full_like(good, S), good, exact, executed, executed_right)):
+        tally["opcodes"][:, i] = np.bincount(opcode, column, len(NAMES) + 1)
+        if i < 4:
+            tally["positions"][:, i] = np.bincount(place, column, T)
+
+    halts = (states[offsets[1:] - 1, 2:6] == 0).all(axis=1)
+    for b, (path, size, data) in enumerate(read):
+        n, after = int(lengths[b]), int(sizes[b])
+        steps = slice(offsets[b], offsets[b + 1])
+        if first[b, 0] or first[b, 2:6].any():
+            note(tally, "PC and IR of the initial state are not 0", path)
+        for fault, times in zip(*np.unique(faults[steps][faults[steps] > 0], return_counts=True)):
+            note(tally, FAULTS[fault], path, int(times))
+        if not halts[b]:
+            note(tally, "no HLT", path)
+        if after > n * S:
+            note(tally, "too long", path)
+        elif after < n * S:
+            note(tally, "ends inside a state" if after % S else "states missing", path)
+        if good_bytes[b] < all_bytes[b]:
+            wrong = int(np.append(exact[steps], False).argmin())
+            tally["worst"].append({
+                "path": path, "accuracy": good_bytes[b] / all_bytes[b], "state": wrong + 1, "states": n,
+                "expected": states[offsets[b] + wrong].tolist() if wrong < n else [],
+                "predicted": list(data[begin + wrong * S : begin + wrong * S + S]),
+                "after": assembly(int.from_bytes(states[offsets[b] + wrong - 1, 2:6].tobytes(), "little")) if wrong else "",
+            })  # fmt: skip
+        # Would other sizes explain the length of the file and its first states, where these don't?
+        if halts[b] and not plausible(data, num_registers, memory_size):
+            registers, rest = divmod(size - memory_size, n + 1)
+            if not rest and 1 <= registers - 6 <= 26 and plausible(data, registers - 6, memory_size):
+                tally["others"]["num_registers", registers - 6] += 1
+            size -= S * (n + 1)
+            if size % 4 == 0 and 0 < size <= 1024 and plausible(data, num_registers, size):
+                tally["others"]["memory_size", size] += 1
+    tally["worst"] = heapq.nsmallest(WORST, tally["worst"], key=lambda w: (w["accuracy"], w["path"]))
+    return tally
+
+
+def check_sizes_fit(tally, args):
+    """Refuse to score with sizes that the files were clearly not made with."""
+    for (name, value), count in tally["others"].most_common(1):
+        if 2 * count > tally["long_enough"]:
+            raise SystemExit(f"--{name} {getattr(args, name)}: does not fit the files in {args.dir_path}; "
+                             f"the lengths of {count:,} of {tally['files'][1]:,} say {value}")  # fmt: skip
+
+
+def share(right, total):
+    """A share with its 95 % Wilson interval, as a dict of plain numbers (null where there is nothing)."""
+    right, total = int(right), int(total)
+    if not total:
+        return {"right": 0, "total": 0, "share": None, "low": None, "high": None}
+    z, p = 1.959964, right / total
+    middle, half = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    low, high = ((middle + sign * half) / (1 + z * z / total) for sign in (-1, 1))
+    return {"right": right, "total": total, "share": p, "low": max(low, 0.0), "high": min(high, 1.0)}
+
+
+def percent(right, total):
+    """In percent, two digits, cut off and not rounded: 100.00 is all of them."""
+    return f"{int(right) * 10000 // int(total) / 100:.2f}" if total else "-"
+
+
+def report(tally, args):
+    """What evaluate found, as (lines of text, a dict for JSON)."""
+    found = {
+        "dir_path": printable(args.dir_path), "num_registers": args.num_registers, "memory_size": args.memory_size,
+        "byte_accuracy": share(*tally["bytes"]), "exact_states": share(*tally["states"]),
+        "exact_files": share(*tally["files"]), "opcodes": {}, "positions": [], "worst_files": [], "malformed": {},
+    }  # fmt: skip
+    lines = []
+    for name, unit in (("byte_accuracy", "bytes"), ("exact_states", "states"), ("exact_files", "files")):
+        part = found[name]
+        interval = f"95 % interval {100 * part['low']:.2f} - {100 * part['high']:.2f} %, " if part["total"] else ""
+        lines.append(f"{name.replace('_', ' '):<13} {percent(part['right'], part['total']):>6} %  "
+                     f"({interval}{part['right']:,} of {part['total']:,} {unit})")  # fmt: skip
+
+    rows = []
+    for name, (steps, size, good, exact, executed, done) in zip([*NAMES, "(malformed)"], tally["opcodes"].tolist()):
+        if steps:
+            found["opcodes"][name] = {"steps": steps, "executed": share(done, executed),
+                                      "byte_accuracy": share(good, size), "exact_states": share(exact, steps)}  # fmt: skip
+            rows.append((done / executed if executed else 2, good / size, f"{name:<12} {steps:>12,} {percent(done, executed):>10} "
+                         f"{percent(good, size):>8} {percent(exact, steps):>8}"))  # fmt: skip
+    lines += ["", "opcodes, worst first: executed = ACC and registers right in the next state, of the steps that began with",
+              "them right; bytes and states = right in the state that the step itself writes",
+              f"{'opcode':<12} {'steps':>12} {'executed %':>10} {'bytes %':>8} {'states %':>8}"]  # fmt: skip
+    lines += [line for *_, line in sorted(rows)]
+
+    table = tally["positions"]
+    for position, (steps, size, good, exact) in enumerate(table.tolist(), 1):
+        if steps:
+            found["positions"].append({"position": position, "states": steps, "byte_accuracy": share(good, size),
+                                       "exact_states": share(exact, steps)})  # fmt: skip
+    lines += ["", "position in the program (state written by that step)",
+              f"{'position':<12} {'states':>12} {'':10} {'bytes %':>8} {'states %':>8}"]  # fmt: skip
+    low = 1
+    while low <= len(table) and table[low - 1, 0]:  # 1, 2, 3-4, 5-8, 9-16, …
+        high = min(2 * (low - 1) or 1, len(table))
+        steps, size, good, exact = table[low - 1 : high].sum(axis=0).tolist()
+        name = f"{low}-{high}" if high > low else f"{low}"
+        lines.append(f"{name:<12} {steps:>12,} {'':10} {percent(good, size):>8} {percent(exact, steps):>8}")
+        low = high + 1
+
+    if tally["worst"]:
+        lines += ["", "worst files, first wrong state of each (* marks a wrong byte)"]
+    for worst in tally["worst"]:
+        found["worst_files"].append({**worst, "path": printable(worst["path"]), "accuracy": float(worst["accuracy"])})
+        expected, predicted = worst["expected"], worst["predicted"]
+        where = f"state {worst['state']} of {worst['states']}" + (f", after {worst['after']}" if worst["after"] else "")
+        nothing = "nothing: the program has ended"
+        lines += [f"{printable(worst['path'])}: {100 * worst['accuracy']:.2f} % of its bytes right, {where}",
+                  f"            {heading(args.num_registers)}",
+                  f"  expected  {row(expected, expected) if expected else nothing}",
+                  f"  predicted {row(predicted, expected or [None] * len(predicted)) or 'nothing: the file has ended'}"]  # fmt: skip
+
+    if tally["malformed"]:
+        lines += ["", "malformed"]
+    for reason, entry in sorted(tally["malformed"].items(), key=lambda item: (-item[1]["files"], item[0])):
+        found["malformed"][reason] = {**entry, "example": printable(entry["example"])}
+        times = f" ({entry['times']:,} instructions)" if reason in FAULTS else ""
+        lines.append(f"{entry['files']:>12,} files: {reason}{times}, e.g. {printable(entry['example'])}")
+    return lines, found
+
+
+def evaluate(args):
+    """Print how much of the .bin files below args.dir_path is what their programs really do."""
+    if not os.path.isdir(args.dir_path):
+        kind = "is not a folder" if os.path.exists(args.dir_path) else "there is no such folder"
+        raise SystemExit(f"--dir_path {args.dir_path}: {kind}; it must be a folder with .bin files")
+    source = settle_sizes(args, args.dir_path)
+    if args.json:
+        check_output("--json", args.json)
+    paths = find_files(args.dir_path)
+    if not paths:
+        raise SystemExit(f"--dir_path {args.dir_path}: there are no .bin files in it")
+    num_workers = available_cores() if len(paths) > SMALL else 0
+    jobs = ((i, evaluate_files, paths[i * BATCH : (i + 1) * BATCH], args.num_registers, args.memory_size)
+            for i in range(math.ceil(len(paths) / BATCH)))  # fmt: skip
+    tally = new_tally(args.memory_size)
+    with tqdm(total=len(paths), unit=" files", unit_scale=True) as bar:
+        with contextlib.closing(run_jobs(jobs, num_workers)) as results:
+            for part in results:
+                add(tally, part)
+                check_sizes_fit(tally, args)
+                bar.update(int(part["files"][1]))
+    if not tally["long_enough"]:
+        raise SystemExit(f"--dir_path {args.dir_path}: none of its {len(paths):,} .bin files has the {args.memory_size} + "
+                         f"{6 + args.num_registers} bytes that --memory_size {args.memory_size} and --num_registers "
+                         f"{args.num_registers} ask for, e.g. {printable(paths[0])}")  # fmt: skip
+    lines, found = report(tally, args)
+    if args.json:
+        write_output(args.json, json.dumps(found, indent=1) + "\n")
+    sizes = f"{args.num_registers} registers, {args.memory_size} bytes of memory" + (f" (from {source})" if source else "")
+    print("\n".join([*lines, "", f"{len(paths):,} files in {printable(args.dir_path)}, {sizes}"]), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------
+
+SIZES = {"num_registers": 10, "memory_size": 1024}  # defaults
+LONGEST = 1024 + 257 * 32  # bytes of the longest legal file
+BATCH = 1024  # instances or files in one job
+SMALL = 3000  # instances or files that are done sooner than worker processes start
+WORST = 3  # files shown
+
+
+def available_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def printable(path):
+    """A path for the screen or JSON, whatever bytes it has."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def wrong_size(args):
+    """What is wrong with num_registers or memory_size, or None."""
+    R, size = args.num_registers, args.memory_size
+    if R is not None and not (type(R) is int and 1 <= R <= 26):
+        return f"--num_registers {R}: must be 1 to 26"
+    if size is not None and not (type(size) is int and 4 <= size <= 1024 and size % 4 == 0):
+        return f"--memory_size {size}: must be a multiple of 4, from 4 to 1024"
+    return None
+
+
+def parse(argv):
+    """Options from the command line; a wrong one is one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(description="A toy CPU: generate, translate and evaluate its states.", allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"cpu-simulation.py: {message}\n")
+    whole = functools.partial(parser.add_argument, type=int, metavar="N")
+    text = functools.partial(parser.add_argument, metavar="PATH")
+    parser.add_argument("--mode", required=True, choices=["generate", "translate", "evaluate"])
+    whole("--num_registers", help="1 to 26 (default 10; translate and evaluate: what cpu_states.json says, if there)")
+    whole("--memory_size", help="bytes, a multiple of 4 up to 1024 (default 1024; likewise)")
+    text("--dir_path", default="cpu_states", help="generate: data set to write; evaluate: folder with .bin files (default %(default)s)")
+    text("--states_path", default="cpu_states/cpu.bin", help="translate: the file to read (default %(default)s)")
+    text("--output_path", default="cpu_states.txt", help="translate: the text to write (default %(default)s)")
+    whole("--num_min_program", default=1, help="generate: fewest instructions of a program, HLT included (default %(default)s)")
+    whole("--num_max_program", default=255, help="generate: most instructions of a program (default %(default)s)")
+    whole("--num_train_instance", default=2100000, help="generate: instances in DIR/train (default %(default)s)")
+    whole("--num_test_instance", default=21000, help="generate: instances in DIR/test (default %(default)s)")
+    whole("--random_seed", default=0, help="generate: 0 or more (default %(default)s)")
+    text("--json", help="evaluate: write everything to this file too")
+    args = parser.parse_args(argv)
+
+    wrong = wrong_size(args)
+    if args.mode == "generate" and not wrong:
+        for name, default in SIZES.items():
+            setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
+        room = args.memory_size // 4
+        least = {"num_min_program": 1, "num_train_instance": 0, "num_test_instance": 0, "random_seed": 0}
+        for name, value in least.items():
+            if getattr(args, name) < value:
+                wrong = wrong or f"--{name} {getattr(args, name)}: must be {value} or more"
+        if args.num_max_program > room:
+            wrong = wrong or (f"--num_max_program {args.num_max_program}: must be {room} or less, "
+                              f"the instructions that --memory_size {args.memory_size} holds")  # fmt: skip
+        if args.num_min_program > args.num_max_program:
+            wrong = wrong or (f"--num_min_program {args.num_min_program}: must be 1 to --num_max_program, "
+                              f"which is {args.num_max_program}")  # fmt: skip
+        if args.num_train_instance + args.num_test_instance == 0:
+            wrong = wrong or "--num_train_instance 0 --num_test_instance 0: one of them must be 1 or more"
+    if wrong:
+        parser.error(wrong)
+    return args
+
+
+def interrupt(*_):
+    """On Ctrl-C: stop, and don't be stopped from tidying up by a second one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def main(argv=None):
+    args = parse(argv)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        {"generate": generate, "translate": translate, "evaluate": evaluate}[args.mode](args)
+    except KeyboardInterrupt:
+        print("interrupted; the same command again starts over and ends with the same result", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenProcessPool:
+        raise SystemExit("a worker process was killed (out of memory?); run the same command again") from None
+    except OSError as error:
+        raise SystemExit(f"{error.filename or args.mode}: {error.strerror or error}") from None
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""Checkpoints: the published layout, whole-or-not-at-all saving, and everything that must be refused."""
+
+import os
+import pickle
+import resource
+
+import pytest
+import torch
+from conftest import TINY, fill_by_recipe, one_message, options, run_script
+
+import utils
+
+
+def published_checkpoint(golden, model):
+    """A checkpoint as transformers 4.18 wrote it: old buffers, whole optimizer, lr_sched, and the recipe's weights."""
+    state = model.state_dict()
+    layout = golden["state_dict_written_by_transformers_4.18"]
+    old = {}
+    for name, (shape, dtype) in layout.items():
+        if name.endswith(".attn.bias"):
+            old[name] = torch.tril(torch.ones(shape, dtype=torch.uint8))
+        elif name.endswith(".attn.masked_bias"):
+            old[name] = torch.tensor(-1e4)
+        else:
+            old[name] = state[name].clone().contiguous()
+        assert list(old[name].shape) == shape and str(old[name].dtype) == dtype
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    moments = {
+        i: {"step": 7, "exp_avg": torch.zeros(p.shape), "exp_avg_sq": torch.ones(p.shape)}
+        for i, p in enumerate(model.parameters())
+    }
+    group = {"lr": 9e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "amsgrad": False, "initial_lr": 1e-4}
+    group["params"] = optimizer.state_dict()["param_groups"][0]["params"]
+    return {
+        "model": old,
+        "optimizer": {"state": moments, "param_groups": [group]},
+        "lr_sched": {"base_lrs": [1e-4], "last_epoch": 7, "_step_count": 8, "_last_lr": [9e-5], "lr_lambdas": [None]},
+        "epoch": 1,
+        "best_epoch": 1,
+        "min_eval_loss": 5.5,
+    }
+
+
+def test_published_layout_loads(tmp_path, golden, golden_model):
+    checkpoint = published_checkpoint(golden, golden_model)
+    assert sum(name.endswith(".attn.bias") for name in checkpoint["model"]) == 4
+    torch.save(checkpoint, tmp_path / "weights.pth")
+    model, loaded = utils.load_model(str(tmp_path / "weights.pth"), "WEIGHTS_PATH")
+    for name, tensor in golden_model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert loaded["min_eval_loss"] == 5.5
+    assert utils.model_sizes(loaded["model"], "x") == utils.ModelSizes(**golden["recipe"]["sizes"])
+
+
+def test_training_goes_on_from_the_published_layout(tmp_path, golden, golden_model):
+    torch.save(published_checkpoint(golden, golden_model), tmp_path / "weights.pth")
+    (tmp_path / "data").mkdir()
+    for i in range(4):
+        (tmp_path / "data" / f"{i}.bin").write_bytes(bytes(range(40)))
+    settings = options(
+        **golden["recipe"]["sizes"], TRAIN_FOLDERS=["data"], EVAL_FOLDERS=["data"], NUM_EPOCHS=2, BATCH_SIZE=2
+    )
+    done = run_script("train-gen.py", *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "goes on from weights.pth after epoch 1 (step 7)" in done.stdout
+    assert torch.load(tmp_path / "weights-last.pth", weights_only=True)["epoch"] == 2
+
+
+def test_classifier_checkpoint(tmp_path):
+    model = fill_by_recipe(utils.bGPTForClassification(utils.make_configs(4, 16, 64, 2, 1)[0], 3))
+    utils.save_checkpoint(tmp_path / "cls.pth", {"model": model.state_dict(), "labels": {"a.x": 0, "b.x": 1, "c.x": 2}})
+    loaded, _ = utils.load_model(str(tmp_path / "cls.pth"), "WEIGHTS_PATH")
+    assert isinstance(loaded, utils.bGPTForClassification)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def broken_checkpoints(folder, model):
+    """Yields (name, how it is described) of files in `folder` that must not load."""
+    state = model.state_dict()
+    whole = folder / "whole.pth"
+    torch.save({"model": state}, whole)
+    hostile = Hostile()
+    hostile.target = folder / "hacked"
+    torch.save({"model": state, "epoch": hostile}, folder / "hostile.pth")
+    (folder / "raw.pth").write_bytes(pickle.dumps(hostile))
+    (folder / "short.pth").write_bytes(whole.read_bytes()[:-2000])
+    (folder / "empty.pth").write_bytes(b"")
+    (folder / "text.pth").write_text("hello, I am no checkpoint\n" * 50)
+    torch.save([1, 2], folder / "list.pth")
+    torch.save({"model": {"a": 3}}, folder / "numbers.pth")
+    torch.save({"model": {}}, folder / "nothing.pth")
+    torch.save({"model": {**state, "extra.weight": torch.zeros(1)}}, folder / "extra.pth")
+    missing = dict(state)
+    del missing["patch_level_decoder.base.h.1.mlp.c_fc.bias"]
+    torch.save({"model": missing}, folder / "missing.pth")
+    torch.save({"model": {**state, "patch_level_decoder.base.ln_f.bias": torch.zeros(3)}}, folder / "shape.pth")
+    torch.save({"model": {**state, "byte_level_decoder.base.lm_head.weight": torch.zeros(257, 64)}}, folder / "tied.pth")
+    (folder / "folder.pth").mkdir()
+    return [
+        ("hostile.pth", "refused"),
+        ("raw.pth", "refused|no checkpoint"),
+        ("short.pth", "damaged"),
+        ("empty.pth", "damaged"),
+        ("text.pth", "no checkpoint|refused"),
+        ("list.pth", "holds no bGPT checkpoint"),
+        ("numbers.pth", "holds no bGPT checkpoint"),
+        ("nothing.pth", "patch_embedding.weight is missing"),
+        ("extra.pth", "extra.weight is unknown"),
+        ("missing.pth", "h.1.mlp.c_fc.bias is missing"),
+        ("shape.pth", r"ln_f.bias is \(3,\), not \(64,\)"),
+        ("tied.pth", "lm_head.weight differs"),
+        ("folder.pth", "is a folder"),
+        ("absent.pth", "does not exist"),
+    ]
+
+
+def test_broken_and_hostile_checkpoints_are_refused(tmp_path, tiny_model):
+    for name, words in broken_checkpoints(tmp_path, tiny_model):
+        with pytest.raises(utils.UserError, match=words) as caught:
+            utils.load_model(str(tmp_path / name), "WEIGHTS_PATH")
+        assert str(caught.value).startswith("WEIGHTS_PATH: ") and name in str(caught.value)
+    assert not (tmp_path / "hacked").exists()  # no code of a checkpoint ran
+
+
+def test_missing_and_unknown_layers_are_all_listed(tiny_model):
+    state = tiny_model.state_dict()
+    for key in list(state):
+        if ".h.0.ln_1." in key:
+            state["x." + key] = state.pop(key)
+    with pytest.raises(utils.UserError) as caught:
+        utils.load_weights(tiny_model, state, "here")
+    assert str(caught.value).count("is missing") == 4 and str(caught.value).count("is unknown") == 4
+
+
+def test_tied_weight_may_be_left_out(tiny_model):
+    state = {k: v.clone() for k, v in tiny_model.state_dict().items() if not k.endswith("lm_head.weight")}
+    other = utils.ModelSizes(**TINY).build()
+    utils.load_weights(other, state, "here")
+    assert torch.equal(other.byte_level_decoder.base.lm_head.weight, state["byte_level_decoder.base.transformer.wte.weight"])
+
+
+def test_other_sizes_name_the_constants_to_change(tiny_model):
+    with pytest.raises(utils.UserError, match=r"set PATCH_SIZE = 4 \(now 16\), PATCH_LENGTH = 16 \(now 512\), or"):
+        utils.check_sizes(utils.ModelSizes(16, 512, 64, 2, 1), tiny_model.state_dict(), "here")
+    with pytest.raises(utils.UserError, match="is a generative model; here a classifier is needed"):
+        utils.check_sizes(utils.ModelSizes(4, 16, 64, 2, None, 3), tiny_model.state_dict(), "here")
+
+
+def test_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "weights.pth"
+    utils.save_checkpoint(path, {"model": {}, "epoch": 1})
+    before = path.read_bytes()
+    with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
+        utils.save_checkpoint(path, {"model": {}, "epoch": lambda: None})
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["weights.pth"]
+
+
+def test_full_disk_is_an_oserror_that_names_the_file(tmp_path):
+    """A limit on the size of files stands in for a full disk."""
+    path = tmp_path / "weights.pth"
+    utils.save_checkpoint(path, {"epoch": 1})
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(OSError, match="weights.pth"):
+            utils.save_checkpoint(path, {"model": torch.zeros(1 << 20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["weights.pth"]
+
+
+def test_saved_files_have_the_usual_permissions(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    utils.save_checkpoint(tmp_path / "weights.pth", {})
+    assert (tmp_path / "weights.pth").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_backups_never_replace_each_other(tmp_path):
+    path = tmp_path / "weights.pth"
+    for i in range(3):
+        path.write_text(str(i))
+        utils.keep_backup(str(path))
+        assert path.read_text() == str(i)
+        path.unlink()
+    assert [(tmp_path / f"weights.pth.bak{n}").read_text() for n in ("", "2", "3")] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("script", ["train-gen.py", "inference.py"])
+def test_scripts_refuse_broken_checkpoints(tmp_path, tiny_model, script):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.bin").write_bytes(b"abc")
+    for name, words in broken_checkpoints(tmp_path, tiny_model)[:1]:
+        before = (tmp_path / name).read_bytes()
+        settings = options(**TINY, TRAIN_FOLDERS=["data"], EVAL_FOLDERS=["data"], WEIGHTS_PATH=name, INFERENCE_WEIGHTS_PATH=name)
+        message = one_message(run_script(script, *settings, cwd=tmp_path))
+        assert words in message and len(message.splitlines()) == 1
+        assert (tmp_path / name).read_bytes() == before

@@ -1,0 +1,119 @@
+"""The command line over config.py, and what importing the scripts does not do."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, one_message, run_script
+
+import config
+
+LINE = """import sys, config
+config.override(sys.argv[1:])
+print([config.BATCH_SIZE, config.LEARNING_RATE, config.TRAIN_FOLDERS, config.EVAL_FOLDERS, config.CONVERSION_MODE,
+       config.LOAD_FROM_CHECKPOINT, config.INPUT_EXT])"""
+
+
+def override(*arguments):
+    return subprocess.run([sys.executable, "-c", LINE, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_values_of_every_type():
+    done = override(
+        *"--BATCH_SIZE 4 --LEARNING_RATE 1 --TRAIN_FOLDERS a b --EVAL_FOLDERS --CONVERSION_MODE abc&mid".split(),
+        *"--LOAD_FROM_CHECKPOINT False --INPUT_EXT=None".split(),
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert ast.literal_eval(lines[-1]) == [4, 1.0, ["a", "b"], [], "abc&mid", False, None]
+    assert "BATCH_SIZE = 4 (config.py: 16)" in lines
+    assert not any(line.startswith("INPUT_EXT") for line in lines)  # it is what it was
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--BATCHSIZE 4", "BATCHSIZE.*BATCH_SIZE"),
+        ("--batch_size 4", "batch_size.*BATCH_SIZE"),
+        ("--NOTHING_LIKE_IT 4", "NOTHING_LIKE_IT.*--help"),
+        ("stray", "stray"),
+        ("--BATCH_SIZE four", "BATCH_SIZE is 'four'.*whole number"),
+        ("--BATCH_SIZE 4.5", "BATCH_SIZE is '4.5'.*whole number"),
+        ("--BATCH_SIZE None", "BATCH_SIZE"),
+        ("--BATCH_SIZE", "BATCH_SIZE"),
+        ("--BATCH_SIZE 0", "BATCH_SIZE is 0.*1 or more"),
+        ("--BATCH_SIZE 6 --ACCUMULATION_STEPS 4", "BATCH_SIZE is 6.*ACCUMULATION_STEPS, 4"),
+        ("--HIDDEN_SIZE 100", "HIDDEN_SIZE is 100.*multiple of 64"),
+        ("--PATCH_LENGTH 2", "PATCH_LENGTH is 2.*3 or more"),
+        ("--LEARNING_RATE 0", "LEARNING_RATE"),
+        ("--LEARNING_RATE nan", "LEARNING_RATE is nan"),
+        ("--LEARNING_RATE inf", "LEARNING_RATE is inf"),
+        ("--DROPOUT 1", "DROPOUT"),
+        ("--EVAL_SPLIT 1", "EVAL_SPLIT"),
+        ("--TOP_P 0", "TOP_P"),
+        ("--TOP_P 1.1", "TOP_P"),
+        ("--TOP_K 258", "TOP_K"),
+        ("--TEMPERATURE -1", "TEMPERATURE"),
+        ("--SEED -1", "SEED"),
+        ("--MODE invent", "MODE is 'invent'.*generate, convert, complete"),
+        ("--PRECISION fp8", "PRECISION.*bf16"),
+        ("--LR_SCHEDULE linear", "LR_SCHEDULE.*cosine"),
+        ("--CONVERSION_MODE abc=>mid", "CONVERSION_MODE.*abc->mid"),
+        ("--CONVERSION_MODE abc", "CONVERSION_MODE"),
+        ("--CONVERSION_MODE .abc->.mid", "CONVERSION_MODE"),
+        ("--TARGET_EXT .mid", "TARGET_EXT.*without dots"),
+        ("--WANDB_LOG yes", "WANDB_LOG.*True or False"),
+        ("--WEIGHTS_PATH None", "WEIGHTS_PATH"),
+        ("--TRAIN_FOLDERS", "TRAIN_FOLDERS.*one folder or more"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(arguments, words):
+    done = override(*arguments.split())
+    message = one_message(done, status=2)
+    assert len(message.splitlines()) == 1 and re.search(words, message), message
+    assert done.stdout == ""
+
+
+def test_a_mistake_in_the_file_itself_is_found(monkeypatch, capsys):
+    monkeypatch.setattr(config, "TRAIN_FOLDERS", "data")
+    with pytest.raises(SystemExit) as stopped:
+        config.override([])
+    assert stopped.value.code == 2
+    assert "TRAIN_FOLDERS is 'data', but must be a list of texts" in capsys.readouterr().err
+
+
+def test_help_lists_every_constant_with_its_comment_and_value():
+    done = run_script("train-gen.py", "--help", cwd=ROOT, env={"COLUMNS": "1000"})
+    assert done.returncode == 0
+    text = " ".join(done.stdout.split())
+    for name, value in config.as_dict().items():
+        gist = re.search(rf"--{name} \S*VALUE( \.\.\.\])? (.*?) Now: {re.escape(repr(value))}", text)
+        assert gist and len(gist[2]) > 20 and "--" not in gist[2], name
+
+
+def test_every_constant_is_used_by_a_script():
+    """A constant that nothing reads would be a setting without effect."""
+    scripts = "".join(path.read_text() for path in ROOT.glob("*-*.py")) + (ROOT / "inference.py").read_text()
+    unused = [name for name in config.as_dict() if not re.search(rf"config\.{name}\b", scripts)]
+    assert unused == []
+
+
+@pytest.mark.parametrize("module", ["config", "utils", "train-gen", "inference", "cpu-simulation"])
+def test_importing_does_nothing(module, tmp_path):
+    """No file is touched, nothing printed, no argument parsed, the random numbers are left alone."""
+    code = (
+        f"import sys, importlib, random, builtins; sys.path.insert(0, {str(ROOT)!r}); sys.dont_write_bytecode = True\n"
+        "import numpy, torch, transformers, tqdm\n"
+        "before = random.getstate(), torch.random.get_rng_state()\n"
+        "events = []\n"
+        "sys.addaudithook(lambda event, args: events.append(args) if event == 'open' and "
+        "isinstance(args[1], str) and set(args[1]) & set('wax+') else None)\n"
+        f"importlib.import_module({module!r})\n"
+        "assert random.getstate() == before[0] and torch.equal(torch.random.get_rng_state(), before[1])\n"
+        "assert not events, events\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--nonsense"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())

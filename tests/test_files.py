@@ -1,0 +1,220 @@
+"""Files as patches, lists of files, conversion pairs, data sets, batches."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import as_batch
+
+import utils
+
+E = utils.END
+
+
+def spelled_out(content, extension, size):
+    """A file as patches, symbol by symbol as the specification says it."""
+    symbols = list(extension.encode())[:size]
+    symbols += [E] * (size - len(symbols))
+    symbols += list(content)
+    symbols += [E] * (-len(symbols) % size)
+    symbols += [E] * size
+    return np.array(symbols).reshape(-1, size)
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 510 * 16 - 1, 510 * 16])
+@pytest.mark.parametrize("extension", ["", "abc", "x" * 16, "y" * 40])
+def test_patches_of_a_file(tmp_path, length, extension):
+    content = np.random.default_rng(length).integers(0, 256, length).astype(np.uint8).tobytes()
+    path = tmp_path / ("tune." + extension if extension else "tune")
+    path.write_bytes(content)
+    patches, counted = utils.read_patches(path, 16, 512)
+    assert patches.dtype == np.int16
+    np.testing.assert_array_equal(patches, spelled_out(content, extension, 16))
+    # counted: the content and one end symbol, nothing else
+    where = np.flatnonzero(counted)
+    np.testing.assert_array_equal(where, np.arange(16, 16 + length + 1))
+    assert utils.to_content(patches[1:]) == content
+
+
+def test_the_example_of_the_specification(tmp_path):
+    (tmp_path / "tune.abc").write_bytes(bytes(range(20)))
+    patches, _ = utils.read_patches(tmp_path / "tune.abc", 16)
+    expected = [[97, 98, 99] + [E] * 13, list(range(16)), [16, 17, 18, 19] + [E] * 12, [E] * 16]
+    assert patches.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "name, extension",
+    [("a.abc", "abc"), ("a.tar.gz", "gz"), ("a", ""), ("a.", ""), (".hidden", ""), ("d.x/a", ""), ("a.é", "é")],
+)
+def test_extension(name, extension):
+    assert utils.extension_of(name) == extension
+
+
+def test_extension_of_many_bytes_is_cut_within_a_symbol():
+    assert utils.extension_patch("éé", 3).tolist() == [0xC3, 0xA9, 0xC3]
+    assert utils.extension_patch("\udcff", 2).tolist() == [0xFF, E]  # a name that is not UTF-8
+
+
+def test_one_patch_over_is_cut(tmp_path):
+    """A file of one patch too many: evaluation takes the head; training the head or the tail, its only other window."""
+    path = tmp_path / "long.bin"
+    path.write_bytes(bytes(range(7)) * 2)  # 14 bytes in patches of 2: 7 patches, and 2 more
+    whole, _ = utils.read_patches(path, 2)
+    assert len(whole) == 9
+    head, counted = utils.read_patches(path, 2, 8)
+    np.testing.assert_array_equal(head, whole[:8])
+    assert counted.sum() == 14  # the content, but no end symbol: it was cut away
+    seen = {utils.read_patches(path, 2, 8, np.random.default_rng(i))[0].tobytes() for i in range(50)}
+    assert seen == {whole[:8].tobytes(), whole[1:].tobytes()}
+
+
+def test_long_files_are_cut_to_head_body_or_tail_with_equal_chance(tmp_path):
+    path = tmp_path / "long.bin"
+    content = np.arange(100, dtype=np.uint8)
+    path.write_bytes(content.tobytes())
+    whole, whole_counted = utils.read_patches(path, 2)  # 52 patches, all different
+    starts = []
+    for i in range(3000):
+        patches, counted = utils.read_patches(path, 2, 10, np.random.default_rng([i]))
+        assert len(patches) == 10
+        start = int(np.flatnonzero((whole == patches[0]).all(1))[0])
+        np.testing.assert_array_equal(patches, whole[start : start + 10])
+        np.testing.assert_array_equal(counted, whole_counted[start : start + 10])
+        starts.append(start)
+    heads, tails = starts.count(0), starts.count(42)
+    body = set(starts) - {0, 42}
+    assert body == set(range(1, 42))  # every window without the extension patch and the end patch
+    for count in (heads, tails, 3000 - heads - tails):
+        assert abs(count - 1000) < 5 * math.sqrt(3000 * 2 / 9)
+
+
+def test_only_the_kept_bytes_of_a_huge_file_are_read(tmp_path):
+    path = tmp_path / "huge.bin"
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)  # a terabyte of holes
+    for i in range(6):
+        patches, _ = utils.read_patches(path, 16, 32, np.random.default_rng(i))
+        assert patches.shape == (32, 16)
+
+
+def test_list_files(tmp_path):
+    for name in ["b/2.txt", "b/1.txt", "a.txt", "a/z.txt", ".hidden", ".git/x.txt", "b/.h.txt", "c.mid"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "b" / "loop").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "c.fifo")
+    found = utils.list_files([str(tmp_path), str(tmp_path / "b")], "TRAIN_FOLDERS", "txt")
+    assert [os.path.relpath(path, tmp_path) for path in found] == ["a.txt", "a/z.txt", "b/1.txt", "b/2.txt"]
+    names = [os.path.basename(path) for path in utils.list_files([str(tmp_path)], "TRAIN_FOLDERS")]
+    assert "c.mid" in names and ".hidden" not in names and "c.fifo" not in names
+
+
+@pytest.mark.parametrize("wrong", ["missing", "file.txt"])
+def test_list_files_names_what_is_no_folder(tmp_path, wrong):
+    (tmp_path / "file.txt").write_text("x")
+    with pytest.raises(utils.UserError, match=f"TRAIN_FOLDERS.*{wrong}"):
+        utils.list_files([str(tmp_path / wrong)], "TRAIN_FOLDERS")
+
+
+def test_hold_out():
+    rest, held = utils.hold_out(list(range(200)), 0.01, seed=0)
+    assert len(held) == 2 and sorted(rest + held) == list(range(200)) and rest == sorted(rest)
+    assert utils.hold_out(list(range(200)), 0.01, seed=0) == (rest, held)
+    assert utils.hold_out(list(range(200)), 0.01, seed=1) != (rest, held)
+    assert [len(part) for part in utils.hold_out([1, 2], 0.01, seed=0)] == [1, 1]
+    assert [len(part) for part in utils.hold_out([1, 2], 0.99, seed=0)] == [1, 1]
+    with pytest.raises(utils.UserError, match="EVAL_SPLIT"):
+        utils.hold_out([1], 0.5, seed=0)
+
+
+@pytest.fixture()
+def pairs_folder(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name, length in {"a.abc": 5, "a.mid": 8, "sub/a.abc": 0, "sub/a.mid": 1, "b.abc": 3, "c.mid": 3, "a.b.abc": 4}.items():
+        (tmp_path / name).write_bytes(bytes(range(length)))
+    return tmp_path
+
+
+def test_conversion_pairs(pairs_folder):
+    files = utils.list_files([str(pairs_folder)], "TRAIN_FOLDERS")
+    pairs = utils.pair_files(files, "abc->mid")
+    short = [tuple(os.path.relpath(path, pairs_folder) for path in pair) for pair in pairs]
+    assert short == [("a.abc", "a.mid"), ("sub/a.abc", "sub/a.mid")]
+    assert utils.pair_files(files, "mid&abc") == [(b, a) for a, b in pairs]
+    # a.abc 2 patches, a.mid 2 patches, 3 more
+    assert utils.fitting_pairs(pairs, 4, 7) == (pairs, 7)
+    assert utils.fitting_pairs(pairs, 4, 6) == (pairs[1:], 7)
+
+
+def test_conversion_sequence(pairs_folder):
+    """[abc] content [mid] content [end]: the input's end patch is left out, the target is whole."""
+    example = (str(pairs_folder / "a.abc"), str(pairs_folder / "a.mid"))
+    patches, counted = utils.ByteDataset([example], 4, 16)[0]
+    expected = [list(b"abc") + [E], [0, 1, 2, 3], [4, E, E, E], list(b"mid") + [E], [0, 1, 2, 3], [4, 5, 6, 7], [E] * 4]
+    assert patches.tolist() == expected
+    # bits per byte: both contents with the end of each, where there is one; no extension, no padding
+    assert counted.astype(int).tolist() == [
+        [0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0],
+    ]  # fmt: skip
+
+
+def test_dataset_crops_follow_seed_epoch_and_path(tmp_path):
+    examples = []
+    for i in range(40):
+        (tmp_path / f"{i}.bin").write_bytes(bytes(range(200)))
+        examples.append((str(tmp_path / f"{i}.bin"),))
+
+    def crops(examples, *seed):
+        dataset = utils.ByteDataset(examples, 2, 10, list(seed))
+        return {example: dataset[i][0].tobytes() for i, example in enumerate(examples)}
+
+    first = crops(examples, 0, 1)
+    assert first == crops(examples[::-1], 0, 1)  # not on the order or number of files
+    assert first != crops(examples, 0, 2) and first != crops(examples, 1, 1)
+    assert len(set(first.values())) > 5
+    head = utils.ByteDataset(examples, 2, 10)
+    assert len({head[i][0].tobytes() for i in range(40)}) == 1
+
+
+def test_first_patch_is_never_counted(tmp_path):
+    (tmp_path / "a.bin").write_bytes(bytes(100))
+    for epoch in range(20):
+        _, counted = utils.ByteDataset([(str(tmp_path / "a.bin"),)], 4, 8, [0, epoch])[0]
+        assert not counted[0].any()
+
+
+def test_batches(tmp_path):
+    lengths = [3, 0, 9, 4, 30]
+    for i, length in enumerate(lengths):
+        (tmp_path / f"{i}.x").write_bytes(bytes(length))
+    dataset = utils.ByteDataset([(path,) for path in utils.list_files([str(tmp_path)], "")], 4, 8)
+    alone, workers = (list(utils.batches(dataset, [4, 2, 0, 1, 3], 2, num_workers=n)) for n in (0, 2))
+    for one, other in zip(alone, workers, strict=True):
+        for name in ("patches", "masks", "counted"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+    assert [batch.masks.sum(1).tolist() for batch in alone] == [[8, 5], [3, 2], [3]]
+    first = alone[0]
+    assert first.patches.shape == (2, 8, 4) and (first.patches[1, 5:] == E).all()
+    assert first.num_targets() == 7 + 4
+    assert first.num_bytes() == 28 + 9  # file 4 is cut to its head
+    split = first.split(2)
+    assert [part.patches.shape for part in split] == [(1, 8, 4), (1, 5, 4)]
+    assert sum(part.num_targets() for part in split) == first.num_targets()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_file_that_vanishes(tmp_path, num_workers):
+    (tmp_path / "a.x").write_text("a")
+    dataset = utils.ByteDataset([(str(tmp_path / "a.x"),), (str(tmp_path / "gone.x"),)], 4, 8)
+    with pytest.raises(utils.UserError, match="^cannot read .*gone.x'.*No such file") as caught:
+        list(utils.batches(dataset, [0, 1], 1, num_workers))
+    assert "Traceback" not in str(caught.value)
+
+
+def test_split_of_a_short_batch_leaves_no_empty_part():
+    batch = as_batch([utils.to_patches(b"abc", "x", 4)] * 3)
+    assert [len(part.masks) for part in batch.split(4)] == [1, 1, 1]
+    assert [len(part.masks) for part in batch.split(2)] == [2, 1]

@@ -1,0 +1,140 @@
+"""The models against the published code's numbers, and what must hold for any weights."""
+
+import pytest
+import torch
+from conftest import TINY, as_batch, fill_by_recipe
+from transformers import GPT2Config
+
+import utils
+
+
+def test_paper_size():
+    with torch.device("meta"):
+        model = utils.ModelSizes(16, 512, 768, 12, 3).build()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 110_084_352
+
+
+@torch.no_grad()
+def test_golden_losses_and_logits(golden, golden_model, golden_sequences):
+    assert sum(parameter.numel() for parameter in golden_model.parameters()) == golden["parameters"]
+    batch = as_batch(golden_sequences)
+    output = golden_model(batch.patches.long(), batch.masks)
+    assert output.loss.item() == pytest.approx(golden["loss"], abs=1e-4)
+    first, last = (golden[f"logits_{name}_first_8"] for name in ("first_target_position_0", "last_target_last_byte"))
+    assert torch.allclose(output.logits[0, 0, :8], torch.tensor(first), atol=1e-4)
+    assert torch.allclose(output.logits[-1, 15, :8], torch.tensor(last), atol=1e-4)
+    for sequence, loss in zip(golden_sequences, golden["loss_each_sequence_alone"], strict=True):
+        alone = as_batch([sequence])
+        flat = alone.patches.long().flatten(1)  # the published code's (B, P·S)
+        assert golden_model(flat, alone.masks).loss.item() == pytest.approx(loss, abs=1e-4)
+
+
+@torch.no_grad()
+def test_golden_class_logits(golden, golden_sequences):
+    sizes = golden["recipe"]["sizes"]
+    model = fill_by_recipe(
+        utils.bGPTForClassification(utils.make_configs(*(sizes[n] for n in TINY))[0], num_labels=5)
+    )
+    expected = torch.tensor(golden["classifier, 5 labels, weights by the same recipe, each sequence alone"])
+    for sequence, logits in zip(golden_sequences, expected, strict=True):
+        alone = as_batch([sequence])
+        assert torch.allclose(model(alone.patches.long())[0], logits, atol=1e-4)
+    batch = as_batch(golden_sequences)
+    assert torch.allclose(model(batch.patches.long(), batch.masks), expected, atol=1e-4)
+
+
+def test_published_constructors():
+    """Configurations as the published code writes them, without a patch_size of ours."""
+    patch_config = GPT2Config(num_hidden_layers=1, max_position_embeddings=8, hidden_size=64, n_head=1, vocab_size=1)
+    byte_config = GPT2Config(num_hidden_layers=1, max_position_embeddings=17, hidden_size=64, n_head=1, vocab_size=257)
+    before = patch_config.to_dict(), byte_config.to_dict()
+    model = utils.bGPTLMHeadModel(patch_config, byte_config)
+    assert model.patch_level_decoder.patch_embedding.weight.shape == (64, 16 * 257)
+    assert utils.bGPTForClassification(patch_config, 3).classifier.weight.shape == (3, 64)
+    assert (patch_config.to_dict(), byte_config.to_dict()) == before
+    with pytest.raises(ValueError, match="width"):
+        utils.bGPTLMHeadModel(patch_config, GPT2Config(n_positions=17, n_embd=128, n_head=2, n_layer=1, vocab_size=257))
+
+
+def test_attention_and_gelu_are_the_fused_ones(tiny_model):
+    for gpt2 in (tiny_model.patch_level_decoder.base, tiny_model.byte_level_decoder.base):
+        assert gpt2.config._attn_implementation == "sdpa"
+        assert gpt2.config.activation_function == "gelu_pytorch_tanh"
+
+
+@torch.no_grad()
+def test_embedding_is_the_product_with_the_one_hot(tiny_model):
+    patches = torch.randint(0, 257, (2, 5, 4))
+    one_hot = torch.nn.functional.one_hot(patches, 257).float().flatten(2)  # (B, P, S·V)
+    decoder = tiny_model.patch_level_decoder
+    assert torch.allclose(decoder.embed(patches), decoder.patch_embedding(one_hot), atol=1e-5)
+
+
+def test_embedding_gradient_is_that_of_the_product(tiny_model):
+    patches = torch.randint(0, 257, (2, 5, 4))
+    one_hot = torch.nn.functional.one_hot(patches, 257).float().flatten(2)
+    decoder = tiny_model.patch_level_decoder
+    gradients = []
+    for output in (decoder.embed(patches), decoder.patch_embedding(one_hot)):
+        gradients.append(torch.autograd.grad(output.square().sum(), decoder.patch_embedding.weight)[0])
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-4)
+    weight = decoder.patch_embedding.weight
+    assert weight.t().contiguous().data_ptr() == weight.data_ptr()  # the gather copies nothing
+
+
+@torch.no_grad()
+def test_causal_and_padding_change_nothing(tiny_model):
+    sequences = [utils.to_patches(bytes(range(n)), "x", 4) for n in (3, 40, 17)]
+    batch = as_batch(sequences)
+    before = batch.patches.clone(), batch.masks.clone()
+    together = tiny_model(batch.patches.long(), batch.masks)
+    assert torch.equal(batch.patches, before[0]) and torch.equal(batch.masks, before[1])
+    alone = [tiny_model(as_batch([s]).patches.long(), as_batch([s]).masks) for s in sequences]
+    assert torch.allclose(together.logits, torch.cat([output.logits for output in alone]), atol=1e-5)
+    assert together.nats.shape == (batch.num_targets(), 4)
+    assert together.loss.item() == pytest.approx(torch.cat([o.nats for o in alone]).mean().item(), abs=1e-5)
+    # a change in patch 6 leaves everything that was predicted before it as it was
+    changed = batch.patches.long()
+    changed[1, 6] = 7
+    outputs = [tiny_model.patch_level_decoder(p).last_hidden_state[1] for p in (batch.patches.long(), changed)]
+    assert torch.allclose(outputs[0][:6], outputs[1][:6], atol=1e-6) and not torch.allclose(outputs[0][6], outputs[1][6])
+
+
+@torch.no_grad()
+def test_classifier_does_not_see_padding_or_neighbours():
+    model = fill_by_recipe(utils.bGPTForClassification(utils.make_configs(4, 16, 64, 2, 1)[0], 3))
+    sequences = [utils.to_patches(bytes(range(n)), "x", 4) for n in (3, 40, 17)]
+    batch = as_batch(sequences)
+    together = model(batch.patches.long(), batch.masks)
+    alone = torch.cat([model(as_batch([sequence]).patches.long()) for sequence in sequences])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_too_many_patches(tiny_model):
+    with pytest.raises(ValueError, match="17 patches.* 16"):
+        tiny_model(torch.zeros(1, 17, 4, dtype=torch.int64), torch.ones(1, 17, dtype=torch.int64))
+
+
+def test_sampled_targets(tiny_model):
+    import numpy as np
+
+    batch = as_batch([utils.to_patches(bytes(n), "x", 4) for n in (3, 40, 17)])
+    every = batch.masks[:, 1:] == 1
+    assert torch.equal(utils.sample_targets(batch.masks, 0, np.random.default_rng(0)), every)
+    assert torch.equal(utils.sample_targets(batch.masks, 1000, np.random.default_rng(0)), every)
+    drawn = [utils.sample_targets(batch.masks, 5, np.random.default_rng(i)) for i in range(50)]
+    assert all(int(targets.sum()) == 5 and not (targets & ~every).any() for targets in drawn)
+    assert torch.equal(torch.stack(drawn).any(0), every)  # each has its chance
+    with torch.no_grad():
+        whole = tiny_model(batch.patches.long(), batch.masks).nats
+        part = tiny_model(batch.patches.long(), batch.masks, drawn[0]).nats
+    assert torch.allclose(part, whole[drawn[0][every]], atol=1e-5)
+
+
+@torch.no_grad()
+def test_bf16_agrees_with_float32(golden, golden_model, golden_sequences):
+    batch = as_batch(golden_sequences)
+    with utils.autocast(torch.device("cpu"), torch.bfloat16):
+        output = golden_model(batch.patches.long(), batch.masks)
+    assert output.loss.item() == pytest.approx(golden["loss"], rel=0.01)
+    assert output.loss.dtype == torch.float32
