@@ -309,7 +309,7 @@ def settle_sizes(args, folder):
 # ---------------------------------------------------------------------------------------------------------------
 
 STORED = ("num_registers", "memory_size", "num_min_program", "num_max_program", "num_train_instance",
-          "num_test_instance", "random_seed")  # fmt: skip
+          "num_test_instance", "random_seed")
 
 
 def draw(rng, count, args):
@@ -414,14 +414,14 @@ def claim(args, folders):
     other = [f"{name} {stored.get(name)}, not {options[name]}" for name in STORED if stored.get(name) != options[name]]
     if path and other:
         raise SystemExit(f"--dir_path {args.dir_path}: holds a data set with {', '.join(other)}; "
-                         "give another folder, or delete this one first")  # fmt: skip
+                         "give another folder, or delete this one first")
     leftovers = []
     for folder in folders:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not path and entry.name.endswith(".bin"):
                     raise SystemExit(f"--dir_path {args.dir_path}: {folder} already holds .bin files, and no cpu_states.json "
-                                     "says with which options; give another folder, or delete this one first")  # fmt: skip
+                                     "says with which options; give another folder, or delete this one first")
                 if entry.name.startswith(".part-"):
                     leftovers.append(entry.path)
     for leftover in leftovers:
@@ -447,7 +447,7 @@ def generate(args):
         os.close(lock)
     files = [sum(name.endswith(".bin") for name in os.listdir(folder)) for folder in folders]
     print(f"{args.dir_path}: {args.num_train_instance:,} training and {args.num_test_instance:,} test instances in "
-          f"{files[0]:,} + {files[1]:,} files (one program, one file), {seconds:.1f} s, {total / seconds:,.0f} instances/s")  # fmt: skip
+          f"{files[0]:,} + {files[1]:,} files (one program, one file), {seconds:.1f} s, {total / seconds:,.0f} instances/s")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -492,13 +492,13 @@ def describe(data, num_registers, memory_size):
     for i, state in enumerate(states):
         after = "initial" if i == 0 else f"fetched {assembly(int.from_bytes(state[2:6], 'little'))}"
         lines += ["", f"state {i}   {after if len(state) >= min(6, S) else ''}", heading(num_registers),
-                  row(state, states[i - 1] if i else state)]  # fmt: skip
+                  row(state, states[i - 1] if i else state)]
         if i and len(state) < S:
             wrong.append((len(data), f"the file ends inside state {i} ({len(state)} of {S} bytes)"))
     end = memory_size + S * (length + 1)
     if states and len(data) > end:
         wrong.append((end, f"the program's last state, {length}, ends here, the file only {len(data) - end:,} bytes later"))
-    elif len(states) <= length and (not states or len(states[-1]) == S):
+    elif 0 < len(states) <= length and len(states[-1]) == S:
         wrong.append((len(data), f"the file ends after state {len(states) - 1} of {length}"))
     return lines, sorted(wrong)
 
@@ -516,7 +516,7 @@ def translate(args):
         data = file.read()
     lines, wrong = describe(data, args.num_registers, args.memory_size)
     title = (f"{printable(args.states_path)}: {len(data):,} bytes, {args.num_registers} registers, "
-             f"{args.memory_size} bytes of memory; * marks what a step changed")  # fmt: skip
+             f"{args.memory_size} bytes of memory; * marks what a step changed")
     text = "\n".join([title, "", *lines, *(f"byte {byte}: {what}" for byte, what in wrong)]) + "\n"
     write_output(args.output_path, text)
     if not wrong:
@@ -547,10 +547,10 @@ def find_files(folder):
 
 
 def plausible(data, num_registers, memory_size):
-    """Whether the first two states of a file look as if its sizes were these."""
-    S = 6 + num_registers
-    first, second = data[memory_size : memory_size + S], data[memory_size + S : memory_size + 2 * S]
-    return len(second) == S and not first[0] and not any(first[2:6]) and second[2:6] == data[:4]
+    """Whether a file's initial state and the PC and IR of the one after it are where these sizes put them."""
+    first = data[memory_size : memory_size + 6]
+    second = data[memory_size + 6 + num_registers :][:6]
+    return len(second) == 6 and not (first[0] or any(first[2:])) and second[0] == 1 and second[2:] == data[:4]
 
 
 def new_tally(memory_size):
@@ -560,8 +560,8 @@ def new_tally(memory_size):
     return {
         "bytes": np.zeros(2, np.int64), "states": np.zeros(2, np.int64), "files": np.zeros(2, np.int64),
         "opcodes": np.zeros((len(NAMES) + 1, 6), np.int64), "positions": np.zeros((memory_size // 4, 4), np.int64),
-        "malformed": {}, "worst": [], "long_enough": 0, "others": collections.Counter(),
-    }  # fmt: skip
+        "malformed": {}, "worst": [], "long_enough": 0, "telling": 0, "others": collections.Counter(),
+    }
 
 
 def note(tally, reason, path, times=1):
@@ -581,6 +581,7 @@ def add(tally, other):
         mine["times"] += entry["times"]
     tally["worst"] = heapq.nsmallest(WORST, tally["worst"] + other["worst"], key=lambda w: (w["accuracy"], w["path"]))
     tally["long_enough"] += other["long_enough"]
+    tally["telling"] += other["telling"]
     tally["others"] += other["others"]
 
 
@@ -663,9 +664,12 @@ def evaluate_files(paths, num_registers, memory_size):
                 "expected": states[offsets[b] + wrong].tolist() if wrong < n else [],
                 "predicted": list(data[begin + wrong * S : begin + wrong * S + S]),
                 "after": assembly(int.from_bytes(states[offsets[b] + wrong - 1, 2:6].tobytes(), "little")) if wrong else "",
-            })  # fmt: skip
+            })
         # Would other sizes explain the length of the file and its first states, where these don't?
-        if halts[b] and not plausible(data, num_registers, memory_size):
+        if not halts[b] or n == 1:  # nothing can be told: no end, or zeros everywhere
+            continue
+        tally["telling"] += 1
+        if not plausible(data, num_registers, memory_size):
             registers, rest = divmod(size - memory_size, n + 1)
             if not rest and 1 <= registers - 6 <= 26 and plausible(data, registers - 6, memory_size):
                 tally["others"]["num_registers", registers - 6] += 1
@@ -679,9 +683,9 @@ def evaluate_files(paths, num_registers, memory_size):
 def check_sizes_fit(tally, args):
     """Refuse to score with sizes that the files were clearly not made with."""
     for (name, value), count in tally["others"].most_common(1):
-        if 2 * count > tally["long_enough"]:
+        if 2 * count > tally["telling"]:
             raise SystemExit(f"--{name} {getattr(args, name)}: does not fit the files in {args.dir_path}; "
-                             f"the lengths of {count:,} of {tally['files'][1]:,} say {value}")  # fmt: skip
+                             f"the lengths of {count:,} of {tally['files'][1]:,} say {value}")
 
 
 def share(right, total):
@@ -706,33 +710,33 @@ def report(tally, args):
         "dir_path": printable(args.dir_path), "num_registers": args.num_registers, "memory_size": args.memory_size,
         "byte_accuracy": share(*tally["bytes"]), "exact_states": share(*tally["states"]),
         "exact_files": share(*tally["files"]), "opcodes": {}, "positions": [], "worst_files": [], "malformed": {},
-    }  # fmt: skip
+    }
     lines = []
     for name, unit in (("byte_accuracy", "bytes"), ("exact_states", "states"), ("exact_files", "files")):
         part = found[name]
         interval = f"95 % interval {100 * part['low']:.2f} - {100 * part['high']:.2f} %, " if part["total"] else ""
         lines.append(f"{name.replace('_', ' '):<13} {percent(part['right'], part['total']):>6} %  "
-                     f"({interval}{part['right']:,} of {part['total']:,} {unit})")  # fmt: skip
+                     f"({interval}{part['right']:,} of {part['total']:,} {unit})")
 
     rows = []
     for name, (steps, size, good, exact, executed, done) in zip([*NAMES, "(malformed)"], tally["opcodes"].tolist()):
         if steps:
             found["opcodes"][name] = {"steps": steps, "executed": share(done, executed),
-                                      "byte_accuracy": share(good, size), "exact_states": share(exact, steps)}  # fmt: skip
+                                      "byte_accuracy": share(good, size), "exact_states": share(exact, steps)}
             rows.append((done / executed if executed else 2, good / size, f"{name:<12} {steps:>12,} {percent(done, executed):>10} "
-                         f"{percent(good, size):>8} {percent(exact, steps):>8}"))  # fmt: skip
+                         f"{percent(good, size):>8} {percent(exact, steps):>8}"))
     lines += ["", "opcodes, worst first: executed = ACC and registers right in the next state, of the steps that began with",
               "them right; bytes and states = right in the state that the step itself writes",
-              f"{'opcode':<12} {'steps':>12} {'executed %':>10} {'bytes %':>8} {'states %':>8}"]  # fmt: skip
+              f"{'opcode':<12} {'steps':>12} {'executed %':>10} {'bytes %':>8} {'states %':>8}"]
     lines += [line for *_, line in sorted(rows)]
 
     table = tally["positions"]
     for position, (steps, size, good, exact) in enumerate(table.tolist(), 1):
         if steps:
             found["positions"].append({"position": position, "states": steps, "byte_accuracy": share(good, size),
-                                       "exact_states": share(exact, steps)})  # fmt: skip
+                                       "exact_states": share(exact, steps)})
     lines += ["", "position in the program (state written by that step)",
-              f"{'position':<12} {'states':>12} {'':10} {'bytes %':>8} {'states %':>8}"]  # fmt: skip
+              f"{'position':<12} {'states':>12} {'':10} {'bytes %':>8} {'states %':>8}"]
     low = 1
     while low <= len(table) and table[low - 1, 0]:  # 1, 2, 3-4, 5-8, 9-16, …
         high = min(2 * (low - 1) or 1, len(table))
@@ -751,7 +755,7 @@ def report(tally, args):
         lines += [f"{printable(worst['path'])}: {100 * worst['accuracy']:.2f} % of its bytes right, {where}",
                   f"            {heading(args.num_registers)}",
                   f"  expected  {row(expected, expected) if expected else nothing}",
-                  f"  predicted {row(predicted, expected or [None] * len(predicted)) or 'nothing: the file has ended'}"]  # fmt: skip
+                  f"  predicted {row(predicted, expected or [None] * len(predicted)) or 'nothing: the file has ended'}"]
 
     if tally["malformed"]:
         lines += ["", "malformed"]
@@ -775,7 +779,7 @@ def evaluate(args):
         raise SystemExit(f"--dir_path {args.dir_path}: there are no .bin files in it")
     num_workers = available_cores() if len(paths) > SMALL else 0
     jobs = ((i, evaluate_files, paths[i * BATCH : (i + 1) * BATCH], args.num_registers, args.memory_size)
-            for i in range(math.ceil(len(paths) / BATCH)))  # fmt: skip
+            for i in range(math.ceil(len(paths) / BATCH)))
     tally = new_tally(args.memory_size)
     with tqdm(total=len(paths), unit=" files", unit_scale=True) as bar:
         with contextlib.closing(run_jobs(jobs, num_workers)) as results:
@@ -786,7 +790,7 @@ def evaluate(args):
     if not tally["long_enough"]:
         raise SystemExit(f"--dir_path {args.dir_path}: none of its {len(paths):,} .bin files has the {args.memory_size} + "
                          f"{6 + args.num_registers} bytes that --memory_size {args.memory_size} and --num_registers "
-                         f"{args.num_registers} ask for, e.g. {printable(paths[0])}")  # fmt: skip
+                         f"{args.num_registers} ask for, e.g. {printable(paths[0])}")
     lines, found = report(tally, args)
     if args.json:
         write_output(args.json, json.dumps(found, indent=1) + "\n")
@@ -855,10 +859,10 @@ def parse(argv):
                 wrong = wrong or f"--{name} {getattr(args, name)}: must be {value} or more"
         if args.num_max_program > room:
             wrong = wrong or (f"--num_max_program {args.num_max_program}: must be {room} or less, "
-                              f"the instructions that --memory_size {args.memory_size} holds")  # fmt: skip
+                              f"the instructions that --memory_size {args.memory_size} holds")
         if args.num_min_program > args.num_max_program:
             wrong = wrong or (f"--num_min_program {args.num_min_program}: must be 1 to --num_max_program, "
-                              f"which is {args.num_max_program}")  # fmt: skip
+                              f"which is {args.num_max_program}")
         if args.num_train_instance + args.num_test_instance == 0:
             wrong = wrong or "--num_train_instance 0 --num_test_instance 0: one of them must be 1 or more"
     if wrong:
@@ -874,8 +878,6 @@ def interrupt(*_):
 
 def main(argv=None):
     args = parse(argv)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupt)
     try:
         {"generate": generate, "translate": translate, "evaluate": evaluate}[args.mode](args)
     except KeyboardInterrupt:
@@ -891,4 +893,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+        signal.signal(signal.SIGINT, interrupt)
     sys.exit(main())

@@ -21,11 +21,13 @@ Nothing here reads config.py: sizes and settings are arguments.
 import contextlib
 import copy
 import dataclasses
+import itertools
 import os
 import re
 import shutil
 import sys
 import tempfile
+import warnings
 import zlib
 
 import numpy as np
@@ -753,7 +755,7 @@ def generate(model, prompts, batch_size, sampling, on_patches=None):
     prompts, rows = iter(prompts), []
     while True:
         # waiting prompts take free places, all in one pass
-        admitted = [_Row(prompt, size) for prompt, _ in zip(prompts, range(batch_size - len(rows)))]
+        admitted = [_Row(prompt, size) for prompt in itertools.islice(prompts, batch_size - len(rows))]
         if admitted:
             places = slice(len(rows), len(rows) + len(admitted))
             for place, row in enumerate(admitted, len(rows)):
@@ -875,7 +877,8 @@ def load_checkpoint(path, name):
         what = "is a folder" if os.path.isdir(path) else "does not exist"
         raise UserError(f"{name}: {path!r} {what}; it must be a checkpoint (.pth)")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # what the reader thinks of a file that is none
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its readers do: pickle, zip, end of file, key, type…
         if isinstance(error, OSError) and error.strerror:
             raise UserError(f"{name}: cannot read {path!r}: {error.strerror}") from None

@@ -1,5 +1,6 @@
 """What several test files share: the golden numbers, models that anyone can rebuild, and scripts run as a user runs them."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -41,6 +42,14 @@ def run_script(script, *arguments, cwd, env=None, timeout=240):
         text=True,
         timeout=timeout,
     )
+
+
+def load_script(name):
+    """Returns a script as a module, to call its functions."""
+    spec = importlib.util.spec_from_file_location(name.replace("-", "_"), ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def options(**constants):

@@ -1,8 +1,10 @@
 """cpu-simulation.py: the data set byte for byte, the machine against a plain second one, and what users do to it."""
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import random
@@ -42,11 +44,18 @@ def generate(folder, *arguments):
     return result
 
 
-def evaluate(folder, *arguments):
-    """The JSON and the printed text of an evaluation that must work."""
-    result = run(folder, "--mode", "evaluate", "--json", "found.json", *arguments)
-    assert result.returncode == 0, result.stderr
-    return json.loads((folder / "found.json").read_text()), result.stdout
+def evaluate(folder, *arguments, process=False):
+    """The JSON and the printed text of an evaluation that must work; without a process of its own, for the time it takes."""
+    options = ["--mode", "evaluate", "--json", "found.json", *map(str, arguments)]
+    if process:
+        result = run(folder, *options)
+        assert result.returncode == 0, result.stderr
+        text = result.stdout
+    else:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as screen:
+            assert cpu.main(options) == 0
+        text = screen.getvalue()
+    return json.loads((folder / "found.json").read_text()), text
 
 
 def mistake(folder, status, *arguments, **options):
@@ -354,7 +363,7 @@ PROGRAM = ["LOADI 9", "DIV A B", "ADD A B C", "HLT"]  # 4 states of 9 bytes afte
 
 def test_true_data_is_right_to_the_last_byte(tmp_path):
     generate(tmp_path, *SMALL)
-    found, text = evaluate(tmp_path)
+    found, text = evaluate(tmp_path, process=True)
     assert found["num_registers"] == 3 and found["memory_size"] == 64  # from cpu_states.json
     for name in ("byte_accuracy", "exact_states", "exact_files"):
         assert found[name]["share"] == 1 and found[name]["high"] == 1 and 0.9 < found[name]["low"] < 1
@@ -375,7 +384,7 @@ def test_more_files_than_one_process_takes(tmp_path):
         if i % 7 == 0:
             data[64 + 9 + 9 + 1] ^= 1  # ACC in the second state: the effect of LOADI
         one_file(tmp_path, bytes(data), f"{i}.bin")
-    found, _ = evaluate(tmp_path, *one_file(tmp_path, build([]), "z.bin"))
+    found, _ = evaluate(tmp_path, *one_file(tmp_path, build([]), "z.bin"), process=True)
     assert (found["exact_files"]["right"], found["exact_files"]["total"]) == (3001, 3501)
     assert (found["byte_accuracy"]["right"], found["byte_accuracy"]["total"]) == (3501 * 18 - 9 - 500, 3501 * 18 - 9)
     assert found["opcodes"]["LOADI"]["executed"]["right"] == 3000
@@ -578,9 +587,19 @@ def test_a_pipe_closed_early_is_no_error(tmp_path, mode):
     ("--mode generate --random_seed -1", "--random_seed -1: must be 0 or more"),
     ("--mode generate --num_train_instance 1e6", "--num_train_instance: invalid int value: '1e6'"),
 ])  # fmt: skip
-def test_wrong_arguments_are_one_line_and_status_2(tmp_path, arguments, words):
-    assert words in mistake(tmp_path, 2, *arguments.split())
+def test_wrong_arguments_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cpu.main(arguments.split())
+    assert stopped.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert words in line
     assert snapshot(tmp_path) == {} and not (tmp_path / "cpu_states").exists()
+
+
+def test_a_wrong_argument_as_a_user_sees_it(tmp_path):
+    assert "--num_registers 27: must be 1 to 26" in mistake(tmp_path, 2, "--mode", "generate", "--num_registers", 27)
+    assert snapshot(tmp_path) == {}
 
 
 def test_wrong_places_are_one_line_and_status_1(tmp_path):

@@ -1,0 +1,308 @@
+"""Sampling, cached generation, and inference.py as a user runs it."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, as_batch, fill_by_recipe, one_message, options, run_script
+
+import utils
+
+GREEDY = utils.Sampling(temperature=0)
+
+
+def continue_all(model, prompts, batch_size, sampling=GREEDY, seed=0):
+    """Returns the Continuations of prompts (arrays of symbols), in the order of the prompts."""
+    stream = (utils.Prompt(i, symbols, [seed, i]) for i, symbols in enumerate(prompts))
+    done = {continuation.key: continuation for continuation in utils.generate(model, stream, batch_size, sampling)}
+    return [done[i] for i in range(len(prompts))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stated_distribution(logits, top_k, top_p, temperature):
+    """The specification's rule for one row, in plain NumPy."""
+    p = np.exp(logits - logits.max())
+    p = p / p.sum()
+    ranked = sorted(range(len(p)), key=lambda i: (-p[i], i))
+    if top_k:
+        for i in ranked[top_k:]:
+            p[i] = 0
+        p = p / p.sum()
+    if top_p < 1:
+        kept, total = [], 0.0
+        for i in ranked:
+            kept.append(i)
+            total += p[i]
+            if total > top_p:
+                break
+        p = np.array([p[i] if i in kept else 0 for i in range(len(p))])
+        p = p / p.sum()
+    with np.errstate(divide="ignore"):
+        logs = np.log(p)
+    p = np.exp((logs - logs.max()) / temperature)
+    return p / p.sum()
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 2, 17, 257])
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 3.0])
+def test_distribution_is_the_stated_one(top_k, top_p, temperature):
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(12, 257)) * np.array([0.1, 1, 5, 30] * 3)[:, None]
+    logits[4:8] = np.round(logits[4:8])  # ties
+    logits[8:, 100:] = -np.inf  # zeros
+    logits[11] = 0.0
+    drawn = utils.filter_probabilities(torch.from_numpy(logits), utils.Sampling(top_k, top_p, temperature)).numpy()
+    for row, expected in zip(drawn, (stated_distribution(row, top_k, top_p, temperature) for row in logits)):
+        np.testing.assert_allclose(row, expected, atol=1e-9)
+
+
+def test_temperature_zero_is_the_most_likely():
+    logits = torch.randn(50, 257)
+    assert torch.equal(utils.sample_symbols(logits, GREEDY, torch.rand(50).double()), logits.argmax(-1))
+    filtered = utils.filter_probabilities(logits, GREEDY)
+    assert torch.equal(filtered.argmax(-1), logits.argmax(-1)) and (filtered.sum(-1) == 1).all()
+
+
+def test_drawn_symbols_follow_the_distribution():
+    """Chi-square with 10 symbols left: 9 degrees of freedom, 27.9 at one in a thousand."""
+    logits = torch.randn(1, 257, generator=torch.Generator().manual_seed(1)) * 2
+    sampling = utils.Sampling(top_k=10, temperature=1.5)
+    expected = utils.filter_probabilities(logits, sampling)[0] * 20000
+    uniforms = torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    counts = torch.bincount(utils.sample_symbols(logits.expand(20000, -1), sampling, uniforms), minlength=257)
+    kept = expected > 0
+    assert int(kept.sum()) == 10 and counts[~kept].sum() == 0
+    assert float(((counts - expected)[kept] ** 2 / expected[kept]).sum()) < 27.9
+
+
+def test_extreme_uniforms_never_draw_an_impossible_symbol():
+    logits = torch.full((2, 257), -torch.inf)
+    logits[:, 5], logits[:, 200] = 0.0, 0.0
+    drawn = utils.sample_symbols(logits, utils.Sampling(), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+    assert drawn.tolist() == [5, 200]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cached generation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def recompute_greedy(model, symbols, most):
+    """Greedy continuation with no cache, one prompt, everything recomputed for every symbol; at most `most` symbols."""
+    size, length = model.patch_level_decoder.patch_size, model.patch_level_decoder.config.n_positions
+    symbols, written = [int(symbol) for symbol in symbols], []
+    while len(symbols) < size * length and len(written) < most:
+        whole = len(symbols) // size
+        encoded = model.patch_level_decoder(torch.tensor([symbols[: whole * size]])).last_hidden_state[:, -1]
+        patch = symbols[whole * size :]
+        target = torch.tensor([patch + [0] * (size - len(patch))])
+        symbol = int(model.byte_level_decoder(encoded, target).logits[0, len(patch)].argmax())
+        if symbol == utils.END:
+            return written, False
+        written.append(symbol)
+        symbols.append(symbol)
+    return written, len(symbols) == size * length
+
+
+def test_golden_greedy_bytes(golden, golden_model, golden_sequences):
+    first = golden_sequences[0].reshape(-1)
+    prompts = [utils.extension_patch("mid", 16), first[:48], first[:37]]
+    for continuation, rows in zip(continue_all(golden_model, prompts, 3), golden["greedy"].values(), strict=True):
+        expected = sum(rows, [])
+        assert continuation.symbols[: len(expected)].tolist() == expected
+
+
+def ragged_prompts(size):
+    """Prompts that end in every place of a patch, short and long, also with 256 inside as in a conversion."""
+    random = np.random.default_rng(3)
+    lengths = [0, 1, size - 1, size, size + 1, 5 * size, 5 * size + 2, 9 * size + 1, 2, 14 * size + 3, 15 * size - 1]
+    prompts = [np.concatenate((utils.extension_patch("x", size), random.integers(0, 257, n))) for n in lengths]
+    return prompts
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_cached_batched_ragged_equals_recomputing_one_at_a_time(tiny_model, batch_size):
+    # raise the end symbol, so that some sequences end early and others take their places
+    with torch.no_grad():
+        tiny_model.byte_level_decoder.base.transformer.wte.weight[256] *= 1.6
+    prompts = ragged_prompts(4)
+    expected = [recompute_greedy(tiny_model, prompt, 1000) for prompt in prompts]
+    assert {cut_off for _, cut_off in expected} == {True, False}  # the test sees both ways to end
+    for continuation, (symbols, cut_off) in zip(continue_all(tiny_model, prompts, batch_size), expected, strict=True):
+        assert continuation.symbols.tolist() == symbols and continuation.cut_off == cut_off
+
+
+def test_golden_model_cached_equals_recomputed(golden_model):
+    prompts = [p for p in ragged_prompts(16)]
+    for continuation, prompt in zip(continue_all(golden_model, prompts, 4), prompts, strict=True):
+        symbols, _ = recompute_greedy(golden_model, prompt, 40)
+        assert continuation.symbols[:40].tolist() == symbols
+
+
+def test_samples_do_not_depend_on_the_batch(tiny_model):
+    prompts = ragged_prompts(4)
+    sampling = utils.Sampling(top_k=50, top_p=0.95, temperature=1.2)
+    runs = [continue_all(tiny_model, prompts, size, sampling) for size in (1, 3, 32)]
+    for run in runs[1:]:
+        assert [c.symbols.tolist() for c in run] == [c.symbols.tolist() for c in runs[0]]
+    other = continue_all(tiny_model, prompts, 3, sampling, seed=1)
+    assert [c.symbols.tolist() for c in other] != [c.symbols.tolist() for c in runs[0]]
+
+
+def test_first_symbol_is_drawn_from_the_models_own_distribution(tiny_model):
+    """4,000 samples from nothing against the uncached model, binned to 8 groups: chi-square, 7 degrees of freedom."""
+    prompt = utils.extension_patch("x", 4)
+    with torch.no_grad():
+        encoded = tiny_model.patch_level_decoder(torch.from_numpy(prompt).long()[None]).last_hidden_state[:, -1]
+        logits = tiny_model.byte_level_decoder(encoded, torch.zeros(1, 4, dtype=torch.int64)).logits[0, 0]
+    probabilities = torch.softmax(logits.double(), -1).numpy()
+    groups = np.minimum((np.cumsum(probabilities) * 8).astype(int), 7)
+    counts = np.zeros(8)
+    model = fill_by_recipe(utils.ModelSizes(4, 3, 64, 2, 1).build())  # room for two patches only, to be quick
+    with torch.no_grad():
+        model.load_state_dict({**tiny_model.state_dict(), "patch_level_decoder.base.wpe.weight": tiny_model.patch_level_decoder.base.wpe.weight[:3]})
+    for continuation in continue_all(model, [prompt] * 4000, 500, utils.Sampling()):
+        first = continuation.symbols[0] if len(continuation.symbols) else utils.END
+        counts[groups[first]] += 1
+    expected = np.bincount(groups, probabilities, 8) * 4000
+    assert ((counts - expected) ** 2 / expected).sum() < 24.3
+
+
+@torch.no_grad()
+def test_bf16_generation_agrees_with_float32(golden_model, golden_sequences):
+    """Steps of the cached bf16 model against the float32 reference, by the logits' size."""
+    half = fill_by_recipe(utils.ModelSizes(16, 64, 128, 2, 2).build()).to(torch.bfloat16)
+    patches = as_batch(golden_sequences[1:2]).patches.long()
+    outputs = []
+    for model in (golden_model, half):
+        decoder = model.patch_level_decoder
+        cache = utils.KVCache(decoder.base, 1)
+        utils.prefill_patches(decoder, cache, slice(0, 1), patches[:, :5])
+        outputs.append(utils.step_patches(decoder, cache, patches[:, 5], torch.tensor([5]), 6).float())
+    error = (outputs[0] - outputs[1]).norm() / outputs[0].norm()
+    assert 0 < error < 0.03
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# inference.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def infer(folder, **constants):
+    return run_script("inference.py", *options(**constants), cwd=folder)
+
+
+def test_generate(tmp_path, tiny_checkpoint):
+    done = infer(tmp_path, MODE="generate", TARGET_EXT="mid", NUM_SAMPLES=5, INFERENCE_BATCH_SIZE=2)
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (tmp_path / "output").iterdir())
+    assert len(names) == 5 and all(re.fullmatch(r"\d{8}-\d{6}-[1-5]\.mid", name) for name in names)
+    assert "5 files written to output" in done.stdout and "seed 0" in done.stdout
+    again = infer(tmp_path, MODE="generate", TARGET_EXT="mid", NUM_SAMPLES=5, OUTPUT_FOLDER="again")
+    assert again.returncode == 0
+    contents = [[path.read_bytes() for path in sorted((tmp_path / f).iterdir())] for f in ("output", "again")]
+    assert contents[0] == contents[1] and len(set(contents[0])) > 1  # the same seed, the same files
+
+
+def test_convert_and_complete(tmp_path, tiny_model, tiny_checkpoint):
+    (tmp_path / "input" / "sub").mkdir(parents=True)
+    files = {"a.abc": b"12345", "b.abc": b"", "sub/c.abc": b"x" * 8, "long.abc": b"y" * 57, "d.txt": b"not one of them"}
+    for name, content in files.items():
+        (tmp_path / "input" / name).write_bytes(content)
+    done = infer(tmp_path, MODE="convert", INPUT_EXT="abc", TARGET_EXT="mid", TEMPERATURE=0, OUTPUT_FOLDER="converted")
+    assert done.returncode == 1 and "Traceback" not in done.stderr  # one could not be done, the others are
+    assert "1 inputs could not be done" in done.stdout and "long.abc: too long" in done.stdout
+    written = {str(path.relative_to(tmp_path / "converted")) for path in (tmp_path / "converted").rglob("*.*")}
+    assert written == {"a.abc.mid", "b.abc.mid", "sub/c.abc.mid"}
+    for name in ("a.abc", "sub/c.abc"):
+        # [abc] content [mid], then what the model writes
+        prompt = np.concatenate((utils.to_patches(files[name], "abc", 4)[:-1].reshape(-1), utils.extension_patch("mid", 4)))
+        symbols, cut_off = recompute_greedy(tiny_model, prompt, 1000)
+        assert (tmp_path / "converted" / f"{name}.mid").read_bytes() == bytes(symbols)
+        assert (f"converted/{name}.mid" in done.stdout) == cut_off  # named in the summary if it was cut off
+
+    done = infer(tmp_path, MODE="complete", PROMPT_BYTES=6, TEMPERATURE=0, OUTPUT_FOLDER="completed")
+    assert done.returncode == 0, done.stderr
+    for name, content in files.items():
+        given = content[:6]
+        prompt = np.concatenate((utils.extension_patch(utils.extension_of(name), 4), np.frombuffer(given, np.uint8)))
+        symbols, _ = recompute_greedy(tiny_model, prompt, 1000)
+        assert (tmp_path / "completed" / name).read_bytes() == given + bytes(symbols), name
+
+
+def test_what_was_wrong_with_each_input_is_told(tmp_path, tiny_checkpoint):
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "fine.x").write_bytes(b"abc")
+    (tmp_path / "input" / "dead.x").symlink_to(tmp_path / "gone")
+    (tmp_path / "input" / "full.x").write_bytes(bytes(60))  # with its extension patch it fills all 16 patches of 4
+    done = infer(tmp_path, MODE="complete")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "2 inputs could not be done" in done.stdout
+    assert re.search(r"dead\.x: No such file", done.stdout) and "full.x: too long" in done.stdout
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["fine.x"]
+
+
+@pytest.mark.parametrize(
+    "constants, words",
+    [
+        ({"INFERENCE_WEIGHTS_PATH": "gone.pth"}, "INFERENCE_WEIGHTS_PATH: 'gone.pth' does not exist"),
+        ({"MODE": "convert"}, "INPUT_EXT is None"),
+        ({"MODE": "complete"}, "INPUT_FOLDER: 'input' does not exist"),
+        ({"MODE": "complete", "INPUT_FOLDER": "empty"}, "INPUT_FOLDER: no files in 'empty'"),
+        ({"MODE": "complete", "INPUT_FOLDER": "data", "INPUT_EXT": "mid"}, "INPUT_FOLDER: no files of INPUT_EXT 'mid'"),
+        ({"MODE": "complete", "INPUT_FOLDER": "data", "OUTPUT_FOLDER": "data"}, "OUTPUT_FOLDER: 'data' lies in INPUT_FOLDER"),
+        ({"OUTPUT_FOLDER": "data/a.x"}, "OUTPUT_FOLDER: cannot write"),
+        ({"INFERENCE_WEIGHTS_PATH": "cls.pth"}, "is a classifier"),
+    ],
+)
+def test_mistakes(tmp_path, monkeypatch, tiny_checkpoint, constants, words):
+    import config
+    from conftest import load_script
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.x").write_bytes(b"abc")
+    model = utils.bGPTForClassification(utils.make_configs(4, 16, 64, 2, 1)[0], 3)
+    torch.save({"model": model.state_dict()}, tmp_path / "cls.pth")
+    monkeypatch.chdir(tmp_path)
+    for name, value in constants.items():
+        monkeypatch.setattr(config, name, value)
+    with pytest.raises(utils.UserError, match=re.escape(words)):
+        load_script("inference").main()
+    assert (tmp_path / "data" / "a.x").read_bytes() == b"abc" and not (tmp_path / "output").exists()
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    message = one_message(infer(tmp_path))
+    assert message == "error: INFERENCE_WEIGHTS_PATH: 'weights.pth' does not exist; it must be a checkpoint (.pth)\n"
+
+
+def test_ctrl_c_leaves_whole_files_only(tmp_path):
+    model = fill_by_recipe(utils.ModelSizes(16, 512, 256, 4, 2).build())
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "inference.py"), *options(NUM_SAMPLES=10000, INFERENCE_BATCH_SIZE=2)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("output/*.bin")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in stderr and "stopped by Ctrl-C" in stderr
+    written = list((tmp_path / "output").iterdir())
+    assert f"{len(written)} files written" in stdout and all(path.suffix == ".bin" for path in written)

@@ -1,0 +1,295 @@
+"""train-gen.py as a user runs it: what it learns, logs, saves, goes on from, and refuses."""
+
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, as_batch, fill_by_recipe, load_script, one_message, options, run_script
+
+import config
+import utils
+
+
+@pytest.fixture()
+def folder(tmp_path):
+    """A working folder with ten training files of ragged lengths, some too long, and three evaluation files."""
+    random = np.random.default_rng(0)
+    for part, lengths in {"train": [0, 1, 3, 4, 5, 20, 33, 50, 200, 300], "eval": [7, 40, 100]}.items():
+        (tmp_path / part).mkdir()
+        for i, length in enumerate(lengths):
+            (tmp_path / part / f"{i}.bin").write_bytes(random.integers(0, 8, length).astype(np.uint8).tobytes())
+    return tmp_path
+
+
+SETTINGS = {**TINY, "TRAIN_FOLDERS": ["train"], "EVAL_FOLDERS": ["eval"], "BATCH_SIZE": 4, "NUM_EPOCHS": 2, "LEARNING_RATE": 1e-3}
+
+
+def train(folder, **changes):
+    return run_script("train-gen.py", *options(**{**SETTINGS, **changes}), cwd=folder)
+
+
+def log_entries(folder, name="logs.txt"):
+    """Returns the lines of a log as dicts of floats."""
+    return [
+        {key: float(value) for key, value in re.findall(r"(\w+) ([-\d.naif]+)", line)}
+        for line in (folder / name).read_text().splitlines()
+    ]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_a_run_logs_and_saves_what_it_says(folder):
+    done = train(folder)
+    assert done.returncode == 0, done.stderr
+    entries = log_entries(folder)
+    assert [entry["epoch"] for entry in entries] == [1, 2]
+    best, latest = load(folder / "weights.pth"), load(folder / "weights-last.pth")
+    for name in ("model", "optimizer", "lr_sched", "epoch", "best_epoch", "min_eval_loss"):
+        assert name in best and name in latest
+    assert latest["epoch"] == 2
+    assert best["min_eval_loss"] == pytest.approx(min(entry["eval_loss"] for entry in entries), abs=1e-4)
+    assert best["epoch"] == best["best_epoch"] == latest["best_epoch"]
+    for entry in entries:
+        assert f"epoch {entry['epoch']:.0f}  train_loss {entry['train_loss']:.4f}" in done.stdout
+
+    # the figures of the best model, stated once more: nats over every symbol of every target, bits over the content
+    model, _ = utils.load_model(str(folder / "weights.pth"), "WEIGHTS_PATH")
+    nats, bits, num_bytes = [], 0.0, 0
+    for path in utils.list_files([str(folder / "eval")], "EVAL_FOLDERS"):
+        with open(path, "rb") as file:
+            content = file.read()
+        patches = utils.to_patches(content, "bin", 4)[:16]
+        batch = as_batch([patches])
+        with torch.no_grad():
+            each = model.eval()(batch.patches.long(), batch.masks).nats.flatten().tolist()
+        nats += each
+        kept = min(len(content), 15 * 4)
+        bits += sum(each[: kept + 1]) / math.log(2)  # of a file that is cut there is no end symbol: one less below
+        num_bytes += kept
+    assert entries[int(best["epoch"]) - 1]["eval_loss"] == pytest.approx(sum(nats) / len(nats), abs=1e-4)
+    assert entries[int(best["epoch"]) - 1]["eval_bits_per_byte"] == pytest.approx(bits / num_bytes, abs=1e-3)
+
+
+def test_learning_rate_moves_as_the_schedule_says(folder):
+    """The rate of the very optimizer that steps, as its checkpoints show it after each epoch's three steps."""
+    for epochs, schedule, expected in [(20, "cosine", 0.0), (20, "constant", 1e-3)]:
+        weights = f"{schedule}.pth"
+        assert train(folder, NUM_EPOCHS=epochs, LR_SCHEDULE=schedule, WEIGHTS_PATH=weights).returncode == 0
+        assert load(folder / f"{schedule}-last.pth")["optimizer"]["param_groups"][0]["lr"] == pytest.approx(expected)
+    script = load_script("train-gen")
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=config.LEARNING_RATE)
+    scheduler = script.make_scheduler(optimizer, 100, steps_done=0)
+    rates, sizes = [], []
+    for _ in range(100):
+        parameter.grad = torch.ones(1)
+        before = parameter.item()
+        rates.append(optimizer.param_groups[0]["lr"] / config.LEARNING_RATE)
+        optimizer.step()
+        sizes.append(before - parameter.item())
+        scheduler.step()
+    warm_up = [i / 10 for i in range(10)]
+    cosine = [(1 + math.cos(math.pi * i / 90)) / 2 for i in range(90)]
+    assert rates == pytest.approx(warm_up + cosine)
+    assert sizes[10] > 5 * sizes[1] > 0 and sizes[99] < sizes[10] / 100  # and the steps that are made follow it
+
+
+def test_a_rerun_goes_on_after_the_last_epoch(folder):
+    """Two epochs and two more end with the very weights and figures of four at once, dropout and crops included."""
+    settings = {"LR_SCHEDULE": "constant", "BATCH_SIZE": 8}  # fewer than ten steps in all: no warm-up in either
+    assert train(folder, NUM_EPOCHS=4, WEIGHTS_PATH="a.pth", LOGS_PATH="a.txt", **settings).returncode == 0
+    for epochs in (2, 4):
+        done = train(folder, NUM_EPOCHS=epochs, WEIGHTS_PATH="b.pth", LOGS_PATH="b.txt", **settings)
+        assert done.returncode == 0, done.stderr
+    assert "goes on from b-last.pth after epoch 2 (step 4)" in done.stdout
+    assert (folder / "a.txt").read_text() == (folder / "b.txt").read_text()
+    whole, resumed = load(folder / "a-last.pth"), load(folder / "b-last.pth")
+    assert all(torch.equal(tensor, resumed["model"][name]) for name, tensor in whole["model"].items())
+    assert not list(folder.glob("*.bak"))  # the run's own files need no backup
+    again = train(folder, NUM_EPOCHS=4, WEIGHTS_PATH="b.pth", LOGS_PATH="b.txt", **settings)
+    assert again.returncode == 0 and "finished 4 of NUM_EPOCHS 4" in again.stdout
+    assert len(log_entries(folder, "b.txt")) == 4
+
+
+def test_micro_batches_change_nothing(folder):
+    """The loss is weighted by target patches: ragged micro-batches give the gradient of the whole batch."""
+    for steps in (1, 2, 4):
+        done = train(folder, ACCUMULATION_STEPS=steps, DROPOUT=0, WEIGHTS_PATH=f"{steps}.pth", LOGS_PATH=f"{steps}.txt")
+        assert done.returncode == 0, done.stderr
+    entries = [log_entries(folder, f"{steps}.txt") for steps in (1, 2, 4)]
+    assert entries[0] == [pytest.approx(entry, abs=2e-4) for entry in entries[1]]
+    assert entries[0] == [pytest.approx(entry, abs=2e-4) for entry in entries[2]]
+
+
+def test_overfits_eight_real_files_and_writes_them_again(tmp_path):
+    names = ["LICENSE", "config.py", "utils.py", "train-gen.py", "inference.py", "cpu-simulation.py", ".gitignore", "tests/data/cpu.json"]
+    (tmp_path / "train").mkdir()
+    files = {}
+    for i, name in enumerate(names):
+        files[f"{i}.{name.split('.')[-1]}"] = (ROOT / name).read_bytes()[40 : 200 + 17 * i]
+    for name, content in files.items():
+        (tmp_path / "train" / name).write_bytes(content)
+    sizes = {"PATCH_SIZE": 8, "PATCH_LENGTH": 48, "HIDDEN_SIZE": 128, "PATCH_NUM_LAYERS": 2, "BYTE_NUM_LAYERS": 1}
+    settings = {"LEARNING_RATE": 3e-3, "BATCH_SIZE": 8, "NUM_EPOCHS": 120, "DROPOUT": 0, "LR_SCHEDULE": "constant"}
+    done = train(tmp_path, **sizes, **settings, EVAL_FOLDERS=["train"])
+    assert done.returncode == 0, done.stderr
+    assert log_entries(tmp_path)[-1]["eval_bits_per_byte"] < 0.1
+    done = run_script(
+        "inference.py",
+        *options(MODE="complete", INPUT_FOLDER="train", PROMPT_BYTES=11, TEMPERATURE=0, INFERENCE_BATCH_SIZE=3),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    for name, content in files.items():
+        assert (tmp_path / "output" / name).read_bytes() == content, name
+
+
+def test_conversion_trains_both_ways(tmp_path):
+    (tmp_path / "pairs").mkdir()
+    for i in range(6):
+        (tmp_path / "pairs" / f"{i}.abc").write_bytes(bytes([i] * 5))
+        (tmp_path / "pairs" / f"{i}.mid").write_bytes(bytes([i + 100] * (9 if i < 5 else 90)))
+    settings = {"TRAIN_FOLDERS": ["pairs"], "EVAL_FOLDERS": [], "NUM_EPOCHS": 1}
+    for mode, count in (("abc->mid", 4), ("abc&mid", 8)):
+        done = train(tmp_path, **settings, CONVERSION_MODE=mode, WEIGHTS_PATH=f"{count}.pth")
+        assert done.returncode == 0, done.stderr
+        assert "TRAIN_FOLDERS: 1 of 6 pairs do not fit in PATCH_LENGTH 16 and are left out; PATCH_LENGTH 28 would keep" in done.stdout
+        assert f"{count} training and {count // 4} evaluation examples" in done.stdout
+
+
+def test_both_directions_of_a_pair_are_examples(monkeypatch):
+    script = load_script("train-gen")
+    monkeypatch.setattr(config, "CONVERSION_MODE", "abc&mid")
+    assert script.directed([("1.abc", "1.mid")]) == [("1.abc", "1.mid"), ("1.mid", "1.abc")]
+    monkeypatch.setattr(config, "CONVERSION_MODE", "abc->mid")
+    assert script.directed([("1.abc", "1.mid")]) == [("1.abc", "1.mid")]
+
+
+def test_weights_of_another_run_are_kept(folder):
+    for name in ("weights.pth", "weights-last.pth"):
+        torch.save({"model": {}, "note": name}, folder / name)
+    done = train(folder, NUM_EPOCHS=1, LOAD_FROM_CHECKPOINT=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("weights.pth", "weights-last.pth"):
+        assert load(folder / f"{name}.bak")["note"] == name
+        assert f"kept as {name}.bak" in done.stdout
+        assert load(folder / name)["epoch"] == 1
+
+
+def test_pre_trained_weights(folder):
+    model = fill_by_recipe(utils.ModelSizes(**TINY).build())
+    torch.save({"model": model.state_dict()}, folder / "pre.pth")
+    start = {"LOAD_FROM_PRE_CHECKPOINT": True, "PRE_WEIGHTS_PATH": "pre.pth", "LEARNING_RATE": 1e-12, "NUM_EPOCHS": 1}
+    done = train(folder, **start)
+    assert done.returncode == 0, done.stderr
+    trained = load(folder / "weights.pth")["model"]
+    assert all(torch.allclose(tensor, trained[name], atol=1e-6) for name, tensor in model.state_dict().items())
+    # and without the file it is an error, never a start from random weights
+    message = one_message(train(folder, **{**start, "PRE_WEIGHTS_PATH": "gone.pth"}, WEIGHTS_PATH="new.pth"))
+    assert "PRE_WEIGHTS_PATH: 'gone.pth' does not exist" in message
+    assert not (folder / "new.pth").exists()
+
+
+def test_patch_sampling_trains(folder):
+    done = train(folder, PATCH_SAMPLING_BATCH_SIZE=3, ACCUMULATION_STEPS=2, NUM_EPOCHS=3, NUM_WORKERS=2)
+    assert done.returncode == 0, done.stderr
+    losses = [entry["eval_loss"] for entry in log_entries(folder)]
+    assert losses[-1] < losses[0]
+
+
+def test_bf16_learns_like_fp32(folder):
+    for precision in ("fp32", "bf16"):
+        settings = {"PRECISION": precision, "WEIGHTS_PATH": f"{precision}.pth", "LOGS_PATH": f"{precision}.txt"}
+        assert train(folder, NUM_EPOCHS=6, LEARNING_RATE=3e-3, DROPOUT=0, **settings).returncode == 0
+    fp32, bf16 = ([entry["eval_loss"] for entry in log_entries(folder, f"{p}.txt")] for p in ("fp32", "bf16"))
+    assert fp32[-1] < fp32[0] and bf16 == pytest.approx(fp32, rel=0.01)
+
+
+def test_wandb(folder, tmp_path):
+    """Off: never imported. On: offline if it is told to, and with one line where nobody is logged in."""
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    (trap / "wandb.py").write_text("raise RuntimeError('wandb was imported')")
+    done = run_script("train-gen.py", *options(**SETTINGS), cwd=folder, env={"PYTHONPATH": str(trap)})
+    assert done.returncode == 0, done.stderr
+    home = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"), "XDG_CONFIG_HOME": str(tmp_path)}
+    on = options(**{**SETTINGS, "WANDB_LOG": True, "WEIGHTS_PATH": "on.pth", "NUM_EPOCHS": 1})
+    done = run_script("train-gen.py", *on, cwd=folder, env=home)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wandb: not logged in") == 1
+    assert list((folder / "wandb").glob("offline-run-*"))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"TRAIN_FOLDERS": ["cpu_states/train"]}, "cpu-simulation.py --mode generate"),
+        ({"TRAIN_FOLDERS": ["gone"]}, "TRAIN_FOLDERS: 'gone' does not exist"),
+        ({"TRAIN_FOLDERS": ["train/0.bin"]}, "TRAIN_FOLDERS: 'train/0.bin' is a file"),
+        ({"TRAIN_FOLDERS": ["empty"]}, "TRAIN_FOLDERS: no files"),
+        ({"EVAL_FOLDERS": ["gone"]}, "EVAL_FOLDERS: 'gone' does not exist"),
+        ({"CONVERSION_MODE": "abd->mid"}, "CONVERSION_MODE is 'abd->mid'"),
+        ({"PRECISION": "fp16"}, "PRECISION is 'fp16'"),
+        ({"LOGS_PATH": "train"}, "LOGS_PATH: 'train' is a folder"),
+        ({"LOGS_PATH": "train/0.bin/x/logs.txt"}, "LOGS_PATH: cannot write"),
+        ({"WEIGHTS_PATH": "train/0.bin/x.pth"}, "WEIGHTS_PATH: cannot write"),
+    ],
+)
+def test_mistakes(folder, monkeypatch, changes, words):
+    monkeypatch.chdir(folder)
+    (folder / "empty").mkdir()
+    for name, value in {**SETTINGS, **changes}.items():
+        monkeypatch.setattr(config, name, value)
+    if changes.get("PRECISION") == "fp16" and torch.cuda.is_available():
+        pytest.skip("fp16 is allowed here")
+    with pytest.raises(utils.UserError, match=re.escape(words)):
+        load_script("train-gen").main()
+    assert not list(folder.glob("*.pth"))
+
+
+def test_missing_data_is_one_message(tmp_path):
+    message = one_message(run_script("train-gen.py", cwd=tmp_path))
+    assert "python cpu-simulation.py --mode generate" in message and len(message.splitlines()) == 1
+
+
+def test_checkpoint_of_other_sizes_or_kind_is_left_alone(folder):
+    model = utils.bGPTForClassification(utils.make_configs(4, 16, 64, 2, 1)[0], 3)
+    torch.save({"model": model.state_dict(), "labels": {}}, folder / "cls.pth")
+    assert "is a classifier" in one_message(train(folder, WEIGHTS_PATH="cls.pth"))
+    torch.save({"model": utils.ModelSizes(**TINY).build().state_dict()}, folder / "gen.pth")
+    before = (folder / "gen.pth").read_bytes()
+    assert "set PATCH_NUM_LAYERS = 2 (now 3)" in one_message(train(folder, WEIGHTS_PATH="gen.pth", PATCH_NUM_LAYERS=3))
+    assert "not the state of a run" in one_message(train(folder, WEIGHTS_PATH="gen.pth"))
+    assert (folder / "gen.pth").read_bytes() == before
+
+
+def test_a_loss_that_is_no_number_stops_the_run(folder):
+    message = one_message(train(folder, LEARNING_RATE=1e30, NUM_EPOCHS=9, MAX_GRAD_NORM=0))
+    assert "the loss is" in message and "LEARNING_RATE" in message
+
+
+def test_ctrl_c_is_one_line_and_status_130(folder):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train-gen.py"), *options(**{**SETTINGS, "NUM_EPOCHS": 100000, "NUM_WORKERS": 1})],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "weights-last.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr and "stopped by Ctrl-C" in stderr
+    assert load(folder / "weights-last.pth")["epoch"] >= 1 and load(folder / "weights.pth")["epoch"] >= 1
+    assert not list(folder.glob(".*tmp"))
