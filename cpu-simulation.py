@@ -214,7 +214,8 @@ def run_jobs(jobs, num_workers):
                 pool.submit(os.getpid)
         for key, function, *arguments in jobs:
             pending.append(pools[key % num_workers].submit(function, *arguments))
-            while len(pending) > 4 * num_workers:  # as many as keep the workers busy: memory stays flat
+            # As many as keep the workers busy, and no more: memory stays flat.
+            while pending and (pending[0].done() or len(pending) > 4 * num_workers):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -110,7 +110,7 @@ class Totals:
         return self.counted_nats / math.log(2) / max(self.bytes, 1)
 
 
-def train_epoch(model, optimizer, scheduler, scaler, examples, epoch, device, dtype):
+def train_epoch(model, optimizer, scheduler, scaler, examples, epoch, device, dtype, check_interrupt):
     """Trains on every example once, in an order and with crops of its own; returns the epoch's Totals."""
     dataset = utils.ByteDataset(examples, config.PATCH_SIZE, config.PATCH_LENGTH, crop_seed=[config.SEED, epoch])
     rng = np.random.default_rng([config.SEED, epoch])
@@ -149,11 +149,12 @@ def train_epoch(model, optimizer, scheduler, scaler, examples, epoch, device, dt
             )
             scheduler.step()
             bar.update()
+            check_interrupt()
     return totals
 
 
 @torch.inference_mode()
-def evaluate(model, examples, epoch, device, dtype):
+def evaluate(model, examples, epoch, device, dtype, check_interrupt):
     """Returns the Totals over every evaluation example, each once; of longer files, over the head."""
     dataset = utils.ByteDataset(examples, config.PATCH_SIZE, config.PATCH_LENGTH)
     totals = Totals()
@@ -166,6 +167,7 @@ def evaluate(model, examples, epoch, device, dtype):
                 output = predict(model, batch, targets, device)
             totals.add(output, batch, targets)
             bar.update(len(batch.masks))
+            check_interrupt()
     return totals
 
 
@@ -263,8 +265,9 @@ def main():
     logger = utils.make_logger(config.WANDB_LOG, config.as_dict())
     for epoch in range(progress["epoch"] + 1, config.NUM_EPOCHS + 1):
         start = time.perf_counter()
-        train_totals = train_epoch(model, optimizer, scheduler, scaler, train, epoch, device, dtype)
-        eval_totals = evaluate(model, held_out, epoch, device, dtype)
+        with utils.delayed_interrupt() as check:
+            train_totals = train_epoch(model, optimizer, scheduler, scaler, train, epoch, device, dtype, check)
+            eval_totals = evaluate(model, held_out, epoch, device, dtype, check)
 
         progress["epoch"] = epoch
         is_best = eval_totals.loss < progress["min_eval_loss"]

@@ -21,10 +21,12 @@ Nothing here reads config.py: sizes and settings are arguments.
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
@@ -314,6 +316,8 @@ def batches(dataset, order, batch_size, num_workers=0, pin_memory=False):
         batch_sampler=[order[start : start + batch_size] for start in range(0, len(order), batch_size)],
         collate_fn=collate,
         num_workers=num_workers,
+        # Python 3.14 no longer forks by default, and every new worker would then import PyTorch again, each epoch
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         pin_memory=pin_memory,
     )
     for batch in loader:
@@ -1080,6 +1084,30 @@ def check_writable(path, name):
         raise UserError(f"{name}: {path!r} is a folder; it must be a file")
 
 
+@contextlib.contextmanager
+def delayed_interrupt():
+    """Lets the step in hand finish before Ctrl-C takes effect.
+
+    Yields a function to call between steps: it raises KeyboardInterrupt if there was a Ctrl-C. A second one acts at once.
+    """
+    received = []
+
+    def remember(number, frame):
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+
+    def check():
+        if received:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class NoLogger:
     """A logger that does nothing, in place of Weights & Biases when WANDB_LOG is False."""
 
@@ -1103,11 +1131,17 @@ def make_logger(enabled, settings):
         return NoLogger()
     import wandb  # here, so that nobody needs it who does not use it
 
-    mode = os.environ.get("WANDB_MODE")
-    if mode is None and wandb.api.api_key is None:
-        print("wandb: not logged in (`wandb login` does that); logging offline, to the folder wandb")
-        mode = "offline"
-    return wandb.init(project="bGPT", config=settings, mode=mode)
+    start = functools.partial(wandb.init, project="bGPT", config=settings)
+    if "WANDB_MODE" in os.environ:
+        return start()
+    try:
+        if wandb.api.api_key:
+            return start()
+        why = "not logged in (`wandb login` does that)"
+    except wandb.Error as error:  # no network, a wrong key
+        why = f"no connection ({error})"
+    print(f"wandb: {why}; this run is logged offline, in the folder wandb")
+    return start(mode="offline")
 
 
 def run_main(main):

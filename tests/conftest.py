@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -32,15 +35,40 @@ def fill_by_recipe(model):
     return model.eval()
 
 
+# Scripts run in processes of their own, forked from one that has imported PyTorch already: that takes seconds each time.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["torch", "transformers", "tqdm"])
+
+
+def _run_here(script, arguments, cwd, env, out, err):
+    """Turns the process it is called in into a run of a script."""
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY), descriptor)
+    os.chdir(cwd)
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    sys.argv = [str(ROOT / script), *arguments]
+    sys.path[0] = str(ROOT)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 def run_script(script, *arguments, cwd, env=None, timeout=240):
     """Runs a script of the repository in a folder; returns the finished process, with stdout and stderr as text."""
+    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+        arguments = [str(argument) for argument in arguments]
+        process = FORKSERVER.Process(target=_run_here, args=(script, arguments, cwd, env or {}, out.name, err.name))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{script} took over {timeout} s")
+        return subprocess.CompletedProcess(script, process.exitcode, out.read().decode(), err.read().decode())
+
+
+def run_fresh(script, *arguments, cwd, env):
+    """Like `run_script`, but in a new Python, which imports everything itself."""
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
+        [sys.executable, str(ROOT / script), *arguments], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True
     )
 
 

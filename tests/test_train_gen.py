@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, as_batch, fill_by_recipe, load_script, one_message, options, run_script
+from conftest import ROOT, TINY, as_batch, fill_by_recipe, load_script, one_message, options, run_fresh, run_script
 
 import config
 import utils
@@ -218,11 +218,11 @@ def test_wandb(folder, tmp_path):
     trap = tmp_path / "trap"
     trap.mkdir()
     (trap / "wandb.py").write_text("raise RuntimeError('wandb was imported')")
-    done = run_script("train-gen.py", *options(**SETTINGS), cwd=folder, env={"PYTHONPATH": str(trap)})
+    done = run_fresh("train-gen.py", *options(**SETTINGS), cwd=folder, env={"PYTHONPATH": str(trap)})
     assert done.returncode == 0, done.stderr
     home = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"), "XDG_CONFIG_HOME": str(tmp_path)}
     on = options(**{**SETTINGS, "WANDB_LOG": True, "WEIGHTS_PATH": "on.pth", "NUM_EPOCHS": 1})
-    done = run_script("train-gen.py", *on, cwd=folder, env=home)
+    done = run_fresh("train-gen.py", *on, cwd=folder, env=home)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wandb: not logged in") == 1
     assert list((folder / "wandb").glob("offline-run-*"))
