@@ -63,7 +63,7 @@ DROPOUT: float = 0.1
 PRECISION: str = "auto"
 # Processes that read training files beside the main one. 0 = the main process reads.
 NUM_WORKERS: int = 0
-# Decides every random number of a run. 0 or more.
+# Decides every random number of a run. From 0 to 2**63 - 1.
 SEED: int = 0
 # Go on from this run's own checkpoint, if there is one. True or False.
 LOAD_FROM_CHECKPOINT: bool = True
@@ -115,7 +115,7 @@ _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 _AT_LEAST = {
     1: "PATCH_SIZE BYTE_NUM_LAYERS PATCH_NUM_LAYERS NUM_EPOCHS BATCH_SIZE ACCUMULATION_STEPS NUM_SAMPLES "
        "INFERENCE_BATCH_SIZE",
-    0: "PATCH_SAMPLING_BATCH_SIZE MAX_GRAD_NORM NUM_WORKERS SEED PROMPT_BYTES TEMPERATURE",
+    0: "PATCH_SAMPLING_BATCH_SIZE MAX_GRAD_NORM NUM_WORKERS PROMPT_BYTES TEMPERATURE",
 }  # fmt: skip
 
 
@@ -143,10 +143,11 @@ def _legal_values():
         "DROPOUT": (lambda v: 0 <= v < 1, "from 0 to below 1"),
         "PRECISION": _one_of(_PRECISIONS),
         "CONVERSION_MODE": (
-            lambda v: v is None or re.fullmatch(r"[^.&>/\\\s-]+(->|&)[^.&>/\\\s-]+", v) is not None,
-            'None, or two extensions such as "abc->mid" (one direction) or "abc&mid" (both)',
+            lambda v: v is None or re.fullmatch(r"([^.&>/\\\s-]+)(->|&)(?!\1$)[^.&>/\\\s-]+", v) is not None,
+            'None, or two different extensions such as "abc->mid" (one direction) or "abc&mid" (both)',
         ),
         "MODE": _one_of(_MODES),
+        "SEED": (lambda v: 0 <= v < 2**63, "from 0 to 2**63 - 1"),
         "TOP_K": (lambda v: 0 <= v <= 257, "from 0 (all) to 257"),
         "TOP_P": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     }

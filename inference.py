@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import errno
 import os
 import sys
 import time
@@ -33,7 +34,9 @@ class Output:
 
 def new_prompts(patch_size):
     """Yields the Prompts of NUM_SAMPLES files of TARGET_EXT from nothing, named YYYYmmdd-HHMMSS-i.ext."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    taken = {name[:15] for name in os.listdir(config.OUTPUT_FOLDER)}
+    while (stamp := time.strftime("%Y%m%d-%H%M%S")) in taken:  # another run of this very second
+        time.sleep(0.1)
     suffix = f".{config.TARGET_EXT}" if config.TARGET_EXT else ""
     symbols = utils.extension_patch(config.TARGET_EXT, patch_size)
     for i in range(1, config.NUM_SAMPLES + 1):
@@ -101,7 +104,7 @@ def summarize(num_written, cut_off, failed, patch_length):
         print(f"{len(cut_off)} of them cut off, since the model's {patch_length} patches (PATCH_LENGTH) were full:")
         print("\n".join(f"  {path}" for path in cut_off))
     if failed:
-        print(f"{len(failed)} inputs could not be done:")
+        print(f"{len(failed)} could not be done:")
         print("\n".join(f"  {path}: {why}" for path, why in failed))
 
 
@@ -132,9 +135,15 @@ def main():
             steps = utils.generate(model, prompts, batch_size, sampling, lambda patches: bar.update(patches * patch_size))
             for continuation in steps:
                 output = continuation.key
-                os.makedirs(os.path.dirname(output.path), exist_ok=True)
-                with utils.replacing(output.path) as file:
-                    file.write(output.prefix + utils.to_content(continuation.symbols))
+                try:
+                    os.makedirs(os.path.dirname(output.path), exist_ok=True)
+                    with utils.replacing(output.path) as file:
+                        file.write(output.prefix + utils.to_content(continuation.symbols))
+                except OSError as error:
+                    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # nor will the others fit
+                        raise
+                    failed.append((output.path, error.strerror))
+                    continue
                 written.append(output.path)
                 if continuation.cut_off:
                     cut_off.append(output.path)

@@ -43,6 +43,9 @@ def find_examples():
     if not held_out:
         train, held_out = utils.hold_out(train, config.EVAL_SPLIT, config.SEED)
         print(f"EVAL_FOLDERS holds none: {len(held_out)} of the training examples are held out for evaluation")
+    shared = len(set(train) & set(held_out))
+    if shared:
+        print(f"{shared} evaluation examples are training examples too: their eval_loss says nothing about unseen files")
     return directed(train), directed(held_out)
 
 
@@ -57,6 +60,9 @@ def group_files(folders, name):
             f"{name}: CONVERSION_MODE is {config.CONVERSION_MODE!r}, but among {len(files)} files no two of those "
             "extensions share a folder and a stem"
         )
+    paired = {path for pair in pairs for path in pair}
+    if len(paired) < len(files):
+        print(f"{name}: {len(files) - len(paired)} of {len(files)} files are in no pair and are left out")
     fitting, longest = utils.fitting_pairs(pairs, config.PATCH_SIZE, config.PATCH_LENGTH)
     if len(fitting) < len(pairs):
         message = (
@@ -99,6 +105,14 @@ class Totals:
         self.counted_nats += both[1]
         self.bytes += int(counted_bytes.sum())
 
+    def check(self, epoch):
+        """Raises UserError if a loss was no number, before such a model is saved."""
+        if not math.isfinite(self.nats):
+            raise utils.UserError(
+                f"the loss is {self.nats} in epoch {epoch}; the checkpoints are those of the epoch before. "
+                "Try a lower LEARNING_RATE, MAX_GRAD_NORM 1.0 or PRECISION fp32"
+            )
+
     @property
     def loss(self):
         """Mean cross-entropy over all symbols of all targets, nats per symbol: the published measure."""
@@ -130,11 +144,7 @@ def train_epoch(model, optimizer, scheduler, scaler, examples, epoch, device, dt
                 # each micro-batch counts by its share of the step's target patches
                 scaler.scale(output.loss * (int(chosen.sum()) / num_targets)).backward()
                 totals.add(output, micro, chosen)
-            if not math.isfinite(totals.nats):
-                raise utils.UserError(
-                    f"the loss is {totals.nats} in epoch {epoch}; the checkpoints are those of the epoch before. "
-                    "Try a lower LEARNING_RATE, MAX_GRAD_NORM 1.0 or PRECISION fp32"
-                )
+            totals.check(epoch)
             if config.MAX_GRAD_NORM:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.MAX_GRAD_NORM)
@@ -168,6 +178,7 @@ def evaluate(model, examples, epoch, device, dtype, check_interrupt):
             totals.add(output, batch, targets)
             bar.update(len(batch.masks))
             check_interrupt()
+    totals.check(epoch)
     return totals
 
 
@@ -195,20 +206,24 @@ def load_own(model, optimizer, wanted):
         return None, []
     checkpoint = load_weights(model, path, "WEIGHTS_PATH", wanted)
     try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        steps, epoch, best = checkpoint["lr_sched"]["last_epoch"], checkpoint["epoch"], checkpoint["min_eval_loss"]
-        print(f"goes on from {path} after epoch {epoch} (step {steps}); best eval_loss so far {best:.4f}")
-    except (KeyError, ValueError, TypeError) as error:
+        epoch, best = checkpoint["epoch"], checkpoint["min_eval_loss"]
+        if type(epoch) is not int or epoch < 0 or not isinstance(best, (int, float)) or math.isnan(best):
+            raise TypeError("epoch or min_eval_loss is no number")
+        utils.load_optimizer(optimizer, checkpoint["optimizer"])
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise utils.UserError(
             f"WEIGHTS_PATH: {path!r} holds a model, but not the state of a run to go on from ({error!r}). To start from its "
             "weights, set PRE_WEIGHTS_PATH to it, LOAD_FROM_PRE_CHECKPOINT to True and LOAD_FROM_CHECKPOINT to False"
         ) from None
-    paths = [path]
-    if path == latest and os.path.exists(config.WEIGHTS_PATH):
+    print(f"goes on from {path} after epoch {epoch}; best eval_loss so far {best:.4f}")
+    paths, run_id = [path], checkpoint.get("run_id")
+    if path == latest:
         with contextlib.suppress(utils.UserError):  # a best model that cannot be read is not this run's
-            best_of = utils.load_checkpoint(config.WEIGHTS_PATH, "WEIGHTS_PATH")
-            if best_of.get("run_id") == checkpoint.get("run_id"):
+            if run_id is not None and utils.load_checkpoint(config.WEIGHTS_PATH, "WEIGHTS_PATH").get("run_id") == run_id:
                 paths.append(config.WEIGHTS_PATH)
+        if config.WEIGHTS_PATH not in paths:
+            print(f"the best model of this run is not at {config.WEIGHTS_PATH}: the next epoch counts as the best so far")
+            checkpoint |= {"best_epoch": 0, "min_eval_loss": math.inf}
     return checkpoint, paths
 
 
@@ -237,6 +252,7 @@ def main():
     train, held_out = find_examples()
     utils.check_writable(config.LOGS_PATH, "LOGS_PATH")
     utils.check_writable(config.WEIGHTS_PATH, "WEIGHTS_PATH")
+    utils.check_writable(utils.latest_path(config.WEIGHTS_PATH), "WEIGHTS_PATH")
 
     wanted = utils.ModelSizes(
         config.PATCH_SIZE, config.PATCH_LENGTH, config.HIDDEN_SIZE, config.PATCH_NUM_LAYERS, config.BYTE_NUM_LAYERS
@@ -246,22 +262,23 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.LEARNING_RATE, fused=True)
     checkpoint, own_paths = load_own(model, optimizer, wanted) if config.LOAD_FROM_CHECKPOINT else (None, [])
     if checkpoint is None:
-        checkpoint = {"run_id": os.urandom(8).hex(), "epoch": 0, "best_epoch": 0, "min_eval_loss": math.inf}
+        checkpoint = {"epoch": 0, "best_epoch": 0, "min_eval_loss": math.inf}
         if config.LOAD_FROM_PRE_CHECKPOINT:
             load_weights(model, config.PRE_WEIGHTS_PATH, "PRE_WEIGHTS_PATH", wanted)
         print(f"a new run, from {config.PRE_WEIGHTS_PATH if config.LOAD_FROM_PRE_CHECKPOINT else 'random weights'}")
     steps_per_epoch = math.ceil(len(train) / config.BATCH_SIZE)
-    steps_done = checkpoint["lr_sched"]["last_epoch"] if "lr_sched" in checkpoint else 0
-    scheduler = make_scheduler(optimizer, config.NUM_EPOCHS * steps_per_epoch, steps_done)
+    # by epochs, not by the steps that were counted: other data or another BATCH_SIZE have other steps in an epoch
+    scheduler = make_scheduler(optimizer, config.NUM_EPOCHS * steps_per_epoch, checkpoint["epoch"] * steps_per_epoch)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if checkpoint.get("scaler"):
+    if isinstance(checkpoint.get("scaler"), dict) and checkpoint["scaler"]:
         scaler.load_state_dict(checkpoint["scaler"])
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {dtype} on {device}, seed {config.SEED}; "
         f"{len(train)} training and {len(held_out)} evaluation examples, {steps_per_epoch} steps an epoch"
     )
 
-    progress = {name: checkpoint.get(name) for name in ("run_id", "epoch", "best_epoch", "min_eval_loss")}
+    progress = {name: checkpoint.get(name, 0) for name in ("epoch", "best_epoch", "min_eval_loss")}
+    progress["run_id"] = checkpoint.get("run_id") or os.urandom(8).hex()
     logger = utils.make_logger(config.WANDB_LOG, config.as_dict())
     for epoch in range(progress["epoch"] + 1, config.NUM_EPOCHS + 1):
         start = time.perf_counter()

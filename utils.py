@@ -265,14 +265,6 @@ class Batch:
     masks: torch.Tensor  # int64 (B, P), 1 at real patches
     counted: torch.Tensor  # bool (B, P, S), true at the symbols that bits per byte are counted over
 
-    def num_targets(self):
-        """Returns N, the number of patches that are predicted: all real ones but the first of each sequence."""
-        return int(self.masks[:, 1:].sum())
-
-    def num_bytes(self):
-        """Returns the number of content bytes that are predicted."""
-        return int((self.counted & (self.patches != END)).sum())
-
     def split(self, parts):
         """Returns at most `parts` batches of as many sequences each, every one cut to its own longest sequence."""
         size = -(-len(self.masks) // parts)
@@ -831,8 +823,8 @@ def replacing(path):
 
     At any moment the path holds the whole old file or the whole new one. After an error nothing is left beside it.
     """
-    folder, name = os.path.split(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(prefix=f".{name[:100]}.", suffix=".tmp", dir=folder)
+    folder = os.path.dirname(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(prefix=".bgpt-", suffix=".tmp", dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -892,10 +884,17 @@ def load_checkpoint(path, name):
             why = "it is damaged, cut short, or no checkpoint at all"
         raise UserError(f"{name}: cannot load {path!r}: {why}") from None
     state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{name}: {path!r} holds no bGPT checkpoint: its 'model' should be a dict of tensors")
+    if not isinstance(state, dict) or not all(isinstance(key, str) and _is_whole(state[key]) for key in state):
+        raise UserError(f"{name}: {path!r} holds no bGPT checkpoint: its 'model' should be a dict of dense tensors")
     checkpoint["model"] = {key: value for key, value in state.items() if not re.search(r"\.attn\.(masked_)?bias$", key)}
     return checkpoint
+
+
+def _is_whole(value):
+    """Returns whether a value is a plain tensor whose numbers are all there; a few bytes can claim any shape."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return value.untyped_storage().nbytes() >= value.numel() * value.element_size() and not value.is_complex()
 
 
 @dataclasses.dataclass
@@ -932,10 +931,10 @@ def model_sizes(state, where):
         return state[key].shape
 
     def layers(prefix):
-        found = {int(m[1]) for m in (re.match(rf"{re.escape(prefix)}\.h\.(\d+)\.", key) for key in state) if m}
-        if not found:
-            raise UserError(f"{where}: it holds no layers {prefix}.h.0, so the model's sizes are unknown")
-        return max(found) + 1
+        found = {m[1] for m in (re.match(rf"{re.escape(prefix)}\.h\.(\d+)\.", key) for key in state) if m}
+        if not found or found != {str(layer) for layer in range(len(found))}:
+            raise UserError(f"{where}: its layers should be {prefix}.h.0, .h.1 and so on, without gaps")
+        return len(found)
 
     width, inputs = shape("patch_level_decoder.patch_embedding.weight")
     if inputs % NUM_SYMBOLS or inputs == 0 or width % HEAD_SIZE or width == 0:
@@ -952,6 +951,8 @@ def model_sizes(state, where):
         sizes.num_labels = shape("classifier.weight")[0]
     else:
         sizes.BYTE_NUM_LAYERS = layers("byte_level_decoder.base.transformer")
+    if sizes.PATCH_LENGTH < 2 or sizes.num_labels == 0:
+        raise UserError(f"{where}: {sizes.PATCH_LENGTH} patch positions and {sizes.num_labels} labels make no model")
     return sizes
 
 
@@ -974,9 +975,24 @@ def load_weights(model, state, where):
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
+    wrong += [f"{key} holds values that are no numbers" for key in own if key in state and not state[key].isfinite().all()]
     if wrong:
         raise UserError(f"{where} does not fit the model:\n  " + "\n  ".join(wrong))
     model.load_state_dict(state)
+
+
+def load_optimizer(optimizer, state):
+    """Loads an AdamW's state; raises ValueError or TypeError if it is none for its parameters, before it is used.
+
+    The fused step trusts the shapes that it is given.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if not _is_whole(values[name].cpu()) or values[name].shape != parameter.shape:
+                raise ValueError(f"optimizer: an {name} is not {tuple(parameter.shape)}")
+        if torch.as_tensor(values["step"]).numel() != 1:
+            raise ValueError("optimizer: a step is not one number")
 
 
 def load_model(path, name, dropout=0.1):
@@ -1082,6 +1098,8 @@ def check_writable(path, name):
     make_folder(os.path.dirname(path) or ".", name)
     if os.path.isdir(path):
         raise UserError(f"{name}: {path!r} is a folder; it must be a file")
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        raise UserError(f"{name}: {path!r} is read-only")
 
 
 @contextlib.contextmanager
@@ -1132,14 +1150,12 @@ def make_logger(enabled, settings):
     import wandb  # here, so that nobody needs it who does not use it
 
     start = functools.partial(wandb.init, project="bGPT", config=settings)
-    if "WANDB_MODE" in os.environ:
-        return start()
     try:
-        if wandb.api.api_key:
+        if "WANDB_MODE" in os.environ or wandb.api.api_key:
             return start()
         why = "not logged in (`wandb login` does that)"
-    except wandb.Error as error:  # no network, a wrong key
-        why = f"no connection ({error})"
+    except (wandb.Error, ValueError) as error:  # no network, a wrong key, a WANDB_MODE that is none
+        why = f"cannot start ({' '.join(str(error).split())})"
     print(f"wandb: {why}; this run is logged offline, in the folder wandb")
     return start(mode="offline")
 
@@ -1152,6 +1168,9 @@ def run_main(main):
         sys.exit(main())
     except (UserError, OSError) as error:
         message, status = f"error: {error}", 1
+    except torch.OutOfMemoryError:
+        message = "error: the GPU's memory is full: lower BATCH_SIZE or INFERENCE_BATCH_SIZE, or raise ACCUMULATION_STEPS"
+        status = 1
     except KeyboardInterrupt:
         message, status = "stopped by Ctrl-C", 130
     print(message, file=sys.stderr)

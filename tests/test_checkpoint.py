@@ -62,7 +62,7 @@ def test_training_goes_on_from_the_published_layout(tmp_path, golden, golden_mod
     )
     done = run_script("train-gen.py", *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "goes on from weights.pth after epoch 1 (step 7)" in done.stdout
+    assert "goes on from weights.pth after epoch 1;" in done.stdout
     assert torch.load(tmp_path / "weights-last.pth", weights_only=True)["epoch"] == 2
 
 
@@ -94,6 +94,13 @@ def broken_checkpoints(folder, model):
     torch.save([1, 2], folder / "list.pth")
     torch.save({"model": {"a": 3}}, folder / "numbers.pth")
     torch.save({"model": {}}, folder / "nothing.pth")
+    torch.save({"model": {0: torch.zeros(1)}}, folder / "keys.pth")
+    torch.save({"model": {**state, "x": torch.zeros(3).to_sparse()}}, folder / "sparse.pth")
+    wpe = "patch_level_decoder.base.wpe.weight"
+    torch.save({"model": {**state, wpe: torch.zeros(1, 64).expand(10**13, 64)}}, folder / "vast.pth")
+    torch.save({"model": {**state, wpe: torch.zeros(0, 64)}}, folder / "flat.pth")
+    torch.save({"model": {**state, "patch_level_decoder.base.h.100000000.x": torch.zeros(1)}}, folder / "deep.pth")
+    torch.save({"model": {**state, "patch_level_decoder.base.ln_f.bias": torch.full((64,), torch.nan)}}, folder / "nan.pth")
     torch.save({"model": {**state, "extra.weight": torch.zeros(1)}}, folder / "extra.pth")
     missing = dict(state)
     del missing["patch_level_decoder.base.h.1.mlp.c_fc.bias"]
@@ -109,6 +116,12 @@ def broken_checkpoints(folder, model):
         ("text.pth", "no checkpoint|refused"),
         ("list.pth", "holds no bGPT checkpoint"),
         ("numbers.pth", "holds no bGPT checkpoint"),
+        ("keys.pth", "holds no bGPT checkpoint"),
+        ("sparse.pth", "holds no bGPT checkpoint"),
+        ("vast.pth", "holds no bGPT checkpoint"),
+        ("flat.pth", "0 patch positions"),
+        ("deep.pth", "without gaps"),
+        ("nan.pth", "ln_f.bias holds values that are no numbers"),
         ("nothing.pth", "patch_embedding.weight is missing"),
         ("extra.pth", "extra.weight is unknown"),
         ("missing.pth", "h.1.mlp.c_fc.bias is missing"),

@@ -57,6 +57,8 @@ def test_values_of_every_type():
         ("--TOP_K 258", "TOP_K"),
         ("--TEMPERATURE -1", "TEMPERATURE"),
         ("--SEED -1", "SEED"),
+        ("--SEED 99999999999999999999", "SEED"),
+        ("--CONVERSION_MODE abc->abc", "CONVERSION_MODE.*different"),
         ("--MODE invent", "MODE is 'invent'.*generate, convert, complete"),
         ("--PRECISION fp8", "PRECISION.*bf16"),
         ("--LR_SCHEDULE linear", "LR_SCHEDULE.*cosine"),

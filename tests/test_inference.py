@@ -222,7 +222,7 @@ def test_convert_and_complete(tmp_path, tiny_model, tiny_checkpoint):
         (tmp_path / "input" / name).write_bytes(content)
     done = infer(tmp_path, MODE="convert", INPUT_EXT="abc", TARGET_EXT="mid", TEMPERATURE=0, OUTPUT_FOLDER="converted")
     assert done.returncode == 1 and "Traceback" not in done.stderr  # one could not be done, the others are
-    assert "1 inputs could not be done" in done.stdout and "long.abc: too long" in done.stdout
+    assert "1 could not be done" in done.stdout and "long.abc: too long" in done.stdout
     written = {str(path.relative_to(tmp_path / "converted")) for path in (tmp_path / "converted").rglob("*.*")}
     assert written == {"a.abc.mid", "b.abc.mid", "sub/c.abc.mid"}
     for name in ("a.abc", "sub/c.abc"):
@@ -245,12 +245,15 @@ def test_what_was_wrong_with_each_input_is_told(tmp_path, tiny_checkpoint):
     (tmp_path / "input").mkdir()
     (tmp_path / "input" / "fine.x").write_bytes(b"abc")
     (tmp_path / "input" / "dead.x").symlink_to(tmp_path / "gone")
+    (tmp_path / "input" / "taken.x").write_bytes(b"abd")
+    (tmp_path / "output" / "taken.x").mkdir(parents=True)  # the output cannot be written; the others are
+    (tmp_path / "input" / ("字" * 80 + ".x")).write_bytes(b"abc")
     (tmp_path / "input" / "full.x").write_bytes(bytes(60))  # with its extension patch it fills all 16 patches of 4
     done = infer(tmp_path, MODE="complete")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "2 inputs could not be done" in done.stdout
+    assert "3 could not be done" in done.stdout
     assert re.search(r"dead\.x: No such file", done.stdout) and "full.x: too long" in done.stdout
-    assert [path.name for path in (tmp_path / "output").iterdir()] == ["fine.x"]
+    assert {path.name for path in (tmp_path / "output").iterdir() if path.is_file()} == {"fine.x", "字" * 80 + ".x"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """train-gen.py as a user runs it: what it learns, logs, saves, goes on from, and refuses."""
 
+import copy
 import math
 import re
 import signal
@@ -109,7 +110,7 @@ def test_a_rerun_goes_on_after_the_last_epoch(folder):
     for epochs in (2, 4):
         done = train(folder, NUM_EPOCHS=epochs, WEIGHTS_PATH="b.pth", LOGS_PATH="b.txt", **settings)
         assert done.returncode == 0, done.stderr
-    assert "goes on from b-last.pth after epoch 2 (step 4)" in done.stdout
+    assert "goes on from b-last.pth after epoch 2;" in done.stdout
     assert (folder / "a.txt").read_text() == (folder / "b.txt").read_text()
     whole, resumed = load(folder / "a-last.pth"), load(folder / "b-last.pth")
     assert all(torch.equal(tensor, resumed["model"][name]) for name, tensor in whole["model"].items())
@@ -269,6 +270,48 @@ def test_checkpoint_of_other_sizes_or_kind_is_left_alone(folder):
     assert "set PATCH_NUM_LAYERS = 2 (now 3)" in one_message(train(folder, WEIGHTS_PATH="gen.pth", PATCH_NUM_LAYERS=3))
     assert "not the state of a run" in one_message(train(folder, WEIGHTS_PATH="gen.pth"))
     assert (folder / "gen.pth").read_bytes() == before
+
+
+def test_a_damaged_state_is_refused(folder):
+    """The fused optimizer step would read past the end of moments that are too small."""
+    assert train(folder, NUM_EPOCHS=1).returncode == 0
+    whole = load(folder / "weights-last.pth")
+    for number, damage in enumerate(
+        [
+            lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+            lambda c: c.update(optimizer=5),
+            lambda c: c.update(epoch="2"),
+            lambda c: c.update(min_eval_loss=math.nan),
+        ]
+    ):
+        damaged = copy.deepcopy(whole)
+        damage(damaged)
+        torch.save(damaged, folder / "weights-last.pth")
+        message = one_message(train(folder))
+        assert "not the state of a run to go on from" in message, number
+
+
+def test_a_best_model_that_is_gone_or_not_this_runs(folder):
+    assert train(folder, NUM_EPOCHS=1).returncode == 0
+    state = load(folder / "weights-last.pth")
+    torch.save({**state, "min_eval_loss": 0.0}, folder / "weights-last.pth")  # a best that will never be beaten
+    torch.save({**state, "run_id": "another"}, folder / "weights.pth")
+    done = train(folder, NUM_EPOCHS=2)
+    assert done.returncode == 0 and "the best model of this run is not at weights.pth" in done.stdout
+    assert load(folder / "weights.pth")["epoch"] == 2 and load(folder / "weights.pth.bak")["run_id"] == "another"
+
+
+def test_a_model_that_broke_in_the_last_step_is_not_saved(folder):
+    message = one_message(train(folder, BATCH_SIZE=16, NUM_EPOCHS=1, LEARNING_RATE=1e38))
+    assert "the loss is" in message and not list(folder.glob("*.pth"))
+
+
+def test_files_without_partner_and_shared_files_are_counted(folder):
+    (folder / "train" / "0.mid").write_bytes(b"abc")
+    done = train(folder, CONVERSION_MODE="bin->mid", EVAL_FOLDERS=["train"], NUM_EPOCHS=1)
+    assert done.returncode == 0, done.stderr
+    assert "TRAIN_FOLDERS: 9 of 11 files are in no pair" in done.stdout
+    assert "1 evaluation examples are training examples too" in done.stdout
 
 
 def test_a_loss_that_is_no_number_stops_the_run(folder):
