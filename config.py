@@ -7,6 +7,7 @@ Each constant has a type, a default, and one comment: meaning, unit, legal value
 import argparse
 import difflib
 import math
+import os
 import re
 import sys
 import typing
@@ -53,6 +54,8 @@ LR_SCHEDULE: str = "cosine"
 BATCH_SIZE: int = 16
 # Micro-batches that a batch is split into, to save memory; the gradient stays the same. 1 or more.
 ACCUMULATION_STEPS: int = 1
+# Minutes between saves of the latest state within an epoch; each epoch's end saves too. 0 or more, 0 = after every step.
+SAVE_MINUTES: float = 10
 # Most target patches per micro-batch that go through the byte-level decoder in training, drawn at random. 0 = all.
 PATCH_SAMPLING_BATCH_SIZE: int = 0
 # Gradients are scaled down to this norm when theirs is larger. 0 = off.
@@ -61,6 +64,8 @@ MAX_GRAD_NORM: float = 1.0
 DROPOUT: float = 0.1
 # Number format. "auto" (bf16 where the device has it in hardware, else fp32), "fp32", "bf16" or "fp16" (CUDA only).
 PRECISION: str = "auto"
+# Compile the model for this device before training (torch.compile; needs a C++ compiler on CPUs). True or False.
+COMPILE: bool = False
 # Processes that read training files beside the main one. 0 = the main process reads.
 NUM_WORKERS: int = 0
 # Decides every random number of a run. From 0 to 2**63 - 1.
@@ -80,20 +85,22 @@ WANDB_LOG: bool = False
 
 # Checkpoint that inference.py runs. The model's sizes are read from it.
 INFERENCE_WEIGHTS_PATH: str = "weights.pth"
-# Extension, without the dot, of the input files: needed to convert; to complete, None = files of every extension.
+# Extension, without the dot, of the input files: needed to convert; to complete or classify, None = files of every one.
 INPUT_EXT: str | None = None
 # Extension, without the dot, of the files to generate or to convert to. "" = files without one.
 TARGET_EXT: str = "bin"
-# Folder of the files to convert or complete, searched recursively.
+# Folder of the files to convert, complete or classify, searched recursively.
 INPUT_FOLDER: str = "input"
 # Folder that gets the results; made if it is missing.
 OUTPUT_FOLDER: str = "output"
-# "generate" (files from nothing), "convert" (INPUT_EXT to TARGET_EXT) or "complete" (the rest of each file).
+# "generate" (files from nothing), "convert" (INPUT_EXT to TARGET_EXT), "complete" (the rest of each file) or "classify".
 MODE: str = "generate"
 # Files to generate. 1 or more.
 NUM_SAMPLES: int = 100
 # Bytes of each input file that are given in MODE "complete"; the model writes the rest. 0 = all of them.
 PROMPT_BYTES: int = 0
+# Continuations drawn of each input file in MODE "convert" or "complete"; the likeliest per symbol is kept. 1 or more.
+NUM_CANDIDATES: int = 1
 # Sequences generated at once. 1 or more; memory grows with it.
 INFERENCE_BATCH_SIZE: int = 32
 # Sample among the TOP_K most likely symbols. 0 = all, at most 257.
@@ -108,14 +115,14 @@ TEMPERATURE: float = 1.0
 # Checks and the command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-_MODES = ("generate", "convert", "complete")
+_MODES = ("generate", "convert", "complete", "classify")
 _SCHEDULES = ("cosine", "constant")
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 _AT_LEAST = {
     1: "PATCH_SIZE BYTE_NUM_LAYERS PATCH_NUM_LAYERS NUM_EPOCHS BATCH_SIZE ACCUMULATION_STEPS NUM_SAMPLES "
-       "INFERENCE_BATCH_SIZE",
-    0: "PATCH_SAMPLING_BATCH_SIZE MAX_GRAD_NORM NUM_WORKERS PROMPT_BYTES TEMPERATURE",
+       "NUM_CANDIDATES INFERENCE_BATCH_SIZE",
+    0: "PATCH_SAMPLING_BATCH_SIZE SAVE_MINUTES MAX_GRAD_NORM NUM_WORKERS PROMPT_BYTES TEMPERATURE",
 }  # fmt: skip
 
 
@@ -203,9 +210,14 @@ def check(values):
         )
 
 
-def as_dict():
-    """Returns {constant: current value}, in the order of this file; all values are plain types."""
-    return {name: globals()[name] for name in _types()}
+def as_dict(training_only=False):
+    """Returns {constant: current value}, in the order of this file; all values are plain types.
+
+    Args:
+        training_only: leave out the last group, those that only inference.py reads.
+    """
+    names = list(_types())
+    return {name: globals()[name] for name in names[: names.index("INFERENCE_WEIGHTS_PATH") if training_only else None]}
 
 
 def _comments():
@@ -215,9 +227,14 @@ def _comments():
     return {name: " ".join(line.removeprefix("# ") for line in comment.splitlines()) for comment, name in found}
 
 
+def _is_first():
+    """Returns whether this is the only process, or the first of those that torchrun started: the one that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message}\n" if _is_first() else None)
 
 
 def _make_parser():
@@ -269,5 +286,6 @@ def override(argv):
         parser.error(str(error))
     for name, value in values.items():
         if value != globals()[name]:
-            print(f"{name} = {value!r} (config.py: {globals()[name]!r})")
+            if _is_first():
+                print(f"{name} = {value!r} (config.py: {globals()[name]!r})")
             globals()[name] = value

@@ -1,18 +1,20 @@
-"""Generates, converts or completes files with a trained model; the settings are in config.py.
+"""Generates, converts, completes or classifies files with a trained model; the settings are in config.py.
 
     python inference.py --MODE generate --TARGET_EXT mid --NUM_SAMPLES 10
     python inference.py --MODE convert --INPUT_EXT abc --TARGET_EXT mid --INPUT_FOLDER tunes
     python inference.py --MODE complete --INPUT_FOLDER tunes --PROMPT_BYTES 200
+    python inference.py --MODE classify --INPUT_FOLDER news --INFERENCE_WEIGHTS_PATH news.pth
 """
 
 import dataclasses
-import errno
 import os
+import signal
 import sys
 import time
 import zlib
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import config
@@ -24,6 +26,7 @@ class Output:
     """A file to be written."""
 
     path: str  # where
+    source: str  # the input file, "" if there is none
     prefix: bytes  # what it begins with, before the model's continuation
 
 
@@ -33,7 +36,10 @@ class Output:
 
 
 def new_prompts(patch_size):
-    """Yields the Prompts of NUM_SAMPLES files of TARGET_EXT from nothing, named YYYYmmdd-HHMMSS-i.ext."""
+    """Yields the Prompts of NUM_SAMPLES files of TARGET_EXT from nothing, named YYYYmmdd-HHMMSS-i.ext.
+
+    The key of a Prompt is (Output, number of the candidate); here, there is one candidate of each.
+    """
     taken = {name[:15] for name in os.listdir(config.OUTPUT_FOLDER)}
     while (stamp := time.strftime("%Y%m%d-%H%M%S")) in taken:  # another run of this very second
         time.sleep(0.1)
@@ -41,11 +47,11 @@ def new_prompts(patch_size):
     symbols = utils.extension_patch(config.TARGET_EXT, patch_size)
     for i in range(1, config.NUM_SAMPLES + 1):
         path = os.path.join(config.OUTPUT_FOLDER, f"{stamp}-{i}{suffix}")
-        yield utils.Prompt(Output(path, b""), symbols, [config.SEED, i])
+        yield utils.Prompt((Output(path, "", b""), 0), symbols, [config.SEED, i])
 
 
 def find_inputs():
-    """Returns the input files of MODE convert or complete.
+    """Returns the input files of MODE convert, complete or classify.
 
     Raises:
         UserError: there are none, or the settings do not allow to tell.
@@ -66,7 +72,7 @@ def find_inputs():
 
 
 def input_prompts(files, patch_size, patch_length, failed):
-    """Yields the Prompt of each input file; appends (path, reason) to `failed` for those that cannot be done."""
+    """Yields NUM_CANDIDATES Prompts for each input file; appends (path, reason) to `failed` for those that cannot be done."""
     for path in files:
         name = os.path.relpath(path, config.INPUT_FOLDER)
         output = os.path.join(config.OUTPUT_FOLDER, name)
@@ -88,13 +94,33 @@ def input_prompts(files, patch_size, patch_length, failed):
         if len(symbols) >= patch_size * patch_length:
             failed.append((path, f"too long: no room is left in the model's {patch_length} patches of {patch_size} bytes"))
             continue
-        # the random numbers of a file follow its name, not what else is in the folder
-        yield utils.Prompt(Output(output, prefix), symbols, [config.SEED, zlib.crc32(os.fsencode(name))])
+        if os.path.relpath(output, config.OUTPUT_FOLDER).lower() in utils.INDEX_NAMES:
+            failed.append((path, "its output would have the name of a file that lists the outputs"))
+            continue
+        for candidate in range(config.NUM_CANDIDATES):
+            # the random numbers of a file follow its name, not what else is in the folder; a 0 at the end changes nothing
+            stream = [config.SEED, zlib.crc32(os.fsencode(name)), candidate]
+            yield utils.Prompt((Output(output, path, prefix), candidate), symbols, stream)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def best_candidates(continuations, count):
+    """Yields (Output, Continuation) once all `count` candidates of an Output are there: the likeliest, the first of equals."""
+    waiting = {}  # path -> (candidates still to come, rank of the best so far, that candidate)
+    for continuation in continuations:
+        output, candidate = continuation.key
+        rank = (continuation.mean_log_probability(), -candidate)
+        missing, best_rank, best = waiting.pop(output.path, (count, None, None))
+        if best is None or rank > best_rank:
+            best_rank, best = rank, continuation
+        if missing == 1:
+            yield output, best
+        else:
+            waiting[output.path] = (missing - 1, best_rank, best)
 
 
 def summarize(num_written, cut_off, failed, patch_length):
@@ -103,54 +129,151 @@ def summarize(num_written, cut_off, failed, patch_length):
     if cut_off:
         print(f"{len(cut_off)} of them cut off, since the model's {patch_length} patches (PATCH_LENGTH) were full:")
         print("\n".join(f"  {path}" for path in cut_off))
+    list_failed(failed)
+
+
+def list_failed(failed):
+    """Prints the files that could not be done, pairs of path and reason."""
     if failed:
         print(f"{len(failed)} could not be done:")
         print("\n".join(f"  {path}: {why}" for path, why in failed))
+
+
+def write_files(model, files, check_stop):
+    """Writes what the model generates, or makes of the input files; returns the exit status.
+
+    Args:
+        model: bGPTLMHeadModel.
+        files: the input files; None = none, to generate.
+        check_stop: called between steps; raises KeyboardInterrupt or SystemExit to stop.
+    """
+    patch_size, patch_length = model.patch_level_decoder.patch_size, model.patch_level_decoder.config.n_positions
+    rows, cut_off, failed = [], [], []  # rows: of the index
+    num_candidates = 1 if files is None else config.NUM_CANDIDATES
+    if files is None:
+        num_outputs, prompts = config.NUM_SAMPLES, new_prompts(patch_size)
+    else:
+        num_outputs, prompts = len(files), input_prompts(files, patch_size, patch_length, failed)
+    batch_size = min(config.INFERENCE_BATCH_SIZE, num_outputs * num_candidates)
+    sampling = utils.Sampling(config.TOP_K, config.TOP_P, config.TEMPERATURE)
+    try:
+        with tqdm(unit="B", unit_scale=True, desc=config.MODE, dynamic_ncols=True) as bar:
+
+            def progress(num_patches):
+                bar.update(num_patches * patch_size)
+                check_stop()
+
+            continuations = utils.generate(model, prompts, batch_size, sampling, progress)
+            for output, continuation in best_candidates(continuations, num_candidates):
+                content = output.prefix + utils.to_content(continuation.symbols)
+                try:
+                    os.makedirs(os.path.dirname(output.path), exist_ok=True)
+                    with utils.replacing(output.path) as file:
+                        file.write(content)
+                except OSError as error:
+                    if error.errno in utils.FULL_DISK:  # nor will the others fit
+                        raise
+                    failed.append((output.path, error.strerror))
+                    continue
+                if continuation.cut_off:
+                    cut_off.append(output.path)
+                name, how = os.path.relpath(output.path, config.OUTPUT_FOLDER), "cut off" if continuation.cut_off else "ended"
+                rows.append((name, output.source, len(content), continuation.bits_per_byte(), how, config.SEED))
+                bar.set_postfix_str(f"{len(rows)}/{num_outputs} files", refresh=False)
+    finally:  # also after Ctrl-C or on a full disk: what is written stays, and is told
+        summarize(len(rows), cut_off, failed, patch_length)
+        utils.write_index(config.OUTPUT_FOLDER, rows)
+    return 1 if failed else 0
+
+
+def classify_files(model, labels, files, dtype, check_stop):
+    """Writes predictions.tsv: of each file the three likeliest labels with their probabilities; returns the exit status.
+
+    Where the files' names carry labels that the model knows, prints how many predictions are right.
+
+    Args:
+        model: bGPTForClassification.
+        labels: list of its labels.
+        files: the input files.
+        dtype: torch.dtype to compute in.
+        check_stop: see `write_files`.
+    """
+    patch_level = model.patch_level_decoder
+    examples = utils.Examples.of(files)
+    dataset = utils.ByteDataset(examples, patch_level.patch_size, patch_level.config.n_positions)
+    # sorted by length, since that needs the least padding
+    order = np.argsort(examples.lengths(dataset.patch_size, dataset.patch_length), kind="stable").tolist()
+    num_shown = min(3, len(labels))
+    found, failed = {}, []  # found: {place of a file: [(probability, index of a label), …]}, the likeliest first
+    with tqdm(total=len(files), unit="file", desc=config.MODE, dynamic_ncols=True) as bar:
+        for start in range(0, len(order), config.INFERENCE_BATCH_SIZE):
+            check_stop()
+            samples = {place: dataset[place] for place in order[start : start + config.INFERENCE_BATCH_SIZE]}
+            failed += [(files[place], str(each)) for place, each in samples.items() if isinstance(each, utils.UserError)]
+            readable = [place for place, each in samples.items() if not isinstance(each, utils.UserError)]
+            if readable:
+                batch = utils.collate([samples[place] for place in readable])
+                with torch.inference_mode(), utils.autocast(model.device, dtype):
+                    logits = model(batch.patches.long().to(model.device), batch.masks.to(model.device))  # (B, labels)
+                likeliest = logits.double().softmax(-1).topk(num_shown)  # (B, 3) each
+                found |= {
+                    place: list(zip(*each)) for place, *each in zip(readable, likeliest.values.tolist(), likeliest.indices.tolist())
+                }
+            bar.update(len(samples))
+    path = os.path.join(config.OUTPUT_FOLDER, "predictions.tsv")
+    columns = ["file"] + [word for place in ("", " 2", " 3")[:num_shown] for word in (f"label{place}", f"probability{place}")]
+    lines = [columns]
+    for place in sorted(found):
+        name = utils.escape_name(os.path.relpath(files[place], config.INPUT_FOLDER))
+        shown = [word for probability, index in found[place] for word in (utils.escape_name(labels[index]), f"{probability:.4f}")]
+        lines.append([name, *shown])
+    with utils.replacing(path) as file:
+        file.write("".join("\t".join(line) + "\n" for line in lines).encode())
+    print(f"{len(found)} files classified in {path}")
+    report(found, files, labels)
+    list_failed(failed)
+    return 1 if failed else 0
+
+
+def report(found, files, labels):
+    """Prints how many predictions are right, among the files whose names carry a label that the model knows."""
+    indices = {label: index for index, label in enumerate(labels)}
+    known = {place: indices.get(utils.label_of(files[place])) for place in found}
+    known = {place: index for place, index in known.items() if index is not None}
+    if not known:
+        return
+    confusion = np.zeros((len(labels), len(labels)))
+    for place, index in known.items():
+        confusion[index, found[place][0][1]] += 1
+    print(f"the names of {len(known)} of them carry a label that the model knows:")
+    print(utils.classification_report(confusion, labels), end="")
 
 
 def main():
     device = utils.pick_device()
     dtype = utils.pick_dtype(config.PRECISION, device)
     files = None if config.MODE == "generate" else find_inputs()
-    model, _ = utils.load_model(config.INFERENCE_WEIGHTS_PATH, "INFERENCE_WEIGHTS_PATH")
-    if not isinstance(model, utils.bGPTLMHeadModel):
+    model, checkpoint = utils.load_model(config.INFERENCE_WEIGHTS_PATH, "INFERENCE_WEIGHTS_PATH")
+    wanted = "classifier" if config.MODE == "classify" else "generative model"
+    is_classifier = isinstance(model, utils.bGPTForClassification)
+    if is_classifier != (config.MODE == "classify"):
         raise utils.UserError(
-            f"INFERENCE_WEIGHTS_PATH: {config.INFERENCE_WEIGHTS_PATH!r} is a classifier; MODE {config.MODE!r} needs a "
-            "generative model, from train-gen.py"
+            f"INFERENCE_WEIGHTS_PATH: {config.INFERENCE_WEIGHTS_PATH!r} is a {'classifier' if is_classifier else 'generative model'}; "
+            f"MODE {config.MODE!r} needs a {wanted}, from {'train-cls.py' if config.MODE == 'classify' else 'train-gen.py'}"
         )
-    model = model.to(device, dtype).eval()
     utils.make_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER")
-    patch_size, patch_length = model.patch_level_decoder.patch_size, model.patch_level_decoder.config.n_positions
-    print(f"{config.MODE} with {config.INFERENCE_WEIGHTS_PATH}: {dtype} on {device}, seed {config.SEED}")
+    seed = "" if is_classifier else f", seed {config.SEED}"
+    print(f"{config.MODE} with {config.INFERENCE_WEIGHTS_PATH}: {dtype} on {device}{seed}")
+    with utils.delayed_signals(impatient=True) as stop_signal:
 
-    written, cut_off, failed = [], [], []
-    if files is None:
-        num_prompts, prompts = config.NUM_SAMPLES, new_prompts(patch_size)
-    else:
-        num_prompts, prompts = len(files), input_prompts(files, patch_size, patch_length, failed)
-    batch_size = min(config.INFERENCE_BATCH_SIZE, num_prompts)
-    sampling = utils.Sampling(config.TOP_K, config.TOP_P, config.TEMPERATURE)
-    try:
-        with tqdm(unit="B", unit_scale=True, desc=config.MODE, dynamic_ncols=True) as bar:
-            steps = utils.generate(model, prompts, batch_size, sampling, lambda patches: bar.update(patches * patch_size))
-            for continuation in steps:
-                output = continuation.key
-                try:
-                    os.makedirs(os.path.dirname(output.path), exist_ok=True)
-                    with utils.replacing(output.path) as file:
-                        file.write(output.prefix + utils.to_content(continuation.symbols))
-                except OSError as error:
-                    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # nor will the others fit
-                        raise
-                    failed.append((output.path, error.strerror))
-                    continue
-                written.append(output.path)
-                if continuation.cut_off:
-                    cut_off.append(output.path)
-                bar.set_postfix_str(f"{len(written)}/{num_prompts} files", refresh=False)
-    finally:  # also after Ctrl-C or on a full disk: what is written stays, and is told
-        summarize(len(written), cut_off, failed, patch_length)
-    return 1 if failed else 0
+        def check_stop():
+            if stop_signal():
+                raise KeyboardInterrupt if stop_signal() == signal.SIGINT else SystemExit(128 + stop_signal())
+
+        if is_classifier:
+            labels = utils.label_list(checkpoint, f"INFERENCE_WEIGHTS_PATH: {config.INFERENCE_WEIGHTS_PATH!r}")
+            return classify_files(model.to(device).eval(), labels, files, dtype, check_stop)
+        return write_files(model.to(device, dtype).eval(), files, check_stop)
 
 
 if __name__ == "__main__":

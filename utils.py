@@ -18,30 +18,53 @@ D width (HIDDEN_SIZE), N target patches in a batch, V = 257 symbols, H = D/64 at
 Nothing here reads config.py: sizes and settings are arguments.
 """
 
+import array
+import base64
 import contextlib
 import copy
+import ctypes
 import dataclasses
+import errno
+import fcntl
 import functools
+import hashlib
+import html
 import itertools
+import math
 import os
+import platform
 import re
 import shutil
 import signal
 import sys
 import tempfile
+import time
 import warnings
 import zlib
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedModel
+from tqdm import tqdm
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    PreTrainedModel,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+)
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 END = 256  # the symbol of padding and end of file
 NUM_SYMBOLS = 257  # V: 256 bytes and END
 HEAD_SIZE = 64  # width of an attention head
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # how writing fails when nothing more fits
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # options of glibc's mallopt
+PREFILL_PATCHES = 8192  # most patches of prompts that go through the model at once
 
 
 class UserError(ValueError):
@@ -56,6 +79,15 @@ class UserError(ValueError):
 def extension_of(path):
     """Returns the extension of a file's name, without the dot; "" if it has none."""
     return os.path.splitext(path)[1][1:]
+
+
+def label_of(path):
+    """Returns the label of a file for classification: "Business.txt" of news/Business_1.txt (paper, 3.3).
+
+    That is its name up to the first "_", without one its stem, and its extension.
+    """
+    stem, extension = os.path.splitext(os.path.basename(path))
+    return stem.split("_")[0] + extension
 
 
 def extension_patch(extension, patch_size):
@@ -91,8 +123,8 @@ def read_patches(path, patch_size, patch_length=None, rng=None):
         path: the file.
         patch_size: S.
         patch_length: most patches to return; None = all.
-        rng: numpy Generator that draws what is kept of a longer file: its head, a window of its body or its tail.
-            None = its head.
+        rng: numpy Generator, or the seed of one, that draws what is kept of a longer file: its head, a window of its body
+            or its tail. None = its head.
 
     Returns:
         patches: int16 (P, S).
@@ -120,7 +152,10 @@ def read_patches(path, patch_size, patch_length=None, rng=None):
 
 def _crop(total, length, rng):
     """Returns the first patch kept, and the one after the last, of a file of `total` > `length` patches."""
-    part = "head" if rng is None else ("head", "body", "tail")[rng.integers(3)]
+    if rng is None:
+        return 0, length
+    rng = np.random.default_rng(rng)
+    part = ("head", "body", "tail")[rng.integers(3)]
     if part == "head":
         return 0, length
     if part == "tail":
@@ -135,8 +170,38 @@ def _crop(total, length, rng):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Files:
+    """The paths of files, sorted, and their sizes: a sequence of str that keeps no Python object per file.
+
+    A file takes 16 bytes beside those of its path. Measured with 2.1 million files, paths of 61 bytes: 162 MB, 700 MB while
+    they are listed, which took 10 s.
+
+    Attributes:
+        sizes: int64 (n,), bytes in each file when it was listed; -1 for a link that leads nowhere.
+    """
+
+    def __init__(self, paths, sizes):
+        """Takes a list of paths as bytes, in any order, and their sizes."""
+        order = sorted(range(len(paths)), key=paths.__getitem__)
+        self.sizes = np.array(sizes, dtype=np.int64)[order]
+        self._ends = np.cumsum([0] + [len(paths[i]) for i in order])  # int64 (n+1,), where each path ends in the text
+        self._text = b"".join([paths[i] for i in order])
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, index):
+        return os.fsdecode(self.encoded(index))
+
+    def encoded(self, index):
+        """Returns the path at `index`, 0 to n-1, as the bytes that the file system knows it by."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"file {index} of {len(self)}")
+        return self._text[self._ends[index] : self._ends[index + 1]]
+
+
 def list_files(folders, name, extension=None):
-    """Returns the paths of all files below the folders, sorted, each once; hidden files and folders are left out.
+    """Returns all files below the folders, each once, as Files; hidden files and folders are left out.
 
     Args:
         folders: list of paths.
@@ -150,8 +215,9 @@ def list_files(folders, name, extension=None):
         if not os.path.isdir(folder):
             what = "is a file" if os.path.exists(folder) else "does not exist"
             raise UserError(f"{name}: {folder!r} {what}; it must be a folder")
-    found, seen = set(), set()
-    waiting, links = [os.path.normpath(folder) for folder in folders], []
+    wanted = None if extension is None else os.fsencode(extension)
+    paths, sizes, seen = [], array.array("q"), set()
+    waiting, links = [os.path.normpath(os.fsencode(folder)) for folder in folders], []
     while waiting or links:
         folder = (waiting or links).pop()  # links to folders come last: what they lead to keeps its own name
         real = os.path.realpath(folder)
@@ -161,25 +227,103 @@ def list_files(folders, name, extension=None):
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
+                    if entry.name.startswith(b"."):
                         continue
                     if entry.is_dir():
                         (links if entry.is_symlink() else waiting).append(entry.path)
                     elif entry.is_file() or entry.is_symlink():  # a dead link is kept: reading it says so; a pipe is no file
-                        if extension is None or extension_of(entry.name) == extension:
-                            found.add(entry.path)
+                        if wanted is None or extension_of(entry.name) == wanted:
+                            paths.append(entry.path)
+                            sizes.append(_size(entry))
         except OSError as error:
-            raise UserError(f"{name}: cannot read the folder {folder!r}: {error.strerror}") from None
-    return sorted(found)
+            raise UserError(f"{name}: cannot read the folder {os.fsdecode(folder)!r}: {error.strerror}") from None
+    return Files(paths, sizes)
 
 
-def hold_out(groups, share, seed):
-    """Splits a list in two at random: the rest, and `share` of it (at least one); each keeps the list's order."""
-    if len(groups) < 2:
-        raise UserError(f"EVAL_FOLDERS holds nothing, and EVAL_SPLIT cannot hold out a part of {len(groups)}: add files")
-    count = min(max(1, round(share * len(groups))), len(groups) - 1)
-    held = set(np.random.default_rng([seed, zlib.crc32(b"hold out")]).permutation(len(groups))[:count].tolist())
-    return [g for i, g in enumerate(groups) if i not in held], [g for i, g in enumerate(groups) if i in held]
+def _size(entry):
+    """Returns the bytes in the file of an os.DirEntry; -1 where the file is gone, which reading it will say."""
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
+class Examples:
+    """What to learn from: a sequence of tuples of paths, (file,) for itself or (input, target) for a conversion.
+
+    Args:
+        files: the Files.
+        indices: int64 (n, 1) or (n, 2), the places of the examples' paths in `files`.
+    """
+
+    def __init__(self, files, indices):
+        self.files = files
+        self.indices = np.asarray(indices, dtype=np.int64)
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, index):
+        return tuple(self.files[place] for place in self.indices[index])
+
+    @classmethod
+    def of(cls, files):
+        """Returns the Examples of Files, each for itself."""
+        return cls(files, np.arange(len(files))[:, None])
+
+    def select(self, indices):
+        """Returns the Examples at `indices`, an integer array, in its order."""
+        return Examples(self.files, self.indices[indices])
+
+    def both_ways(self):
+        """Returns pairs in both directions: each pair, then the same with input and target exchanged."""
+        # (n, 2) -> (n, 2 directions, 2) -> (2·n, 2)
+        return Examples(self.files, np.stack((self.indices, self.indices[:, ::-1]), axis=1).reshape(-1, 2))
+
+    def lengths(self, patch_size, patch_length):
+        """Returns the patches of each example's sequence, int64 (n,); a longer file counts as the `patch_length` kept."""
+        content = -(-self.files.sizes[self.indices].clip(min=0) // patch_size)  # (n, 1) or (n, 2)
+        lengths = content.sum(1) + self.indices.shape[1] + 1  # an extension patch for each file, one end patch
+        return lengths if self.indices.shape[1] == 2 else lengths.clip(max=patch_length)
+
+    def fingerprint(self):
+        """Returns a hex digest of the examples' paths and sizes, in order: other data, or another order, have another."""
+        digest = hashlib.sha256(self.files.sizes[self.indices].tobytes())
+        for part in np.array_split(self.indices.reshape(-1), len(self) // 65536 + 1):
+            digest.update(b"".join([self.files.encoded(place) + b"\0" for place in part.tolist()]))
+        return digest.hexdigest()
+
+
+def hold_out(examples, share, seed, candidates=None):
+    """Splits Examples in two at random: the rest, and `share` of them (at least one); each keeps their order.
+
+    Args:
+        examples: the Examples.
+        share: EVAL_SPLIT.
+        seed: SEED.
+        candidates: int64 (m,), those that may be held out; None = all.
+
+    Raises:
+        UserError: there are too few.
+    """
+    if candidates is None:
+        candidates = np.arange(len(examples))
+    if len(examples) < 2 or not len(candidates):
+        raise UserError(f"EVAL_FOLDERS holds nothing, and EVAL_SPLIT cannot hold out a part of {len(examples)}: add files")
+    count = min(max(1, round(share * len(examples))), len(candidates), len(examples) - 1)
+    drawn = np.random.default_rng([seed, zlib.crc32(b"hold out")]).permutation(len(candidates))[:count]
+    held = np.zeros(len(examples), dtype=bool)
+    held[candidates[drawn]] = True
+    print(f"EVAL_FOLDERS holds none: {count} of the training examples are held out for evaluation")
+    return examples.select(~held), examples.select(held)
+
+
+def count_shared(train, held_out):
+    """Prints how many evaluation Examples are training Examples too."""
+    known = set(held_out)
+    shared = sum(example in known for example in train)
+    if shared:
+        print(f"{shared} evaluation examples are training examples too: their figures say nothing about unseen files")
 
 
 def split_conversion_mode(mode):
@@ -188,36 +332,52 @@ def split_conversion_mode(mode):
     return source, target, sign == "&"
 
 
-def pair_files(paths, mode):
-    """Returns [(input path, target path), ...] for the files of the same folder and stem, in the order of `paths`."""
-    source, target, _ = split_conversion_mode(mode)
-    known = set(paths)
-    pairs = []
-    for path in paths:
-        if extension_of(path) == source:
-            partner = os.path.splitext(path)[0] + "." + target
-            if partner in known:
-                pairs.append((path, partner))
-    return pairs
+def pair_files(files, mode):
+    """Returns Examples of (input, target) for the Files of the same folder and stem, in the order of the inputs."""
+    source, target = (b"." + os.fsencode(extension) for extension in split_conversion_mode(mode)[:2])
+    places = {source: {}, target: {}}  # {extension: {path without it: place}}
+    for place in range(len(files)):
+        stem, extension = os.path.splitext(files.encoded(place))
+        if extension in places:
+            places[extension][stem] = place
+    pairs = [(place, places[target][stem]) for stem, place in places[source].items() if stem in places[target]]
+    return Examples(files, np.array(pairs, dtype=np.int64).reshape(-1, 2))
 
 
 def fitting_pairs(pairs, patch_size, patch_length):
     """Returns the pairs that fit in a sequence, and the patches of the longest pair of all (0 if there are none)."""
-    lengths = []
-    for pair in pairs:
-        try:
-            sizes = [os.stat(path).st_size for path in pair]
-        except OSError as error:
-            raise UserError(f"cannot read {error.filename!r}: {error.strerror}") from None
-        lengths.append(sum(-(-size // patch_size) for size in sizes) + 3)  # two extension patches, one end patch
-    return [pair for pair, length in zip(pairs, lengths) if length <= patch_length], max(lengths, default=0)
+    lengths = pairs.lengths(patch_size, patch_length)
+    return pairs.select(lengths <= patch_length), int(lengths.max(initial=0))
+
+
+def epoch_order(lengths, rng, window=4096, group=64):
+    """Draws the order of an epoch: at random, but in groups of similar length, so that batches need little padding.
+
+    In every `window` of the shuffled examples, those of similar length form groups; the groups are shuffled anew.
+    What is left over after whole groups comes last. Batches of up to `group` examples gain: for 6,896 ABC and MIDI files
+    padding falls from 172 % of the data to 3 % in batches of 16, from 257 % to 9 % in batches of 64.
+
+    Args:
+        lengths: int (n,), patches of each example.
+        rng: numpy Generator.
+
+    Returns:
+        int64 (n,), a permutation that depends on lengths and rng alone.
+    """
+    order = rng.permutation(len(lengths))
+    whole = len(order) // group * group
+    for start in range(0, whole, window):
+        part = order[start : min(start + window, whole)]  # a view
+        part[:] = part[np.argsort(lengths[part], kind="stable")]
+    groups = order[:whole].reshape(-1, group)  # (groups, group)
+    return np.concatenate((groups[rng.permutation(len(groups))].reshape(-1), order[whole:]))
 
 
 class ByteDataset(torch.utils.data.Dataset):
     """Files, or pairs of files, as sequences of patches.
 
     Args:
-        examples: list of tuples of paths: (file,) for itself, (input, target) for a conversion.
+        examples: Examples, or a list of such tuples of paths.
         patch_size: S.
         patch_length: L, the most patches in a sequence.
         crop_seed: what the crops of files longer than that are drawn from, beside the file's path: a list of whole
@@ -241,10 +401,8 @@ class ByteDataset(torch.utils.data.Dataset):
         paths = self.examples[index]
         try:
             if len(paths) == 1:
-                rng = None
-                if self.crop_seed is not None:
-                    rng = np.random.default_rng([*self.crop_seed, zlib.crc32(os.fsencode(paths[0]))])
-                patches, counted = read_patches(paths[0], self.patch_size, self.patch_length, rng)
+                seed = None if self.crop_seed is None else [*self.crop_seed, zlib.crc32(os.fsencode(paths[0]))]
+                patches, counted = read_patches(paths[0], self.patch_size, self.patch_length, seed)
             else:
                 source, target = (read_patches(path, self.patch_size) for path in paths)
                 # the input file without its end patch, then the whole target file
@@ -262,7 +420,7 @@ class Batch:
     """Sequences of different lengths, padded with 256 on the right: see `collate`."""
 
     patches: torch.Tensor  # int16 (B, P, S)
-    masks: torch.Tensor  # int64 (B, P), 1 at real patches
+    masks: torch.Tensor  # uint8 (B, P), 1 at real patches
     counted: torch.Tensor  # bool (B, P, S), true at the symbols that bits per byte are counted over
 
     def split(self, parts):
@@ -287,7 +445,7 @@ def collate(samples):
     shape = (len(samples), max(len(patches) for patches, _ in samples))  # (B, P)
     patch_size = samples[0][0].shape[1]
     patches = np.full((*shape, patch_size), END, dtype=np.int16)
-    masks = np.zeros(shape, dtype=np.int64)
+    masks = np.zeros(shape, dtype=np.uint8)
     counted = np.zeros((*shape, patch_size), dtype=bool)
     for row, (sample_patches, sample_counted) in enumerate(samples):
         patches[row, : len(sample_patches)] = sample_patches
@@ -296,26 +454,41 @@ def collate(samples):
     return Batch(torch.from_numpy(patches), torch.from_numpy(masks), torch.from_numpy(counted))
 
 
-def batches(dataset, order, batch_size, num_workers=0, pin_memory=False):
-    """Yields a Batch for every `batch_size` indices of `order` (a sequence of indices; the last batch may be short).
+def batches(dataset, index_batches, num_workers=0, pin_memory=False):
+    """Yields the Batch of every array of indices.
+
+    No random state is touched: PyTorch's loader draws from a generator of its own.
+
+    Args:
+        dataset: a ByteDataset.
+        index_batches: a sequence of integer arrays.
+        num_workers: processes that read and collate; they end with the iteration, or seconds after the main process.
+        pin_memory: whether to move the tensors to page-locked memory.
 
     Raises:
         UserError: a file cannot be read.
     """
-    order = [int(index) for index in order]
     loader = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=[order[start : start + batch_size] for start in range(0, len(order), batch_size)],
+        batch_sampler=index_batches,
         collate_fn=collate,
         num_workers=num_workers,
         # Python 3.14 no longer forks by default, and every new worker would then import PyTorch again, each epoch
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
+        worker_init_fn=_leave_signals_to_the_main_process,
+        generator=torch.Generator(),
         pin_memory=pin_memory,
     )
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+def _leave_signals_to_the_main_process(worker):
+    """Lets a worker read on when Ctrl-C or SIGTERM reach the whole process group: the main one finishes its step first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,11 +523,76 @@ class BytePrediction(ModelOutput):
     nats: torch.Tensor | None = None  # float32 (N, S), cross-entropy of each symbol
 
 
+def dropout(x, rate):
+    """Returns x with each element zero with probability `rate` (to within 2**-17), and the others scaled up accordingly.
+
+    On a CPU, PyTorch draws one number for each element; here 16 bits of its generator decide each, several times faster.
+    """
+    if rate == 0:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, rate)
+    threshold = min(round(rate * 2**16), 2**16 - 1)  # of the 2**16 values that an element's bits can have, so many drop it
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
+    kept = torch.ge(bits, threshold - 2**15, out=torch.empty_like(x, requires_grad=False))  # 1 or 0, in x's dtype at once
+    return x * kept.mul_(2**16 / (2**16 - threshold))
+
+
+def attend(queries, keys, values, rate):
+    """Returns causal attention with dropout of its weights, as PyTorch's scaled_dot_product_attention does.
+
+    Args:
+        queries, keys, values: (B, H, T, 64).
+        rate: of dropout.
+
+    Returns:
+        (B, H, T, 64).
+    """
+    if rate == 0 or queries.device.type != "cpu":
+        return F.scaled_dot_product_attention(queries, keys, values, dropout_p=rate, is_causal=True)
+    # PyTorch's own attention on CPUs has no fast path with dropout
+    shape, length = queries.shape, queries.shape[2]
+    queries, keys, values = (each.flatten(0, 1) for each in (queries, keys, values))  # (B·H, T, 64)
+    later = torch.full((length, length), -torch.inf, dtype=queries.dtype).triu(1)
+    scores = torch.baddbmm(later, queries, keys.transpose(1, 2), alpha=shape[-1] ** -0.5)  # (B·H, T, T)
+    weights = dropout(scores.softmax(-1), rate)
+    return (weights @ values).view(shape)
+
+
+def run_block(block, x, attn_pdrop, resid_pdrop):
+    """Runs a GPT2Block with dropout of its attention weights and of both its branches: (B, T, D) to (B, T, D)."""
+    batch, length, width = x.shape
+    qkv = block.attn.c_attn(block.ln_1(x))  # (B, T, 3·D)
+    # (B, T, 3·D) -> (B, T, 3, H, 64) -> (3, B, H, T, 64)
+    queries, keys, values = qkv.view(batch, length, 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    # (B, H, T, 64) -> (B, T, H, 64) -> (B, T, D)
+    attended = attend(queries, keys, values, attn_pdrop).transpose(1, 2).reshape(batch, length, width)
+    x = x + dropout(block.attn.c_proj(attended), resid_pdrop)
+    return x + dropout(block.mlp.c_proj(block.mlp.act(block.mlp.c_fc(block.ln_2(x)))), resid_pdrop)
+
+
+def run_gpt2(gpt2, inputs, run_block=run_block):
+    """Returns the outputs of a GPT2Model, (B, T, D), for inputs (B, T, D) to which positions are not added yet.
+
+    The same as its own forward, but for faster dropout and attention, see `dropout` and `attend`.
+    """
+    config = gpt2.config
+    embd_pdrop, attn_pdrop, resid_pdrop = (
+        rate if gpt2.training else 0.0 for rate in (config.embd_pdrop, config.attn_pdrop, config.resid_pdrop)
+    )
+    x = dropout(inputs + gpt2.wpe.weight[: inputs.shape[1]], embd_pdrop)
+    for block in gpt2.h:
+        x = run_block(block, x, attn_pdrop, resid_pdrop)
+    return gpt2.ln_f(x)
+
+
 class ByteModel(PreTrainedModel):
     """What the four models share: a GPT2Config, and PyTorch's scaled_dot_product_attention."""
 
     config_class = GPT2Config
     _supports_sdpa = True  # without it, transformers would fall back to its slow attention
+    run_block = staticmethod(run_block)  # or what torch.compile made of it, see compile_model
 
 
 class PatchLevelDecoder(ByteModel):
@@ -400,7 +638,7 @@ class PatchLevelDecoder(ByteModel):
         patches = patches.reshape(len(patches), -1, self.patch_size)  # (B, P·S) -> (B, P, S)
         if patches.shape[1] > self.config.n_positions:
             raise ValueError(f"{patches.shape[1]} patches, but the model has positions for {self.config.n_positions}")
-        return self.base(inputs_embeds=self.embed(patches), use_cache=False)
+        return BaseModelOutput(last_hidden_state=run_gpt2(self.base, self.embed(patches), self.run_block))
 
 
 class ByteLevelDecoder(ByteModel):
@@ -424,7 +662,7 @@ class ByteLevelDecoder(ByteModel):
         """
         symbols = self.base.transformer.wte(target_patches[:, :-1])  # (N, S-1, D)
         inputs = torch.cat((encoded_patches.unsqueeze(1).to(symbols.dtype), symbols), dim=1)  # (N, S, D)
-        hidden = self.base.transformer(inputs_embeds=inputs, use_cache=False).last_hidden_state  # (N, S, D)
+        hidden = run_gpt2(self.base.transformer, inputs, self.run_block)  # (N, S, D)
         logits = self.base.lm_head(hidden)  # (N, S, V)
         # (N, S, V) -> (N·S, V) -> (N, S)
         nats = F.cross_entropy(logits.flatten(0, 1).float(), target_patches.flatten(), reduction="none")
@@ -458,7 +696,7 @@ class bGPTLMHeadModel(ByteModel):
 
         Args:
             patches: int64 (B, P, S) or (B, P·S).
-            masks: int64 (B, P), 1 at real patches, 0 at the padding on the right.
+            masks: integers (B, P), 1 at real patches, 0 at the padding on the right.
             targets: bool (B, P-1), which of patches 1.. to predict; None = all real ones.
         """
         patch_size = self.patch_level_decoder.patch_size
@@ -489,7 +727,7 @@ class bGPTForClassification(ByteModel):
 
         Args:
             patches: int64 (B, P, S) or (B, P·S).
-            masks: int64 (B, P), 1 at real patches; None = all are real.
+            masks: integers (B, P), 1 at real patches; None = all are real.
         """
         encoded = self.patch_level_decoder(patches).last_hidden_state  # (B, P, D)
         if masks is None:
@@ -499,11 +737,21 @@ class bGPTForClassification(ByteModel):
         return self.classifier(mean)
 
 
+def compile_model(model):
+    """Has torch.compile fuse the operations of the blocks of a model's decoders; names and weights stay what they are.
+
+    Only the block is compiled, once for all layers of a decoder and for any number of sequences and targets.
+    """
+    for decoder in model.children():
+        if isinstance(decoder, ByteModel):
+            decoder.run_block = torch.compile(run_block, dynamic=True)
+
+
 def sample_targets(masks, most, rng):
     """Draws which target patches of a micro-batch go through the byte-level decoder in training.
 
     Args:
-        masks: int64 (B, P), 1 at real patches.
+        masks: integers (B, P), 1 at real patches.
         most: how many at most; 0 = all.
         rng: numpy Generator.
 
@@ -544,7 +792,7 @@ def filter_probabilities(logits, sampling):
         logits: (B, V), any float type.
         sampling: a Sampling.
     """
-    probabilities = torch.softmax(logits.double(), dim=-1)
+    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float64)
     if sampling.temperature == 0:
         return F.one_hot(probabilities.argmax(-1), probabilities.shape[-1]).double()
     if 0 < sampling.top_k < probabilities.shape[-1] or sampling.top_p < 1:
@@ -579,121 +827,300 @@ def sample_symbols(logits, sampling, uniforms):
     return (sums <= (uniforms.unsqueeze(-1) * sums[:, -1:])).sum(-1).clamp(max=logits.shape[-1] - 1)
 
 
+class PackedLinear:
+    """A linear layer for few rows at a time; on a CPU, its weight is laid out once in the way that oneDNN reads it.
+
+    PyTorch's own product lays the weight out anew in every call; for a few dozen rows that takes as long as the product.
+
+    Args:
+        weight: (out, in).
+        bias: (out,) or None.
+        gelu: whether the tanh-GELU follows.
+    """
+
+    def __init__(self, weight, bias=None, gelu=False):
+        self.weight, self.bias, self.gelu = weight, bias, gelu
+        self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if weight.dtype != torch.float32:
+            self.packed = self.packed and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)  # best for 32 rows, good for all
+
+    def __call__(self, x):
+        """Returns (N, out) for x (N, in). A row's numbers do not depend on the other rows, nor on how many there are."""
+        if not self.packed:
+            x = F.linear(x, self.weight, self.bias)
+            return F.gelu(x, approximate="tanh") if self.gelu else x
+        if len(x) == 1 and x.dtype == torch.float32:  # for a single row, oneDNN adds up in another order
+            return self(torch.cat((x, x)))[:1]
+        then = ("gelu", [], "tanh") if self.gelu else ("none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *then)
+
+
+class Blocks:
+    """The blocks and the last layer norm of a GPT2Model, for inference on rows (N, D) of any sequences.
+
+    Args:
+        gpt2: a GPT2Model of `make_configs`, in eval mode.
+    """
+
+    def __init__(self, gpt2):
+        assert gpt2.config.activation_function == "gelu_pytorch_tanh"  # see _fused
+        self.num_heads, self.last_norm = gpt2.config.n_head, gpt2.ln_f
+        self.layers = [
+            (
+                block.ln_1,
+                PackedLinear(block.attn.c_attn.weight.t(), block.attn.c_attn.bias),
+                PackedLinear(block.attn.c_proj.weight.t(), block.attn.c_proj.bias),
+                block.ln_2,
+                PackedLinear(block.mlp.c_fc.weight.t(), block.mlp.c_fc.bias, gelu=True),
+                PackedLinear(block.mlp.c_proj.weight.t(), block.mlp.c_proj.bias),
+            )
+            for block in gpt2.h
+        ]
+
+    def __call__(self, x, attend):
+        """Returns (N, D) for x (N, D), positions added.
+
+        Args:
+            attend: function (layer, qkv) with qkv (N, 3, H, 64), the queries, keys and values; returns (N, D).
+        """
+        for layer, (norm_1, qkv, attended, norm_2, inner, outer) in enumerate(self.layers):
+            # (N, D) -> (N, 3·D) -> (N, 3, H, 64)
+            x = x + attended(attend(layer, qkv(norm_1(x)).view(len(x), 3, self.num_heads, HEAD_SIZE)))
+            x = x + outer(inner(norm_2(x)))
+        return self.last_norm(x)
+
+
+def round_up(number, multiple):
+    """Returns the smallest multiple of `multiple` that is `number` or more."""
+    return -(-number // multiple) * multiple
+
+
+def attend_once(queries, keys, values, mask=None):
+    """Returns the attention (B, D) of one query for each row. A row's numbers do not depend on the other rows.
+
+    PyTorch's scaled_dot_product_attention is no faster for one query on a CPU, and the last digits of what it returns
+    there depend on the row's place in the batch.
+
+    Args:
+        queries: (B, H, 64).
+        keys, values: (B, H, T, 64); T must be a multiple of 16, if it depends on other rows.
+        mask: (B, 1, 1, T), added to the scores.
+    """
+    scores = torch.matmul((queries * HEAD_SIZE**-0.5).unsqueeze(2), keys.transpose(2, 3))  # (B, H, 1, T)
+    if mask is not None:
+        scores = scores + mask
+    return torch.matmul(torch.softmax(scores, dim=-1), values).flatten(1)  # (B, H, 1, 64) -> (B, D)
+
+
 class KVCache:
     """Keys and values of every layer of a GPT-2 for a batch of sequences, allocated once.
 
+    On a CPU they are float32 also for a bf16 model: PyTorch's attention of one query is then up to three times faster.
+
     Attributes:
-        keys, values: (layers, B, H, T, 64), T the number of positions.
+        keys, values: (layers, B, H, T, 64), T the number of positions, rounded up to a multiple of 16.
     """
 
     def __init__(self, gpt2, batch_size):
         config = gpt2.config
-        shape = (config.n_layer, batch_size, config.n_head, config.n_positions, config.n_embd // config.n_head)
-        self.keys, self.values = torch.zeros(2, *shape, dtype=gpt2.dtype, device=gpt2.device)
+        shape = (config.n_layer, batch_size, config.n_head, round_up(config.n_positions, 16), HEAD_SIZE)
+        dtype = torch.float32 if gpt2.device.type == "cpu" else gpt2.dtype
+        self.keys, self.values = torch.zeros(2, *shape, dtype=dtype, device=gpt2.device)
 
 
-def run_blocks(gpt2, x, attend):
-    """Runs the blocks and the last layer norm of a GPT2Model; the attention itself is given.
+class PatchWriter:
+    """Writes a batch of sequences, one patch of all of them at a time. Every buffer is allocated once.
 
-    Args:
-        gpt2: the GPT2Model, in eval mode.
-        x: (B, T, D), positions added.
-        attend: function (layer, queries, keys, values), each (B, H, T, 64), that returns (B, H, T, 64).
-    """
-    batch, length, width = x.shape
-    for layer, block in enumerate(gpt2.h):
-        qkv = block.attn.c_attn(block.ln_1(x))  # (B, T, 3·D)
-        # (B, T, 3·D) -> (B, T, 3, H, 64) -> (3, B, H, T, 64)
-        queries, keys, values = qkv.view(batch, length, 3, gpt2.config.n_head, -1).permute(2, 0, 3, 1, 4)
-        # (B, H, T, 64) -> (B, T, H, 64) -> (B, T, D)
-        attended = attend(layer, queries, keys, values).transpose(1, 2).reshape(batch, length, width)
-        x = x + block.attn.c_proj(attended)
-        x = x + block.mlp(block.ln_2(x))
-    return gpt2.ln_f(x)
-
-
-def prefill_patches(decoder, cache, rows, patches):
-    """Runs whole prompts through the patch-level decoder into rows of the cache.
+    A row of the batch is one sequence. What comes after its newest whole patch is written from that patch, from the
+    keys and values of those before it, and from the row's own random numbers.
 
     Args:
-        decoder: the PatchLevelDecoder.
-        cache: its KVCache.
-        rows: slice of B rows of the cache.
-        patches: int64 (B, P, S), padded on the right.
-
-    Returns:
-        (B, P, D); what stands behind a sequence's own end is of no use.
-    """
-
-    def attend(layer, queries, keys, values):
-        cache.keys[layer, rows, :, : patches.shape[1]] = keys
-        cache.values[layer, rows, :, : patches.shape[1]] = values
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-
-    positions = decoder.base.wpe.weight[: patches.shape[1]]  # (P, D)
-    return run_blocks(decoder.base, decoder.embed(patches) + positions, attend)
-
-
-def step_patches(decoder, cache, patches, positions, longest):
-    """Runs one more patch of each of the first B rows of the cache.
-
-    Args:
-        decoder: the PatchLevelDecoder.
-        cache: its KVCache.
-        patches: int64 (B, S).
-        positions: int64 (B,), the position of each row's patch.
-        longest: the largest of `positions`, plus 1.
-
-    Returns:
-        (B, D)
-    """
-    batch = len(patches)
-    rows = torch.arange(batch, device=patches.device)
-    # (B, 1, 1, longest): a row sees what it holds, its own new patch included, not what other rows hold beyond
-    visible = (torch.arange(longest, device=patches.device) <= positions.unsqueeze(-1)).view(batch, 1, 1, longest)
-
-    def attend(layer, queries, keys, values):
-        cache.keys[layer, rows, :, positions] = keys.squeeze(2)
-        cache.values[layer, rows, :, positions] = values.squeeze(2)
-        held = (cache.keys[layer, :batch, :, :longest], cache.values[layer, :batch, :, :longest])
-        return F.scaled_dot_product_attention(queries, *held, attn_mask=visible)
-
-    x = decoder.embed(patches.unsqueeze(1)) + decoder.base.wpe(positions).unsqueeze(1)  # (B, 1, D)
-    return run_blocks(decoder.base, x, attend).squeeze(1)
-
-
-def write_patches(decoder, cache, encoded, given, num_given, uniforms, sampling):
-    """Writes one patch for each of B rows, symbol by symbol, with the byte-level decoder.
-
-    Args:
-        decoder: the ByteLevelDecoder.
-        cache: its KVCache, of B rows or more; what it holds is overwritten.
-        encoded: (B, D), the patch-level output before the patch.
-        given: int64 (B, S), the patch so far, where a prompt ends inside it.
-        num_given: int64 (B,), how many symbols of `given` are given.
-        uniforms: float64 (B, S), see `sample_symbols`.
+        model: bGPTLMHeadModel in eval mode.
+        batch_size: B, the number of rows.
         sampling: a Sampling.
+        fixed_shapes: compute with few different shapes, rounded up to powers of two; the results are the same. None = on
+            CUDA only, where each shape is captured once as a graph.
 
-    Returns:
-        int64 (B, S): given symbols, then drawn ones; those behind a drawn 256 are of no use.
+    Attributes:
+        captures: whether steps run as CUDA graphs.
     """
-    gpt2, batch = decoder.base.transformer, len(encoded)
-    patches = given.clone()
-    x = encoded
 
-    def attend(layer, queries, keys, values):
-        cache.keys[layer, :batch, :, j] = keys.squeeze(2)
-        cache.values[layer, :batch, :, j] = values.squeeze(2)
-        held = (cache.keys[layer, :batch, :, : j + 1], cache.values[layer, :batch, :, : j + 1])
-        return F.scaled_dot_product_attention(queries, *held)
+    def __init__(self, model, batch_size, sampling, fixed_shapes=None):
+        patch_level, gpt2 = model.patch_level_decoder, model.byte_level_decoder.base.transformer
+        self.model, self.patch_level, self.sampling, self.device = model, patch_level, sampling, model.device
+        self.size, self.length, self.batch_size = patch_level.patch_size, patch_level.config.n_positions, batch_size
+        self.captures = self.device.type == "cuda"
+        self.fixed_shapes = self.captures if fixed_shapes is None else fixed_shapes
+        self.graphs = {}  # (rows, longest) -> captured graph, its results
+        self.patch_blocks, self.byte_blocks = Blocks(patch_level.base), Blocks(gpt2)
+        self.symbol_vectors, self.symbol_positions = gpt2.wte, gpt2.wpe.weight
+        self.head = PackedLinear(model.byte_level_decoder.base.lm_head.weight)
+        self.patch_cache, self.byte_cache = KVCache(patch_level.base, batch_size), KVCache(gpt2, batch_size)
+        whole = functools.partial(torch.zeros, dtype=torch.int64, device=self.device)
+        self.newest = whole(batch_size, self.size)  # (B, S), the newest whole patch of each row
+        self.positions = whole(batch_size)  # (B,), where it stands
+        self.given = whole(batch_size, self.size)  # (B, S), the beginning of the patch after it, if a prompt ends within
+        self.num_given = whole(batch_size)  # (B,), how many symbols of that are given
+        self.uniforms = torch.zeros(batch_size, self.length, self.size, dtype=torch.float64, device=self.device)
 
-    for j in range(given.shape[1]):
-        if j > 0:
-            x = gpt2.wte(patches[:, j - 1])  # (B, D)
-        hidden = run_blocks(gpt2, (x + gpt2.wpe.weight[j]).unsqueeze(1), attend).squeeze(1)  # (B, D)
-        drawn = sample_symbols(decoder.base.lm_head(hidden), sampling, uniforms[:, j])
-        patches[:, j] = torch.where(j < num_given, given[:, j], drawn)
-    return patches
+    def admit(self, places, prompts):
+        """Puts prompts into rows of the batch.
+
+        All but their last whole patches go through the patch-level decoder together; those go with the first `step`.
+
+        Args:
+            places: list of rows, one for each prompt.
+            prompts: list of Prompts.
+        """
+        patches = []  # the whole patches of each prompt, int64 (P, S)
+        for place, prompt in zip(places, prompts, strict=True):
+            symbols = torch.from_numpy(np.asarray(prompt.symbols, dtype=np.int64))
+            count = len(symbols) // self.size
+            patches.append(symbols[: count * self.size].view(count, self.size))
+            rest = symbols[count * self.size :]
+            self.newest[place] = patches[-1][-1].to(self.device)
+            self.positions[place] = count - 1
+            self.given[place, : len(rest)] = rest.to(self.device)
+            self.num_given[place] = len(rest)
+            drawn = np.random.default_rng(prompt.stream).random(self.length * self.size).reshape(self.length, self.size)
+            self.uniforms[place] = torch.from_numpy(drawn).to(self.device)
+        longer = [(place, held[:-1]) for place, held in zip(places, patches) if len(held) > 1]
+        while longer:
+            # as many as fit in one pass, so that the memory this takes is bounded
+            count, taken = 0, 0
+            while count < len(longer) and (count == 0 or taken + len(longer[count][1]) <= PREFILL_PATCHES):
+                taken += len(longer[count][1])
+                count += 1
+            self._prefill(*zip(*longer[:count]))
+            longer = longer[count:]
+
+    def _prefill(self, places, patches):
+        """Runs patches, a list of int64 (P, S), through the patch-level decoder into the cache's rows `places`.
+
+        The N patches in all pass the layers without padding. Only for the attention between them are they padded, each
+        prompt to a length that follows from its own, so that its numbers do not depend on the others.
+        """
+        order = sorted(range(len(places)), key=lambda i: len(patches[i]))
+        places, patches = [places[i] for i in order], [patches[i] for i in order]
+        position = torch.cat([torch.arange(len(held)) for held in patches]).to(self.device)  # (N,)
+        place = torch.cat([torch.full((len(held),), place) for place, held in zip(places, patches)]).to(self.device)  # (N,)
+        groups, start = [], 0  # of prompts padded alike: their patches among the N, (B, P), the sequence of each patch
+        for padded, group in itertools.groupby(map(len, patches), key=lambda length: round_up(length, 64)):
+            lengths = torch.tensor(list(group))
+            rows = slice(start, start + int(lengths.sum()))
+            sequence = torch.arange(len(lengths)).repeat_interleave(lengths).to(self.device)
+            groups.append((rows, (len(lengths), padded), sequence))
+            start = rows.stop
+
+        def attend(layer, qkv):
+            qkv = qkv.to(self.patch_cache.keys.dtype)
+            self.patch_cache.keys[layer, place, :, position] = qkv[:, 1]
+            self.patch_cache.values[layer, place, :, position] = qkv[:, 2]
+            attended = torch.empty_like(qkv[:, 0])  # (N, H, 64)
+            for rows, shape, sequence in groups:
+                padded = qkv.new_zeros(*shape, *qkv.shape[1:])  # (B, P, 3, H, 64)
+                padded[sequence, position[rows]] = qkv[rows]
+                # (B, P, 3, H, 64) -> (3, B, H, P, 64) -> (B, H, P, 64)
+                outputs = F.scaled_dot_product_attention(*padded.permute(2, 0, 3, 1, 4), is_causal=True)
+                attended[rows] = outputs.transpose(1, 2)[sequence, position[rows]]  # (B, H, P, 64) -> (B, P, H, 64) -> (n, H, 64)
+            return attended.flatten(1).to(self.patch_level.dtype)  # (N, D)
+
+        embedded = self.patch_level.embed(torch.cat(patches).to(self.device).unsqueeze(0)).squeeze(0)  # (N, D)
+        self.patch_blocks(embedded + self.patch_level.base.wpe(position), attend)
+
+    def move(self, source, target, count):
+        """Moves a row, whose cache holds `count` patches, to another row."""
+        for state in (self.newest, self.positions, self.given, self.num_given, self.uniforms):
+            state[target] = state[source]
+        for state in (self.patch_cache.keys, self.patch_cache.values):
+            state[:, target, :, :count] = state[:, source, :, :count]
+
+    def step(self, num_rows, longest):
+        """Writes the next patch of each of the first `num_rows` rows, and waits for the device once.
+
+        Args:
+            num_rows: 1 or more.
+            longest: the most whole patches that one of them has.
+
+        Returns:
+            patches: int64 (num_rows, S), the given symbols, then drawn ones; those behind a drawn 256 are of no use.
+            nats: float64 (num_rows,), minus the log-probability of the drawn symbols, the 256 that ends them included.
+        """
+        rows, longest = num_rows, round_up(longest, 16)
+        if self.fixed_shapes:
+            rows = min(1 << (num_rows - 1).bit_length(), self.batch_size)
+            longest = min(1 << (max(longest, 64) - 1).bit_length(), self.patch_cache.keys.shape[3])
+        patches, nats = (self._replay if self.captures else self._write)(rows, longest)
+        self.newest[:rows] = patches
+        self.positions[:rows] = (self.positions[:rows] + 1).clamp(max=self.length - 2)  # rows in use stay below
+        self.num_given[:rows] = 0
+        results = torch.cat((patches.double(), nats.unsqueeze(1)), dim=1)[:num_rows].cpu().numpy()  # one copy: (B, S + 1)
+        return results[:, :-1].astype(np.int64), results[:, -1]
+
+    def _replay(self, rows, longest):
+        """What `_write` returns, from a CUDA graph of it, which is captured when its shapes come up first."""
+        if (rows, longest) not in self.graphs:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # libraries set themselves up in a first call, which cannot be captured
+                self._write(rows, longest)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            shared = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
+            with torch.cuda.graph(graph, pool=shared):
+                results = self._write(rows, longest)
+            self.graphs[rows, longest] = graph, results
+        graph, results = self.graphs[rows, longest]
+        graph.replay()
+        return results
+
+    def _write(self, rows, longest):
+        """Computes the next patch of the first `rows` rows and its nats, see `step`, on the device alone.
+
+        It changes nothing but the caches, at the positions of its own patches, so that it may run twice.
+        """
+        encoded = self.step_patch_level(rows, longest)  # (B, D)
+        given, num_given = self.given[:rows], self.num_given[:rows]
+        uniforms = self.uniforms[torch.arange(rows, device=self.device), self.positions[:rows] + 1]  # (B, S)
+        patches, logits, x = torch.empty_like(given), [], encoded
+
+        def attend(layer, qkv):
+            queries, keys, values = qkv.to(self.byte_cache.keys.dtype).unbind(1)  # (B, H, 64) each
+            self.byte_cache.keys[layer, :rows, :, j] = keys
+            self.byte_cache.values[layer, :rows, :, j] = values
+            held = (self.byte_cache.keys[layer, :rows, :, : j + 1], self.byte_cache.values[layer, :rows, :, : j + 1])
+            return attend_once(queries, *held).to(encoded.dtype)
+
+        for j in range(self.size):
+            logits.append(self.head(self.byte_blocks(x + self.symbol_positions[j], attend)))  # (B, V)
+            drawn = sample_symbols(logits[-1], self.sampling, uniforms[:, j])
+            patches[:, j] = torch.where(j < num_given, given[:, j], drawn)
+            x = self.symbol_vectors(patches[:, j])  # (B, D)
+        # S of (B, V) -> (B, V, S), as cross_entropy wants it -> (B, S)
+        nats = F.cross_entropy(torch.stack(logits, dim=2).float(), patches, reduction="none").double()
+        is_drawn = torch.arange(self.size, device=self.device) >= num_given.unsqueeze(1)  # (B, S)
+        ends = (is_drawn & (patches == END)).long()
+        return patches, (nats * (is_drawn & (ends.cumsum(1) - ends == 0))).sum(1)
+
+    def step_patch_level(self, rows, longest):
+        """Runs the newest patches of the first `rows` rows through the patch-level decoder: (B, D)."""
+        positions = self.positions[:rows]
+        row = torch.arange(rows, device=self.device)
+        # (B, 1, 1, longest), added to the attention's scores: a row sees what it holds, not what other rows hold beyond
+        unseen = torch.arange(longest, device=self.device) > positions.unsqueeze(1)
+        mask = self.patch_cache.keys.new_zeros(rows, longest).masked_fill(unseen, -torch.inf).view(rows, 1, 1, longest)
+
+        def attend(layer, qkv):
+            queries, keys, values = qkv.to(mask.dtype).unbind(1)  # (B, H, 64) each
+            self.patch_cache.keys[layer, row, :, positions] = keys
+            self.patch_cache.values[layer, row, :, positions] = values
+            held = (self.patch_cache.keys[layer, :rows, :, :longest], self.patch_cache.values[layer, :rows, :, :longest])
+            return attend_once(queries, *held, mask).to(self.patch_level.dtype)
+
+        embedded = self.patch_level.embed(self.newest[:rows].unsqueeze(1)).squeeze(1)  # (B, D)
+        return self.patch_blocks(embedded + self.patch_level.base.wpe(positions), attend)
 
 
 @dataclasses.dataclass
@@ -712,15 +1139,43 @@ class Continuation:
     key: object
     symbols: np.ndarray  # int64 (n,) without the 256 that ended it
     cut_off: bool  # PATCH_LENGTH patches were full before it ended
+    nats: float  # minus the log-probability of the symbols, and of the 256 that ended them, see `mean_log_probability`
+
+    def mean_log_probability(self):
+        """Returns the mean log-probability in nats of the drawn symbols, the 256 that ended them included.
+
+        It is the model's own: of its softmax, before TOP_K, TOP_P and TEMPERATURE.
+        """
+        return -self.nats / (len(self.symbols) + (not self.cut_off))
+
+    def bits_per_byte(self):
+        """Returns the bits of the drawn symbols and of the 256 that ended them, by drawn bytes; None if there are none."""
+        return self.nats / math.log(2) / len(self.symbols) if len(self.symbols) else None
 
 
 class _Row:
-    """One sequence under way: which prompt, and how many patches are whole."""
+    """One sequence under way."""
 
     def __init__(self, prompt, patch_size):
         self.prompt = prompt
-        self.whole = len(prompt.symbols) // patch_size
-        self.num_given = len(prompt.symbols) % patch_size  # in the patch after those
+        self.whole, self.num_given = divmod(len(prompt.symbols), patch_size)  # patches, and symbols after those
+        self.written = []  # patches, int64 (S,) each; the first begins with the given symbols
+        self.nats = 0.0
+
+    def add(self, patch, nats):
+        """Takes the next patch; returns whether it ends the sequence."""
+        given = self.num_given if not self.written else 0
+        self.written.append(patch)
+        self.whole += 1
+        self.nats += float(nats)
+        return END in patch[given:]
+
+    def finish(self, cut_off):
+        """Returns the Continuation."""
+        symbols = np.concatenate(self.written)[self.num_given :]
+        if not cut_off:
+            symbols = symbols[: np.flatnonzero(symbols == END)[0]]
+        return Continuation(self.prompt.key, symbols.copy(), cut_off, self.nats)
 
 
 @torch.inference_mode()
@@ -741,75 +1196,161 @@ def generate(model, prompts, batch_size, sampling, on_patches=None):
     Yields:
         Continuation, in the order in which they end.
     """
-    patch_level, byte_level = model.patch_level_decoder, model.byte_level_decoder
-    size, length, device = patch_level.patch_size, patch_level.config.n_positions, model.device
-    patch_cache = KVCache(patch_level.base, batch_size)
-    byte_cache = KVCache(byte_level.base.transformer, batch_size)
-    symbols = torch.full((batch_size, length, size), END, device=device)  # (B, L, S), all that is known of each row
-    uniforms = torch.zeros((batch_size, length, size), dtype=torch.float64, device=device)  # one for each symbol
-    encoded = torch.zeros((batch_size, patch_level.config.n_embd), dtype=model.dtype, device=device)  # after the last whole
-    prompts, rows = iter(prompts), []
+    writer = PatchWriter(model, batch_size, sampling)
+    prompts, rows = iter(prompts), [None] * batch_size
     while True:
-        # waiting prompts take free places, all in one pass
-        admitted = [_Row(prompt, size) for prompt in itertools.islice(prompts, batch_size - len(rows))]
-        if admitted:
-            places = slice(len(rows), len(rows) + len(admitted))
-            for place, row in enumerate(admitted, len(rows)):
-                known = torch.from_numpy(np.asarray(row.prompt.symbols, dtype=np.int64))
-                symbols[place].fill_(END).view(-1)[: len(known)] = known.to(device)
-                drawn = np.random.default_rng(row.prompt.stream).random(length * size).reshape(length, size)
-                uniforms[place] = torch.from_numpy(drawn).to(device)
-            longest = max(row.whole for row in admitted)
-            outputs = prefill_patches(patch_level, patch_cache, places, symbols[places, :longest])  # (B, P, D)
-            last = torch.tensor([row.whole - 1 for row in admitted], device=device)
-            encoded[places] = outputs[torch.arange(len(admitted), device=device), last]
-            rows += admitted
+        # waiting prompts take the free places, all together; places that stay free are closed by the last rows
+        free = [place for place, row in enumerate(rows) if row is None]
+        admitted = list(itertools.islice(prompts, len(free)))
+        writer.admit(free[: len(admitted)], admitted)
+        for place, prompt in zip(free, admitted):
+            rows[place] = _Row(prompt, writer.size)
+        for place in reversed(free[len(admitted) :]):
+            last = rows.pop()
+            if place < len(rows):
+                writer.move(len(rows), place, last.whole - 1)  # the patch just written is not in the cache yet
+                rows[place] = last
         if not rows:
             return
 
-        # one patch for every row
-        everyone = torch.arange(len(rows), device=device)
-        whole = torch.tensor([row.whole for row in rows], device=device)
-        num_given = torch.tensor([row.num_given for row in rows], device=device)
-        patches = write_patches(
-            byte_level,
-            byte_cache,
-            encoded[: len(rows)],
-            symbols[everyone, whole],
-            num_given,
-            uniforms[everyone, whole],
-            sampling,
-        )
-        symbols[everyone, whole] = patches
-        is_end = (patches == END) & (torch.arange(size, device=device) >= num_given.unsqueeze(-1))  # (B, S)
-        ended = is_end.any(-1).tolist()
-        for row in rows:
-            row.whole += 1
-            row.num_given = 0
+        patches, nats = writer.step(len(rows), max(row.whole for row in rows))
         if on_patches is not None:
             on_patches(len(rows))
+        for place, row in enumerate(rows):
+            ended = row.add(patches[place], nats[place])
+            if ended or row.whole == writer.length:
+                rows[place] = None
+                yield row.finish(cut_off=not ended)
 
-        # finished rows leave, and the last rows move up into their places
-        for place in reversed(range(len(rows))):
-            row = rows[place]
-            if not ended[place] and row.whole < length:
-                continue
-            written = symbols[place].view(-1)[len(row.prompt.symbols) : row.whole * size].cpu().numpy()
-            stop = np.flatnonzero(written == END)[0] if ended[place] else len(written)
-            yield Continuation(row.prompt.key, written[:stop].copy(), cut_off=not ended[place])
-            moved = rows.pop()
-            if moved is not row:
-                rows[place] = moved
-                for state in (symbols, uniforms):
-                    state[place] = state[len(rows)]
-                held = slice(0, moved.whole - 1)  # the patch just written is not in the cache yet
-                for state in (patch_cache.keys, patch_cache.values):
-                    state[:, place, :, held] = state[:, len(rows), :, held]
-        if rows:
-            whole = torch.tensor([row.whole for row in rows], device=device)
-            newest = symbols[torch.arange(len(rows), device=device), whole - 1]  # (B, S)
-            longest = max(row.whole for row in rows)
-            encoded[: len(rows)] = step_patches(patch_level, patch_cache, newest, whole - 1, longest)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The index of a folder of outputs
+# ---------------------------------------------------------------------------------------------------------------------
+
+INDEX_NAMES = ("index.tsv", "index.html")
+INDEX_COLUMNS = ("file", "source", "bytes", "bits per byte", "cut off or ended", "seed")
+SHOWN_TEXT, SHOWN_HEX = 2000, 256  # most bytes of a file that its text or hex dump on the page stands for
+SHOWN_BYTES = 2**24  # most bytes of files that a page holds in all; the files after that are listed with their figures only
+
+_IMAGES = {"bmp": "bmp", "gif": "gif", "jpeg": "jpeg", "jpg": "jpeg", "png": "png", "svg": "svg+xml", "webp": "webp"}
+_SOUNDS = {"flac": "flac", "mp3": "mpeg", "ogg": "ogg", "wav": "wav"}
+
+# the policy: whatever an output holds, the page runs no script and loads nothing
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>bGPT: {count:,} outputs</title>
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'">
+<style>
+body {{ font: 15px/1.4 sans-serif; margin: 1.5em; }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(32em, 1fr)); gap: 1em; }}
+article {{ border: 1px solid #bbb; border-radius: 4px; padding: .7em; min-width: 0; content-visibility: auto; }}
+h2 {{ font-size: 1em; margin: 0; overflow-wrap: anywhere; }}
+p {{ margin: .2em 0 .6em; color: #555; overflow-wrap: anywhere; }}
+pre {{ margin: 0; max-height: 20em; overflow: auto; background: #f4f4f4; padding: .4em; white-space: pre-wrap;
+      overflow-wrap: anywhere; font-size: 11px; }}
+img {{ max-width: 100%; min-width: 8em; image-rendering: pixelated; }}
+</style></head><body><h1>bGPT: {count:,} outputs</h1><p>{note}</p><main>
+{articles}
+</main></body></html>
+"""
+
+
+def escape_name(name):
+    """Returns a name with backslashes and all that is not printable (tabs, newlines, broken UTF-8) as escapes: \\t, \\xff."""
+    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in name)
+
+
+def unescape_name(text):
+    """Returns the name that `escape_name` made a text of."""
+    escapes = r"\\(?:x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8}|[tnr\\])"
+    return re.sub(escapes, lambda match: match[0].encode().decode("unicode_escape"), text)
+
+
+def read_index(path):
+    """Returns {file: the fields of its line, as they stand there} of an index.tsv; None if the file is missing or no index."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            lines = [line.split("\t") for line in file.read().split("\n") if line]
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+    if not lines or lines[0] != list(INDEX_COLUMNS):
+        return None
+    return {fields[0]: fields for fields in lines[1:] if len(fields) == len(INDEX_COLUMNS)}
+
+
+def write_index(folder, rows):
+    """Writes index.tsv and index.html into a folder of outputs.
+
+    What an earlier run listed stays listed, as long as its file is there. A file of one of these names that is not an
+    index is kept under another name.
+
+    Args:
+        folder: where the outputs are.
+        rows: list of tuples of INDEX_COLUMNS: path within the folder, path of the input or "", bytes, bits per byte or
+            None, "cut off" or "ended", seed.
+    """
+    table, page = (os.path.join(folder, name) for name in INDEX_NAMES)
+    listed = read_index(table)
+    if listed is None:
+        listed = {}
+        keep_backup(table)
+        keep_backup(page)
+    for file, source, num_bytes, bits, how, seed in rows:
+        bits = "" if bits is None else f"{bits:.4f}"
+        listed[escape_name(file)] = [escape_name(file), escape_name(source), str(num_bytes), bits, how, str(seed)]
+    # files counted through in their names stand in that order: 2 before 10
+    names = sorted(listed, key=lambda name: [part.zfill(20) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    names = [name for name in names if os.path.isfile(os.path.join(folder, unescape_name(name)))]
+    with replacing(table) as file:
+        file.write("".join("\t".join(fields) + "\n" for fields in [INDEX_COLUMNS, *map(listed.get, names)]).encode())
+    articles, shown = [], 0
+    for name in names:
+        path = os.path.join(folder, unescape_name(name))
+        size, content = os.path.getsize(path), None
+        if shown + size <= SHOWN_BYTES:
+            shown += size
+            with open(path, "rb") as file:
+                content = file.read()
+        articles.append(_article(listed[name], content, extension_of(path).lower()))
+    note = f"All figures: {INDEX_NAMES[0]}. Contents are shown up to {SHOWN_BYTES / 2**20:.0f} MiB in all."
+    with replacing(page) as file:
+        file.write(_PAGE.format(count=len(names), note=note, articles="\n".join(articles)).encode())
+
+
+def _article(fields, content, extension):
+    """Returns a file's part of the page: its figures, and its content (bytes) unless that is None."""
+    file, source, num_bytes, bits, how, seed = map(html.escape, fields)
+    figures = [f"from {source}"] * bool(source) + [f"{num_bytes} bytes"] + [f"{bits} bits per byte"] * bool(bits)
+    figures = ", ".join([*figures, how, f"seed {seed}"])
+    shown = "" if content is None else _show(content, extension)
+    return f"<article><h2>{file}</h2><p>{figures}</p>{shown}</article>"
+
+
+def _show(content, extension):
+    """Returns a file's content as HTML: an image, a sound, text, or its first bytes in hexadecimal."""
+    if extension in _IMAGES:
+        return f'<img alt="not a readable image" src="{_data_uri(content, "image/" + _IMAGES[extension])}">'
+    if extension in _SOUNDS:
+        return f'<audio controls preload="metadata" src="{_data_uri(content, "audio/" + _SOUNDS[extension])}"></audio>'
+    text = content[:SHOWN_TEXT].decode("utf-8", "replace").replace("\r\n", "\n")
+    odd = {c for c in text if not c.isprintable() and c not in "\n\t"}
+    most = SHOWN_TEXT
+    if extension not in ("abc", "txt") and (odd or "\ufffd" in text[:-1]):  # the last character may be cut through
+        lines = []
+        for start in range(0, min(len(content), SHOWN_HEX), 16):
+            part = content[start : min(start + 16, SHOWN_HEX)]
+            printable = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in part)
+            lines.append(f"{start:04x}  {part.hex(' '):<47}  {printable}")
+        text, odd, most = "\n".join(lines), (), SHOWN_HEX
+    for character in odd:
+        text = text.replace(character, "\ufffd")
+    if len(content) > most:
+        text += f"\n… and {len(content) - most:,} more bytes"
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def _data_uri(content, kind):
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -821,10 +1362,12 @@ def generate(model, prompts, batch_size, sampling, on_patches=None):
 def replacing(path):
     """Opens a new binary file that takes the place of `path`, whole and synced, if the block ends without an error.
 
-    At any moment the path holds the whole old file or the whole new one. After an error nothing is left beside it.
+    At any moment the path holds the whole old file or the whole new one. After an error nothing is left beside it; after
+    a kill, what `remove_leftovers` removes.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(prefix=".bgpt-", suffix=".tmp", dir=folder)
+    path = os.path.realpath(path)  # a link stays one, and what it leads to is replaced
+    folder = os.path.dirname(path)
+    handle, temporary = tempfile.mkstemp(prefix=_temporary_prefix(path), suffix=".tmp", dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -848,6 +1391,36 @@ def replacing(path):
             os.close(descriptor)
 
 
+def _temporary_prefix(path):
+    """Returns how the names begin under which `replacing` writes a file; of fixed length, since names have a limit."""
+    return f".bgpt-{zlib.crc32(os.fsencode(os.path.basename(path))):08x}-"
+
+
+def remove_leftovers(path):
+    """Removes the unfinished files that runs killed in the middle of saving `path` left beside it."""
+    path = os.path.realpath(path)
+    for name in os.listdir(os.path.dirname(path)):
+        if name.startswith(_temporary_prefix(path)) and name.endswith(".tmp"):
+            os.unlink(os.path.join(os.path.dirname(path), name))
+
+
+def lock_beside(path, name):
+    """Returns an open file whose lock keeps other runs from the one at `path` until it is closed, or the process ends.
+
+    Raises:
+        UserError: another run holds the lock; names the constant that holds the path.
+    """
+    path = os.path.realpath(path)
+    lock = open(os.path.join(os.path.dirname(path), f"{_temporary_prefix(path)}lock"), "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which worker processes would hold on to
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{name}: another run is at work at {path!r}; wait for its end, or give another path") from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
 def save_checkpoint(path, checkpoint):
     """Saves a dict of plain types and tensors at `path`, see `replacing`."""
     with replacing(path) as file:
@@ -859,12 +1432,13 @@ def save_checkpoint(path, checkpoint):
             raise
 
 
-def load_checkpoint(path, name):
+def load_checkpoint(path, name, mmap=False):
     """Returns the dict in a checkpoint, its tensors on the CPU. No code that a file may hold is ever run.
 
     Args:
         path: the file.
         name: the constant that holds the path, for messages.
+        mmap: leave the tensors in the file until they are used; only for files that torch.save wrote since 1.6.
 
     Raises:
         UserError: the file is missing, cannot be read, is no checkpoint, or needs more than plain types and tensors.
@@ -874,9 +1448,9 @@ def load_checkpoint(path, name):
         raise UserError(f"{name}: {path!r} {what}; it must be a checkpoint (.pth)")
     try:
         with warnings.catch_warnings(action="ignore"):  # what the reader thinks of a file that is none
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch.load raises whatever its readers do: pickle, zip, end of file, key, type…
-        if isinstance(error, OSError) and error.strerror:
+        if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # that is a seek in a file cut short
             raise UserError(f"{name}: cannot read {path!r}: {error.strerror}") from None
         if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
             why = "it holds more than plain types and tensors, which could run code, so it is refused"
@@ -907,6 +1481,11 @@ class ModelSizes:
     PATCH_NUM_LAYERS: int
     BYTE_NUM_LAYERS: int | None = None  # None: no byte-level decoder, so a classifier
     num_labels: int | None = None  # None: no classifier head, so a generative model
+
+    @property
+    def kind(self):
+        """What such a model is called."""
+        return "generative model" if self.num_labels is None else "classifier"
 
     def build(self, dropout=0.1):
         """Returns a new model of these sizes, with random weights."""
@@ -982,17 +1561,20 @@ def load_weights(model, state, where):
 
 
 def load_optimizer(optimizer, state):
-    """Loads an AdamW's state; raises ValueError or TypeError if it is none for its parameters, before it is used.
+    """Loads an AdamW's moments; raises one of many errors if they are none for its parameters, before they are used.
 
-    The fused step trusts the shapes that it is given.
+    The fused step trusts the shapes that it is given. Rates and other settings stay those of the optimizer.
     """
-    optimizer.load_state_dict(state)
-    for parameter, values in optimizer.state.items():
+    groups, parameters = optimizer.state_dict()["param_groups"], optimizer.param_groups[0]["params"]
+    for place, values in state["state"].items():
+        if set(values) != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"optimizer: it holds {sorted(map(str, values))}")
         for name in ("exp_avg", "exp_avg_sq"):
-            if not _is_whole(values[name].cpu()) or values[name].shape != parameter.shape:
-                raise ValueError(f"optimizer: an {name} is not {tuple(parameter.shape)}")
-        if torch.as_tensor(values["step"]).numel() != 1:
+            if not _is_whole(values[name]) or values[name].shape != parameters[place].shape or not values[name].isfinite().all():
+                raise ValueError(f"optimizer: an {name} is not {tuple(parameters[place].shape)} numbers")
+        if torch.as_tensor(values["step"]).numel() != 1 or not math.isfinite(values["step"]):
             raise ValueError("optimizer: a step is not one number")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 def load_model(path, name, dropout=0.1):
@@ -1008,6 +1590,14 @@ def load_model(path, name, dropout=0.1):
     return model, checkpoint
 
 
+def label_list(checkpoint, where):
+    """Returns the labels of a classifier's checkpoint, by their indices; raises UserError where they do not fit its head."""
+    labels, count = checkpoint.get("labels"), len(checkpoint["model"]["classifier.weight"])
+    if not isinstance(labels, dict) or sorted(map(str, labels.values())) != sorted(map(str, range(count))):
+        raise UserError(f"{where}: its 'labels' should be a dict of {count} labels and their indices, 0 to {count - 1}")
+    return [str(label) for label in sorted(labels, key=labels.get)]
+
+
 def check_sizes(wanted, state, where):
     """Checks that a checkpoint's model has the sizes that config.py gives.
 
@@ -1015,15 +1605,55 @@ def check_sizes(wanted, state, where):
         UserError: names the kind of model that was expected, or the constants to change.
     """
     found = model_sizes(state, where)
-    kinds = ["classifier" if sizes.num_labels is not None else "generative model" for sizes in (found, wanted)]
-    if kinds[0] != kinds[1]:
-        raise UserError(f"{where} is a {kinds[0]}; here a {kinds[1]} is needed")
+    if found.kind != wanted.kind:
+        raise UserError(f"{where} is a {found.kind}; here a {wanted.kind} is needed")
     differing = [
         field.name for field in dataclasses.fields(wanted) if getattr(wanted, field.name) != getattr(found, field.name)
     ]
     if differing:
         changes = ", ".join(f"{name} = {getattr(found, name)} (now {getattr(wanted, name)})" for name in differing)
         raise UserError(f"{where} is a model of other sizes: set {changes}, or give another path")
+
+
+def load_sized_weights(model, sizes, path, name):
+    """Loads a checkpoint's weights into a model of the ModelSizes that config.py gives; returns the checkpoint.
+
+    Raises:
+        UserError: see `load_checkpoint`, `check_sizes` and `load_weights`.
+    """
+    checkpoint = load_checkpoint(path, name)
+    check_sizes(sizes, checkpoint["model"], f"{name}: {path!r}")
+    load_weights(model, checkpoint["model"], f"{name}: {path!r}")
+    return checkpoint
+
+
+def load_pre_trained(model, sizes, labels, path, name):
+    """Loads a checkpoint's patch-level decoder into a classifier, and its head if it has the same labels; says which.
+
+    Args:
+        model: the bGPTForClassification.
+        sizes: its ModelSizes.
+        labels: its {label: index}.
+        path: a generative model's checkpoint or a classifier's.
+        name: the constant that holds the path, for messages.
+
+    Raises:
+        UserError: see `load_checkpoint`, `check_sizes` and `load_weights`.
+    """
+    checkpoint, where = load_checkpoint(path, name), f"{name}: {path!r}"
+    found = model_sizes(checkpoint["model"], where)
+    # what the two need not have in common
+    wanted = dataclasses.replace(sizes, BYTE_NUM_LAYERS=found.BYTE_NUM_LAYERS, num_labels=found.num_labels)
+    check_sizes(wanted, checkpoint["model"], where)
+    state = {key: value for key, value in checkpoint["model"].items() if not key.startswith(("byte_level_decoder.", "classifier."))}
+    keep_head = found.num_labels is not None and set(label_list(checkpoint, where)) == set(labels)
+    if keep_head:  # its rows in the order of `labels`
+        rows = [checkpoint["labels"][label] for label in sorted(labels, key=labels.get)]
+        state |= {key: checkpoint["model"][key][rows] for key in ("classifier.weight", "classifier.bias")}
+    else:
+        state |= {key: value for key, value in model.state_dict().items() if key.startswith("classifier.")}
+    load_weights(model, state, where)
+    print(f"a new run, from the patch-level decoder {'and the head ' if keep_head else ''}of {path}, a {found.kind}")
 
 
 def latest_path(weights_path):
@@ -1049,13 +1679,107 @@ def keep_backup(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Run set-up: device, precision, logging, errors
+# Run set-up: device, precision, processes, signals, logging, errors
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def pick_device():
     """Returns the torch.device to run on: a CUDA GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """The processes of a run, each with a device of its own, as torchrun started them; without torchrun, this one alone."""
+
+    device: torch.device
+    rank: int = 0  # the number of this process
+    count: int = 1
+
+    def sum(self, values):
+        """Returns the sums over all processes of each of some numbers: a list of floats, or of an array a float64 array."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        if self.count > 1:
+            dist.all_reduce(sums)
+        return sums.numpy() if isinstance(values, np.ndarray) else sums.tolist()
+
+    def gather(self, value):
+        """Returns the list of every process's `value`, in the order of their ranks."""
+        values = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def distribute(self, model):
+        """Returns what trains the model: itself, or PyTorch's wrapper that averages the gradients of all processes."""
+        if self.count == 1:
+            return model
+        # With find_unused_parameters GPT-2's own embeddings of patches, which nothing uses, are no error, and gradients are
+        # summed up in one and the same order from the first step on, so that a resumed run computes the same bits.
+        return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
+
+    def agree(self, error=None):
+        """Ends the run on all processes if one of them met an error (UserError or OSError); called by all together.
+
+        Raises:
+            UserError, OSError: this process is alone, and met it.
+            SystemExit: status 1; the message was printed, once.
+        """
+        if error is not None and self.count == 1:
+            raise error
+        if self.sum([error is not None]) == [0]:
+            return
+        messages = self.gather(None if error is None else str(error))
+        rank = next(rank for rank, message in enumerate(messages) if message is not None)
+        where = "" if None not in messages else f"process {rank}: "
+        self.leave(f"error: {where}{messages[rank]}", 1)
+
+    @contextlib.contextmanager
+    def together(self):
+        """Runs a block in which a mistake that any process meets is the end of all; see `agree`."""
+        error = None
+        try:
+            yield
+        except (UserError, OSError) as caught:
+            error = caught
+        self.agree(error)
+
+    def leave(self, message, status):
+        """Prints a message, once, and raises SystemExit on all processes; called by all together."""
+        if self.rank == 0:
+            tqdm.write(message, file=sys.stderr)
+        if self.count > 1:
+            dist.barrier()  # torchrun ends the others as soon as one has left: not before all is said
+        raise SystemExit(status)
+
+
+def gradients_stay(engine, stay):
+    """Returns the context of a backward pass after which the gradients stay in each process, to be added to, if `stay`."""
+    return engine.no_sync() if stay and hasattr(engine, "no_sync") else contextlib.nullcontext()
+
+
+def start_processes():
+    """Returns the Processes of a training run; those that torchrun started are connected, and only the first prints.
+
+    Raises:
+        UserError: there are more processes than GPUs.
+    """
+    keep_freed_memory()
+    device, count = pick_device(), int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1 or "RANK" not in os.environ:  # some job systems set only the former
+        return Processes(device)
+    if device.type == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun: --nproc_per_node is {os.environ['LOCAL_WORLD_SIZE']}, but there are {torch.cuda.device_count()} GPUs"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return Processes(device, dist.get_rank(), count)
 
 
 def pick_dtype(precision, device):
@@ -1078,6 +1802,18 @@ def pick_dtype(precision, device):
 def autocast(device, dtype):
     """Returns the context in which a model with float32 weights computes in `dtype`."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def keep_freed_memory():
+    """Has glibc keep the memory of freed tensors for the next ones, instead of handing it back to the system each time.
+
+    On a CPU, a step of training allocates the same large tensors over and over; getting their pages from the system anew
+    took a fifth of the step. The peak stays the same. Without glibc it does nothing.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)  # large blocks too come from the heap…
+        mallopt(_M_TRIM_THRESHOLD, -1)  # …whose free end is never handed back
 
 
 def make_folder(folder, name):
@@ -1103,27 +1839,27 @@ def check_writable(path, name):
 
 
 @contextlib.contextmanager
-def delayed_interrupt():
-    """Lets the step in hand finish before Ctrl-C takes effect.
+def delayed_signals(impatient):
+    """Lets the step in hand finish before Ctrl-C or SIGTERM takes effect.
 
-    Yields a function to call between steps: it raises KeyboardInterrupt if there was a Ctrl-C. A second one acts at once.
+    Args:
+        impatient: whether a second Ctrl-C acts at once.
+
+    Yields a function that returns the number of the first such signal, 0 as long as there was none.
     """
     received = []
 
     def remember(number, frame):
         received.append(number)
-        if len(received) > 1:
+        if received.count(signal.SIGINT) > 1 and impatient:
             raise KeyboardInterrupt
 
-    def check():
-        if received:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, remember)
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield check
+        yield lambda: received[0] if received else 0
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class NoLogger:
@@ -1136,20 +1872,21 @@ class NoLogger:
         pass
 
 
-def make_logger(enabled, settings):
+def make_logger(enabled, settings, run_id):
     """Returns an object with log(dict) and finish(): a Weights & Biases run, or a NoLogger.
 
     Without a login, and unless WANDB_MODE says otherwise, the run is kept on this machine, and a line says so.
 
     Args:
-        enabled: WANDB_LOG.
+        enabled: whether to log there.
         settings: dict of the run's constants.
+        run_id: names the run, so that one that goes on is one there too.
     """
     if not enabled:
         return NoLogger()
     import wandb  # here, so that nobody needs it who does not use it
 
-    start = functools.partial(wandb.init, project="bGPT", config=settings)
+    start = functools.partial(wandb.init, project="bGPT", id=run_id, resume="allow", config=settings)
     try:
         if "WANDB_MODE" in os.environ or wandb.api.api_key:
             return start()
@@ -1160,18 +1897,580 @@ def make_logger(enabled, settings):
     return start(mode="offline")
 
 
+class Unstoppable:
+    """A text stream whose writing to a full disk does not end the run: what it would have said is lost."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        with _full_disk_ignored():
+            return self._stream.write(text)
+
+    def flush(self):
+        with _full_disk_ignored():
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def _full_disk_ignored():
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+
+
 def run_main(main):
     """Runs a script's main function: a user's mistake becomes one message and exit status 1, Ctrl-C status 130."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that no terminal can show
+    sys.stdout, sys.stderr = Unstoppable(sys.stdout), Unstoppable(sys.stderr)
     try:
-        sys.exit(main())
+        status = main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(status)
     except (UserError, OSError) as error:
         message, status = f"error: {error}", 1
     except torch.OutOfMemoryError:
         message = "error: the GPU's memory is full: lower BATCH_SIZE or INFERENCE_BATCH_SIZE, or raise ACCUMULATION_STEPS"
         status = 1
+    except RuntimeError as error:
+        status = 1
+        if re.search(r"DataLoader worker .* (killed|exited)", str(error)):
+            message = f"error: a reading process has ended ({error}); short of memory? Lower NUM_WORKERS"
+        elif "DefaultCPUAllocator" in str(error):
+            message = "error: the memory is full: lower BATCH_SIZE or INFERENCE_BATCH_SIZE, or raise ACCUMULATION_STEPS"
+        elif dist.is_initialized() and re.search(r"(?i)connection (closed|reset)|broken pipe|socket", str(error)):
+            message = f"process {dist.get_rank()}: stopped, since another process has ended"
+        else:
+            raise
     except KeyboardInterrupt:
         message, status = "stopped by Ctrl-C", 130
-    print(message, file=sys.stderr)
+    print(message, file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        os._exit(status)  # the usual way out would wait for the other processes, which may be waiting for this one
     sys.exit(status)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training runs: what train-gen.py and train-cls.py do alike
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def shared_batches(processes, dataset, order, batch_size, num_workers):
+    """Yields what each step of all processes reads: every example of `order` once, in one of them.
+
+    Args:
+        processes: the Processes.
+        dataset: a ByteDataset.
+        order: int64 (n,), indices of examples; a step takes the next `batch_size` for each process.
+        batch_size: sequences per process.
+        num_workers: see `batches`.
+
+    Yields:
+        (batch, indices, count): this process's Batch; the examples in it; and how many examples all processes take in this
+        step. Where too few are left for every process, some get a spare batch and no indices: all must compute
+        something, but what comes of a spare batch must not count.
+
+    Raises:
+        UserError, SystemExit: a process could not read a file, see `Processes.agree`.
+    """
+    size = batch_size * processes.count
+    steps = [order[start : start + size] for start in range(0, len(order), size)]
+    # every count-th example, not a run of them: neighbours are of similar length, so the processes have equal work
+    mine = [step[processes.rank :: processes.count] for step in steps]
+    read = [indices if len(indices) else step[:1] for indices, step in zip(mine, steps)]
+    loaded = batches(dataset, read, num_workers, processes.device.type == "cuda")
+    for step, indices in zip(steps, mine):
+        with processes.together():
+            batch = next(loaded)
+        yield batch, indices, len(step)
+
+
+def classification_report(confusion, labels, most=30):
+    """Returns what there is to say of a classifier's predictions, as aligned lines of text.
+
+    Accuracy; balanced accuracy, the mean of the recalls; precision, recall and number of files of each label; and for up to
+    `most` labels the confusion matrix. Of a label without files, or never predicted, recall or precision is "-".
+
+    Args:
+        confusion: (labels, labels), files of each true label (row) by predicted label (column).
+        labels: list of str.
+    """
+    labels = [escape_name(label) for label in labels]
+    files, predicted, correct = confusion.sum(1), confusion.sum(0), confusion.diagonal()
+    recalls = [c / n if n else None for c, n in zip(correct, files)]
+    precisions = [c / n if n else None for c, n in zip(correct, predicted)]
+    present = [recall for recall in recalls if recall is not None]
+    lines = [
+        f"accuracy {correct.sum() / files.sum():.4f} ({correct.sum():.0f} of {files.sum():.0f} files), "
+        f"balanced accuracy {sum(present) / len(present):.4f}"
+    ]
+    table = [["label", "precision", "recall", "files", "predicted"]]
+    for i, label in enumerate(labels):
+        shares = ["-" if share is None else f"{share:.4f}" for share in (precisions[i], recalls[i])]
+        table.append([label, *shares, f"{files[i]:.0f}", f"{predicted[i]:.0f}"])
+    lines += _aligned(table)
+    if len(labels) <= most:
+        lines.append("true label by row, predicted label by column:")
+        table = [["", *(str(i) for i in range(len(labels)))]]
+        table += [[f"{i} {label}", *(f"{count:.0f}" for count in confusion[i])] for i, label in enumerate(labels)]
+        lines += _aligned(table)
+    return "\n".join(lines) + "\n"
+
+
+def _aligned(rows):
+    """Returns the lines of a table, rows of texts: its first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+
+
+def make_scheduler(optimizer, name, learning_rate, num_steps, steps_done):
+    """Returns the schedule that drives an optimizer.
+
+    Args:
+        name: "cosine" (to 0) or "constant", after a linear warm-up over the first tenth of all steps.
+        learning_rate: at its peak.
+        num_steps: in all.
+        steps_done: how many of them are behind.
+    """
+    for group in optimizer.param_groups:
+        group["initial_lr"] = learning_rate  # also where the optimizer comes from a checkpoint with another
+    if name == "cosine":
+        return get_cosine_schedule_with_warmup(optimizer, num_steps // 10, num_steps, last_epoch=steps_done - 1)
+    return get_constant_schedule_with_warmup(optimizer, num_steps // 10, last_epoch=steps_done - 1)
+
+
+def _no_number(epoch):
+    """Returns the UserError for a loss or a weight that is no number."""
+    return UserError(
+        f"the loss is no number in epoch {epoch}, or the weights have become none. Nothing of that was saved: the same command "
+        "goes on from before. Try a lower LEARNING_RATE, MAX_GRAD_NORM 1.0 or PRECISION fp32"
+    )
+
+
+@dataclasses.dataclass
+class TrainingRun:
+    """A run of training: how far it is, and the two files that keep it.
+
+    The best model lies at WEIGHTS_PATH, the latest state beside it (`latest_path`): the model, and all that is needed to go on
+    from the very step as if nothing had happened. A trainer calls, in this order: `resume`, `start`, and within
+    `stoppable`, for each epoch, `training_steps`, `evaluation_steps` and `end_epoch`; then `finish`. All processes call
+    these together.
+    """
+
+    processes: Processes
+    model: nn.Module
+    sizes: ModelSizes  # those that config.py gives
+    dtype: torch.dtype  # to compute in
+    settings: dict  # the constants of config.py that bear on training
+    train: Examples
+    held_out: Examples  # to evaluate on
+    best_name: str  # what `best` is called in checkpoints: min_eval_loss or max_eval_acc
+    totals: dict  # running sums of the epoch in hand in this process, set by the caller; at first those of none
+    labels: dict | None = None  # a classifier's: {label: index}
+
+    epoch: int = 0  # finished epochs
+    position: int = 0  # examples that the epoch in hand has trained on, in all processes together
+    best_epoch: int = 0
+    best: float | None = None  # the best value so far; None before there is any
+    report: str = ""  # what there is to say of the best model beside its figures, as text
+    figures: dict = dataclasses.field(default_factory=dict)  # of the last finished epoch
+    bar: tqdm | None = None  # progress of the epoch in hand
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None  # see `start`
+
+    def __post_init__(self):
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.settings["LEARNING_RATE"], fused=True)
+        self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=self.dtype == torch.float16)
+        self.data = {"TRAIN_FOLDERS": self.train.fingerprint(), "EVAL_FOLDERS": self.held_out.fingerprint()}
+        self.paths = self.settings["WEIGHTS_PATH"], latest_path(self.settings["WEIGHTS_PATH"])  # best, latest
+        self.run_id = self.processes.gather(os.urandom(8).hex())[0]
+        self._no_totals = self.totals
+        self._random_state = None  # this process's, to be restored before the next step
+        self._own_paths = []  # files that this run has written
+        self._log_text, self._log_start = "", 0  # what the last finished epoch logged, and where that stands, in bytes
+        self._saved_at, self._saved_place = time.monotonic(), None  # when, and at which (epoch, position), it was saved
+        self._is_saved = True  # whether the last try to save the latest state went well
+        self._lock = self._logger = self._stop_signal = None
+
+    # ---- beginning -------------------------------------------------------------------------------------------------
+
+    def resume(self):
+        """Loads the run's latest state, or its best model where that is missing; returns whether there was one.
+
+        Raises:
+            UserError: the run's files cannot be written, are in use or of another kind of model, or hold a state that does
+                not fit: of other sizes, files or CONVERSION_MODE.
+        """
+        self._check_paths()
+        best, latest = self.paths
+        path = next((path for path in (latest, best) if os.path.exists(path)), None)
+        if path is None or not self.settings["LOAD_FROM_CHECKPOINT"]:
+            return False
+        try:
+            checkpoint = load_sized_weights(self.model, self.sizes, path, "WEIGHTS_PATH")
+        except UserError as error:
+            if path == latest and os.path.exists(best):
+                raise UserError(f"{error}. Without that file, the run goes on from its best model, {best}") from None
+            raise
+        try:
+            self._check_fits(checkpoint, path)
+            self._restore(checkpoint)
+            self._say_where(path)
+            self._say_changes(checkpoint.get("config") or {})
+        except UserError:
+            raise
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+            raise UserError(
+                f"WEIGHTS_PATH: {path!r} holds a model, but not the state of a run to go on from ({error!r}). To start from "
+                "its weights, set PRE_WEIGHTS_PATH to it, LOAD_FROM_PRE_CHECKPOINT to True and LOAD_FROM_CHECKPOINT to False"
+            ) from None
+        self._own_paths = [own for own in self.paths if self._is_own(own)]
+        if self.best_epoch and best not in self._own_paths:
+            print(f"the best model of this run is not at {best}: the next epoch counts as the best so far")
+            self.best_epoch, self.best = 0, None
+        self._complete_log()
+        return True
+
+    def _check_paths(self):
+        """Checks that the run's files can be written, and that no model of the other kind would be lost."""
+        logs_path = self.settings["LOGS_PATH"]
+        check_writable(logs_path, "LOGS_PATH")
+        for path in self.paths:
+            check_writable(path, "WEIGHTS_PATH")
+            if os.path.realpath(path) == os.path.realpath(logs_path):
+                raise UserError(f"LOGS_PATH: {logs_path!r} is where the run keeps its weights; it must be another file")
+        if self.processes.rank == 0:
+            self._lock = lock_beside(self.paths[0], "WEIGHTS_PATH")
+        for path in self.paths:
+            if self.processes.rank == 0:
+                remove_leftovers(path)
+            found = None
+            with contextlib.suppress(UserError):  # what is no checkpoint at all is kept as a backup
+                found = model_sizes(load_checkpoint(path, "WEIGHTS_PATH", mmap=True)["model"], path)
+            if found is not None and found.kind != self.sizes.kind:
+                raise UserError(f"WEIGHTS_PATH: {path!r} is a {found.kind}; here a {self.sizes.kind} is trained: give another path")
+
+    def _check_fits(self, checkpoint, path):
+        """Raises UserError if a checkpoint is of a run on other files, labels or pairs."""
+        before, data = checkpoint.get("config") or {}, checkpoint.get("data") or {}
+        anew = (
+            f"to start a new run from its weights, set WEIGHTS_PATH to another path, PRE_WEIGHTS_PATH to {path!r} and "
+            "LOAD_FROM_PRE_CHECKPOINT to True"
+        )
+        mode = self.settings["CONVERSION_MODE"]
+        if before.get("CONVERSION_MODE", mode) != mode:
+            raise UserError(
+                f"CONVERSION_MODE is {mode!r}, but the run at {path!r} trains with {before['CONVERSION_MODE']!r}: set that, or, {anew}"
+            )
+        if self.labels is not None and checkpoint.get("labels") != self.labels:
+            raise UserError(f"TRAIN_FOLDERS: the labels or their order are not those of {path!r}; {anew}")
+        changed = [name for name in ("SEED", "EVAL_SPLIT") if before.get(name, self.settings[name]) != self.settings[name]]
+        why = "".join(f"; {name} was {before[name]!r} and is now {self.settings[name]!r}" for name in changed)
+        for name, fingerprint in self.data.items():
+            if data.get(name, fingerprint) != fingerprint:
+                raise UserError(
+                    f"{name}: the files are not those that the run at {path!r} began with, by their paths and sizes{why}. It can "
+                    f"only go on with the same files; {anew}"
+                )
+
+    def _restore(self, checkpoint):
+        """Takes over a checkpoint's state; raises one of many errors where it is none."""
+        numbers = {name: checkpoint[name] for name in ("epoch", "best_epoch")}
+        numbers |= {name: checkpoint.get(name, 0) for name in ("position", "log_start")}
+        if any(type(value) is not int or not 0 <= value < 2**63 for value in numbers.values()):
+            raise TypeError(f"these should be whole numbers: {numbers}")
+        if not isinstance(checkpoint[self.best_name], (int, float)) or math.isnan(checkpoint[self.best_name]):
+            raise TypeError(f"{self.best_name} is no number")
+        load_optimizer(self.optimizer, checkpoint["optimizer"])
+        if checkpoint.get("scaler"):
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.epoch, self.best_epoch = numbers["epoch"], numbers["best_epoch"]
+        self.best = float(checkpoint[self.best_name]) if self.best_epoch else None
+        self.run_id = str(checkpoint.get("run_id") or self.run_id)  # published checkpoints have none
+        self.figures, self.report = dict(checkpoint.get("figures", {})), str(checkpoint.get("report", ""))
+        self._log_text, self._log_start = str(checkpoint.get("log_text", "")), numbers["log_start"]
+        if numbers["position"]:
+            self._restore_position(numbers["position"], checkpoint)
+
+    def _restore_position(self, position, checkpoint):
+        """Takes over where in an epoch a checkpoint is, its running sums and its random state."""
+        everyone = [{name: float(each[name]) for name in self._no_totals} for each in checkpoint["totals"]]
+        states = checkpoint["random_states"]
+        if position > len(self.train) or not len(everyone) == len(states) > 0:
+            raise ValueError("its place in the epoch is none")
+        if checkpoint["config"]["SEED"] != self.settings["SEED"]:
+            print(f"SEED has changed, so epoch {self.epoch + 1} begins anew, in another order")
+            return
+        self.position = position
+        if len(everyone) == self.processes.count:
+            self.totals, self._random_state = everyone[self.processes.rank], states[self.processes.rank]
+            torch.Generator().set_state(self._random_state["cpu"])  # raises an error if it is none
+            return
+        print(f"{len(everyone)} processes have become {self.processes.count}: dropout is drawn anew from here on")
+        if self.processes.rank == 0:  # the others begin at 0
+            self.totals = {name: sum(each[name] for each in everyone) for name in self._no_totals}
+
+    def _say_where(self, path):
+        within = f" and {self.position} examples of the next" if self.position else ""
+        so_far = f"; {self.best_name} so far {self.best:.4f}" if self.best_epoch else ""
+        print(f"goes on from {path} after epoch {self.epoch}{within}{so_far}")
+
+    def _say_changes(self, before):
+        """Prints which constants are not what they were."""
+        for name, value in self.settings.items():
+            if name in before and before[name] != value:
+                note = ": the schedule is laid anew" if name == "NUM_EPOCHS" else ""
+                print(f"{name} was {before[name]!r} and is now {value!r}{note}")
+
+    def _is_own(self, path):
+        """Returns whether a file is a checkpoint of this very run; one that cannot be read is none."""
+        with contextlib.suppress(UserError):
+            return load_checkpoint(path, "WEIGHTS_PATH", mmap=True).get("run_id") == self.run_id
+        return False
+
+    def start(self):
+        """Makes the run ready for its next step; returns what trains the model, see `Processes.distribute`.
+
+        Raises:
+            UserError, SystemExit: the processes see different files or states.
+        """
+        places = self.processes.gather((self.epoch, self.position, self.run_id, self.data))
+        if any(place != places[0] for place in places):
+            self.processes.agree(
+                UserError("the processes see different files: TRAIN_FOLDERS, EVAL_FOLDERS and WEIGHTS_PATH must lie on a disk that all share")
+            )
+        size = self.settings["BATCH_SIZE"] * self.processes.count
+        steps_per_epoch = -(-len(self.train) // size)
+        # by epochs, not by the steps that were counted: another BATCH_SIZE has other steps in an epoch
+        done = self.epoch * steps_per_epoch + -(-self.position // size)
+        steps = self.settings["NUM_EPOCHS"] * steps_per_epoch
+        self.scheduler = make_scheduler(self.optimizer, self.settings["LR_SCHEDULE"], self.settings["LEARNING_RATE"], steps, done)
+        print(
+            f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.dtype} on {self.processes.count} x "
+            f"{self.processes.device.type}, seed {self.settings['SEED']}; {len(self.train)} training and {len(self.held_out)} "
+            f"evaluation examples, {steps_per_epoch} steps an epoch"
+        )
+        self._logger = make_logger(self.settings["WANDB_LOG"] and self.processes.rank == 0, self.settings, self.run_id)
+        if self.settings["COMPILE"]:
+            compile_model(self.model)
+        return self.processes.distribute(self.model)
+
+    @contextlib.contextmanager
+    def stoppable(self):
+        """Within it, Ctrl-C and SIGTERM stop the run after the step in hand, its state saved."""
+        with delayed_signals(impatient=self.processes.count == 1) as self._stop_signal:
+            yield
+
+    # ---- steps -----------------------------------------------------------------------------------------------------
+
+    def training_steps(self):
+        """Yields (batch, indices, count) for every step that is left of the epoch in hand, see `shared_batches`.
+
+        The caller computes the gradients, calls `optimizer_step` and sets `totals`. Between steps the state is saved when it
+        is time, and the run stops when it is told to. Order and crops depend on SEED, the epoch and the files alone.
+        """
+        state, device = self._random_state, self.processes.device
+        if state is None or (state["cuda"] is None) != (device.type != "cuda"):
+            torch.manual_seed(int(self.step_rng().integers(2**63)))
+        else:  # dropout goes on where it was
+            torch.set_rng_state(state["cpu"])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda"], device)
+        self._random_state = None
+        seeds = [self.settings["SEED"], self.epoch + 1]
+        dataset = ByteDataset(self.train, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH, crop_seed=seeds)
+        lengths = self.train.lengths(self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH)
+        order = epoch_order(lengths, np.random.default_rng(seeds))[self.position :]
+        for batch, indices, count in self._steps("train", dataset, order, self.settings["BATCH_SIZE"], initial=self.position):
+            yield batch, indices, count
+            self.position += count
+
+    def evaluation_steps(self):
+        """Yields (batch, indices, count) until every evaluation example was there, like `training_steps`, in no spare batch."""
+        dataset = ByteDataset(self.held_out, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH)
+        # sorted by length, since that needs the least padding
+        order = np.argsort(self.held_out.lengths(self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH), kind="stable")
+        size = self.settings["BATCH_SIZE"] // self.settings["ACCUMULATION_STEPS"]
+        for batch, indices, count in self._steps("eval", dataset, order, size, leave=False):
+            if len(indices):
+                yield batch, indices, count
+
+    def _steps(self, what, dataset, order, batch_size, **bar_options):
+        """Yields what `shared_batches` does, with a progress bar, and does what is due between two steps."""
+        bar_options |= {"total": len(dataset), "unit": "file", "dynamic_ncols": True, "disable": self.processes.rank > 0}
+        with tqdm(desc=f"epoch {self.epoch + 1} {what}", **bar_options) as self.bar:
+            for batch, indices, count in shared_batches(
+                self.processes, dataset, order, batch_size, self.settings["NUM_WORKERS"]
+            ):
+                yield batch, indices, count
+                self.bar.update(count)
+                self._between_steps()
+
+    def step_rng(self):
+        """Returns a numpy Generator for this step and process alone."""
+        return np.random.default_rng([self.settings["SEED"], self.epoch + 1, self.position, self.processes.rank])
+
+    def optimizer_step(self):
+        """Makes the step that the gradients say, which are first scaled down to the norm MAX_GRAD_NORM unless that is 0."""
+        if self.settings["MAX_GRAD_NORM"]:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings["MAX_GRAD_NORM"])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        with warnings.catch_warnings(action="ignore"):  # fp16's first steps may be skipped, which the schedule remarks on
+            self.scheduler.step()
+
+    def _between_steps(self):
+        """Does what is due between two steps: stops the run, or saves its latest state.
+
+        Raises:
+            UserError, SystemExit: the run has stopped.
+        """
+        broken = not all(map(math.isfinite, self.totals.values()))
+        signal_number = self._stop_signal()
+        # the first process's clock decides, so that all save together
+        due = self.processes.rank == 0 and time.monotonic() - self._saved_at >= 60 * self.settings["SAVE_MINUTES"]
+        num_broken, num_signals, num_due = self.processes.sum([broken, signal_number > 0, due])
+        if num_broken:
+            self.processes.agree(_no_number(self.epoch + 1))
+        if num_signals or (num_due and self._saved_place != (self.epoch, self.position)):
+            self._save()
+        if num_signals:
+            number = max(self.processes.gather(signal_number))
+            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            where = f"epoch {self.epoch + 1} after {self.position} examples"
+            how = "the same command" + (" with LOAD_FROM_CHECKPOINT True" if not self.settings["LOAD_FROM_CHECKPOINT"] else "")
+            how = f"{how} goes on from there" if self._is_saved else "the latest state could not be saved"
+            self.processes.leave(f"stopped by {name} in {where}: {how}", 128 + number)
+
+    # ---- ends ------------------------------------------------------------------------------------------------------
+
+    def sum_totals(self, totals):
+        """Returns a dataclass of running sums, added up over all processes."""
+        return type(totals)(*self.processes.sum(dataclasses.astuple(totals)))
+
+    def end_epoch(self, figures, value, report=""):
+        """Counts the epoch in hand as finished; saves, logs and prints it.
+
+        Args:
+            figures: {name: number} to log.
+            value: that of figures which decides what is best.
+            report: more lines, logged if the epoch is the best so far.
+        """
+        if not all(map(math.isfinite, figures.values())):
+            self.processes.agree(_no_number(self.epoch + 1))
+        before = self.best_epoch, self.best, self.report
+        self.epoch, self.position, self.totals, self.figures = self.epoch + 1, 0, self._no_totals, figures
+        line = f"epoch {self.epoch}  " + "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
+        self._log_text, logs_path = f"{line}\n", self.settings["LOGS_PATH"]
+        self._log_start = os.path.getsize(logs_path) if os.path.exists(logs_path) else 0
+        is_best = self.best is None or (value < self.best if self.best_name.startswith("min") else value > self.best)
+        if is_best:
+            self.best_epoch, self.best, self.report = self.epoch, value, report
+            self._log_text += report
+            is_best = self._save(best=True)
+            if not is_best:
+                self.best_epoch, self.best, self.report = before  # what the file holds
+        self._save()
+        self._complete_log()
+        print(f"{line}{'  best' if is_best else ''}")
+        self._logger.log({"epoch": self.epoch, **figures})
+
+    def finish(self):
+        """Ends a run that has done all its epochs, with a word on its best model.
+
+        Raises:
+            UserError, SystemExit: its latest state is not on the disk.
+        """
+        self._logger.finish()
+        print(f"finished {self.epoch} of NUM_EPOCHS {self.settings['NUM_EPOCHS']} (raise NUM_EPOCHS to go on)")
+        if self.best_epoch:
+            print(f"best: epoch {self.best_epoch}, {self.best_name} {self.best:.4f}, in {self.paths[0]}\n{self.report}", end="")
+        error = UserError(
+            f"the latest state could not be saved at {self.paths[1]!r}: once there is room, the same command repeats what is lost"
+        )
+        self.processes.agree(None if self._is_saved else error)
+        if self._lock is not None:
+            os.unlink(self._lock.name)
+
+    def _save(self, best=False):
+        """Saves the latest state, or the best model; returns whether it could be saved.
+
+        A full disk does not end the run: what was saved before is still there.
+
+        Raises:
+            UserError, SystemExit: the weights hold values that are no numbers; that is never saved.
+        """
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            self.processes.agree(_no_number(self.epoch + 1))
+        device = self.processes.device
+        random_state = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
+        everyone = self.processes.gather((self.totals, random_state))
+        problem = None
+        if self.processes.rank == 0:
+            path = self.paths[0 if best else 1]
+            try:
+                if path not in self._own_paths:
+                    keep_backup(path)
+                    self._own_paths.append(path)
+                save_checkpoint(path, self._state(everyone))
+            except OSError as error:
+                problem = error.strerror
+                print(f"cannot save {path}: {problem}; it stays as it was, and the run goes on")
+        saved = self.processes.sum([problem is not None]) == [0]
+        if not best:
+            self._is_saved, self._saved_at, self._saved_place = saved, time.monotonic(), (self.epoch, self.position)
+        return saved
+
+    def _state(self, everyone):
+        """Returns the checkpoint; `everyone` is [(totals, random state)] of all processes."""
+        worst = math.inf if self.best_name.startswith("min") else -math.inf
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_sched": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "best_epoch": self.best_epoch,
+            self.best_name: worst if self.best is None else self.best,
+            **({} if self.labels is None else {"labels": self.labels}),
+            "position": self.position,
+            "totals": [totals for totals, _ in everyone],
+            "random_states": [state for _, state in everyone],
+            "figures": self.figures,
+            "report": self.report,
+            "log_text": self._log_text,
+            "log_start": self._log_start,
+            "run_id": self.run_id,
+            "data": self.data,
+            "config": self.settings,
+        }
+
+    def _complete_log(self):
+        """Adds to the log what the last finished epoch has to say, unless it stands there already.
+
+        That is once per epoch, also when the run was killed between its checkpoint and its log, or in the middle of it.
+        """
+        if self.processes.rank > 0:
+            return
+        text = self._log_text.encode("utf-8", "backslashreplace")
+        try:
+            with open(self.settings["LOGS_PATH"], "a+b") as log:
+                start = min(self._log_start, log.tell())
+                log.seek(start)
+                there = log.read(len(text))
+                if there != text and text.startswith(there):  # nothing of it, or a beginning that is all there is
+                    log.truncate(start)
+                    log.write(text)
+        except OSError as error:
+            print(f"cannot write {self.settings['LOGS_PATH']}: {error.strerror}; the run goes on")

@@ -4,10 +4,13 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import resource
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
 from pathlib import Path
 
@@ -37,32 +40,85 @@ def fill_by_recipe(model):
 
 # Scripts run in processes of their own, forked from one that has imported PyTorch already: that takes seconds each time.
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["torch", "transformers", "tqdm"])
+FORKSERVER.set_forkserver_preload(["torch", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "tqdm"])
 
 
-def _run_here(script, arguments, cwd, env, out, err):
+def _run_here(script, arguments, cwd, env, out, err, file_limit):
     """Turns the process it is called in into a run of a script."""
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
     os.chdir(cwd)
     os.environ.update(env)
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     torch.set_num_threads(1)
     sys.argv = [str(ROOT / script), *arguments]
     sys.path[0] = str(ROOT)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def run_script(script, *arguments, cwd, env=None, timeout=240):
-    """Runs a script of the repository in a folder; returns the finished process, with stdout and stderr as text."""
-    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+class Running:
+    """A run of a script of the repository in a folder, under way.
+
+    Args:
+        file_limit: bytes; writing a longer file fails, as it does on a full disk.
+    """
+
+    def __init__(self, script, *arguments, cwd, env=None, file_limit=None):
+        self.script = script
+        self.out, self.err = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()
         arguments = [str(argument) for argument in arguments]
-        process = FORKSERVER.Process(target=_run_here, args=(script, arguments, cwd, env or {}, out.name, err.name))
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            raise TimeoutError(f"{script} took over {timeout} s")
-        return subprocess.CompletedProcess(script, process.exitcode, out.read().decode(), err.read().decode())
+        self.process = FORKSERVER.Process(
+            target=_run_here, args=(script, arguments, cwd, env or {}, self.out.name, self.err.name, file_limit)
+        )
+        self.process.start()
+
+    def send(self, number):
+        """Sends a signal; to a process that has ended, none."""
+        if self.process.is_alive():
+            os.kill(self.process.pid, number)
+
+    def wait(self, timeout=240):
+        """Returns the finished process, with stdout and stderr as text."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            raise TimeoutError(f"{self.script} took over {timeout} s")
+        with self.out, self.err:
+            out, err = self.out.read().decode(), self.err.read().decode()
+        return subprocess.CompletedProcess(self.script, self.process.exitcode, out, err)
+
+
+def interrupt(processes, latest, number, after=0.0):
+    """Sends a signal to running processes `after` seconds from their next save; returns them when they have finished.
+
+    Args:
+        latest: path of the latest state that they save.
+    """
+
+    def stamp():
+        return latest.stat().st_mtime_ns if latest.exists() else 0
+
+    before = stamp()
+    while processes[0].process.is_alive() and stamp() == before:
+        time.sleep(0.005)
+    time.sleep(after)
+    for process in processes:
+        process.send(number)
+    return [process.wait() for process in processes]
+
+
+def run_script(script, *arguments, **keywords):
+    """Runs a script to its end, see `Running`."""
+    return Running(script, *arguments, **keywords).wait()
+
+
+def torchrun_environments(count):
+    """Returns what torchrun puts into the environment of each of `count` processes on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    return [{**place, "RANK": str(i), "LOCAL_RANK": str(i), "LOCAL_WORLD_SIZE": str(count)} for i in range(count)]
 
 
 def run_fresh(script, *arguments, cwd, env):

@@ -119,15 +119,84 @@ def test_list_files_names_what_is_no_folder(tmp_path, wrong):
         utils.list_files([str(tmp_path / wrong)], "TRAIN_FOLDERS")
 
 
+def make_files(sizes):
+    """Returns Files that exist in name only, from {path: size}."""
+    return utils.Files([os.fsencode(path) for path in sizes], list(sizes.values()))
+
+
+def test_files_are_a_sequence_of_paths_with_sizes(tmp_path):
+    names = {"b.x": 3, "a.x": 0, "é.x": 5, "c/d.x": 7, os.fsdecode(b"\xff.x"): 2}
+    (tmp_path / "c").mkdir()
+    for name, size in names.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    (tmp_path / "dead.x").symlink_to(tmp_path / "nowhere")
+    files = utils.list_files([str(tmp_path)], "TRAIN_FOLDERS")
+    found = {os.path.relpath(path, tmp_path): int(size) for path, size in zip(files, files.sizes, strict=True)}
+    assert found == {**names, "dead.x": -1} and list(found)[:4] == ["a.x", "b.x", "c/d.x", "dead.x"]
+    assert len(files) == 6 and files[5] == list(files)[5] and files.sizes.dtype == np.int64
+    with pytest.raises(IndexError):
+        files[6]
+    assert len(utils.list_files([str(tmp_path / "c")], "TRAIN_FOLDERS", "abc")) == 0
+    dataset = utils.ByteDataset(utils.Examples(files, [[3]]), 4, 8)
+    assert "dead.x" in str(dataset[0]) and isinstance(dataset[0], utils.UserError)
+
+
 def test_hold_out():
-    rest, held = utils.hold_out(list(range(200)), 0.01, seed=0)
+    examples = utils.Examples(make_files({f"{i:03}": i for i in range(200)}), np.arange(200)[:, None])
+
+    def split(count, share, seed):
+        return [[int(name) for (name,) in part] for part in utils.hold_out(examples.select(range(count)), share, seed)]
+
+    rest, held = split(200, 0.01, seed=0)
     assert len(held) == 2 and sorted(rest + held) == list(range(200)) and rest == sorted(rest)
-    assert utils.hold_out(list(range(200)), 0.01, seed=0) == (rest, held)
-    assert utils.hold_out(list(range(200)), 0.01, seed=1) != (rest, held)
-    assert [len(part) for part in utils.hold_out([1, 2], 0.01, seed=0)] == [1, 1]
-    assert [len(part) for part in utils.hold_out([1, 2], 0.99, seed=0)] == [1, 1]
+    assert split(200, 0.01, seed=0) == [rest, held] != split(200, 0.01, seed=1)
+    assert [len(part) for part in split(2, 0.01, seed=0)] == [1, 1] == [len(part) for part in split(2, 0.99, seed=0)]
     with pytest.raises(utils.UserError, match="EVAL_SPLIT"):
-        utils.hold_out([1], 0.5, seed=0)
+        split(1, 0.5, seed=0)
+
+
+def test_lengths_are_those_of_the_sequences(tmp_path):
+    for name in ("abc", "mid"):
+        for length in (0, 1, 4, 5, 40):
+            (tmp_path / f"{length}.{name}").write_bytes(bytes(length))
+    files = utils.list_files([str(tmp_path)], "TRAIN_FOLDERS")
+    pairs = utils.pair_files(files, "abc&mid")
+    for examples, longest in ((utils.Examples(files, np.arange(10)[:, None]), 8), (pairs, 23), (pairs.both_ways(), 23)):
+        dataset = utils.ByteDataset(examples, 4, longest)
+        lengths = examples.lengths(4, longest)
+        assert lengths.tolist() == [len(dataset[i][0]) for i in range(len(examples))] and lengths.max() == longest
+    chosen = pairs.select(np.array([3, 1]))
+    assert list(chosen) == [pairs[3], pairs[1]] and list(chosen.both_ways())[1] == pairs[3][::-1]
+
+
+def test_fingerprint_knows_paths_order_and_sizes():
+    sizes = {"a.abc": 1, "a.mid": 2, "b.abc": 3, "b.mid": 4}
+    pairs = utils.pair_files(make_files(sizes), "abc->mid")
+    same = utils.pair_files(make_files({"0.txt": 9, **sizes}), "abc->mid")  # other files do not matter
+    assert pairs.fingerprint() == same.fingerprint()
+    others = [pairs.select([1, 0]), pairs.select([0]), pairs.both_ways(), utils.pair_files(same.files, "mid->abc")]
+    others += [utils.pair_files(make_files({**sizes, change: 5}), "abc->mid") for change in sizes]
+    assert len({examples.fingerprint() for examples in [pairs, *others]}) == 9
+
+
+def test_epoch_order_is_random_and_groups_lengths():
+    lengths = np.random.default_rng(0).integers(2, 513, 5000)
+    order = utils.epoch_order(lengths, np.random.default_rng(1))
+    assert order.dtype == np.int64 and np.array_equal(np.sort(order), np.arange(5000))
+    assert np.array_equal(order, utils.epoch_order(lengths, np.random.default_rng(1)))
+    assert not np.array_equal(order, utils.epoch_order(lengths, np.random.default_rng(2)))
+
+    def padding(order):  # share of padding in batches of 16
+        batches = [lengths[order[start : start + 16]] for start in range(0, 5000, 16)]
+        return 1 - lengths.sum() / sum(len(batch) * batch.max() for batch in batches)
+
+    assert padding(order) < 0.05 < 0.4 < padding(np.random.default_rng(1).permutation(5000))
+    # neither early nor late batches are the short ones, and every example can come in any group, or be left over
+    assert abs(lengths[order[:2500]].mean() - lengths[order[2500:]].mean()) < 40
+    places = [int(np.flatnonzero(utils.epoch_order(lengths[:160], np.random.default_rng(i)) == 7)[0]) for i in range(99)]
+    assert {place // 64 for place in places} == {0, 1, 2}
+    for few in (0, 1, 63, 65):
+        assert sorted(utils.epoch_order(lengths[:few], np.random.default_rng(1))) == list(range(few))
 
 
 @pytest.fixture()
@@ -143,10 +212,13 @@ def test_conversion_pairs(pairs_folder):
     pairs = utils.pair_files(files, "abc->mid")
     short = [tuple(os.path.relpath(path, pairs_folder) for path in pair) for pair in pairs]
     assert short == [("a.abc", "a.mid"), ("sub/a.abc", "sub/a.mid")]
-    assert utils.pair_files(files, "mid&abc") == [(b, a) for a, b in pairs]
+    assert list(utils.pair_files(files, "mid&abc")) == [(b, a) for a, b in pairs]
     # a.abc 2 patches, a.mid 2 patches, 3 more
-    assert utils.fitting_pairs(pairs, 4, 7) == (pairs, 7)
-    assert utils.fitting_pairs(pairs, 4, 6) == (pairs[1:], 7)
+    for patch_length, kept in ((7, [0, 1]), (6, [1])):
+        fitting, longest = utils.fitting_pairs(pairs, 4, patch_length)
+        assert (list(fitting), longest) == ([pairs[i] for i in kept], 7)
+    none, longest = utils.fitting_pairs(utils.pair_files(files, "abc->txt"), 4, 7)
+    assert (len(none), longest) == (0, 0)
 
 
 def test_conversion_sequence(pairs_folder):
@@ -191,7 +263,10 @@ def test_batches(tmp_path):
     for i, length in enumerate(lengths):
         (tmp_path / f"{i}.x").write_bytes(bytes(length))
     dataset = utils.ByteDataset([(path,) for path in utils.list_files([str(tmp_path)], "")], 4, 8)
-    alone, workers = (list(utils.batches(dataset, [4, 2, 0, 1, 3], 2, num_workers=n)) for n in (0, 2))
+    index_batches = [np.array(indices) for indices in ([4, 2], [0, 1], [3])]
+    state = torch.get_rng_state()
+    alone, workers = (list(utils.batches(dataset, index_batches, num_workers=n)) for n in (0, 2))
+    assert torch.equal(torch.get_rng_state(), state)  # reading draws nothing that training could have drawn
     for one, other in zip(alone, workers, strict=True):
         for name in ("patches", "masks", "counted"):
             assert torch.equal(getattr(one, name), getattr(other, name))
@@ -209,7 +284,7 @@ def test_file_that_vanishes(tmp_path, num_workers):
     (tmp_path / "a.x").write_text("a")
     dataset = utils.ByteDataset([(str(tmp_path / "a.x"),), (str(tmp_path / "gone.x"),)], 4, 8)
     with pytest.raises(utils.UserError, match="^cannot read .*gone.x'.*No such file") as caught:
-        list(utils.batches(dataset, [0, 1], 1, num_workers))
+        list(utils.batches(dataset, [[0], [1]], num_workers))
     assert "Traceback" not in str(caught.value)
 
 

@@ -1,15 +1,19 @@
 """Sampling, cached generation, and inference.py as a user runs it."""
 
+import html.parser
 import re
 import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, as_batch, fill_by_recipe, one_message, options, run_script
+from conftest import ROOT, fill_by_recipe, one_message, options, run_script
+from hypothesis import given
+from hypothesis import strategies as st
 
 import utils
 
@@ -150,13 +154,15 @@ def test_golden_model_cached_equals_recomputed(golden_model):
         assert continuation.symbols[:40].tolist() == symbols
 
 
-def test_samples_do_not_depend_on_the_batch(tiny_model):
-    prompts = ragged_prompts(4)
+def test_samples_do_not_depend_on_the_batch():
+    """In float32 on a CPU even the last digits of the log-probabilities are the same, so no draw can come out otherwise."""
+    model = fill_by_recipe(utils.ModelSizes(4, 40, 128, 2, 1).build())
+    prompts = [*ragged_prompts(4), np.concatenate(ragged_prompts(4)[5:8])]
     sampling = utils.Sampling(top_k=50, top_p=0.95, temperature=1.2)
-    runs = [continue_all(tiny_model, prompts, size, sampling) for size in (1, 3, 32)]
+    runs = [continue_all(model, prompts, size, sampling) for size in (1, 3, 32)]
     for run in runs[1:]:
-        assert [c.symbols.tolist() for c in run] == [c.symbols.tolist() for c in runs[0]]
-    other = continue_all(tiny_model, prompts, 3, sampling, seed=1)
+        assert [(c.symbols.tolist(), c.nats) for c in run] == [(c.symbols.tolist(), c.nats) for c in runs[0]]
+    other = continue_all(model, prompts, 3, sampling, seed=1)
     assert [c.symbols.tolist() for c in other] != [c.symbols.tolist() for c in runs[0]]
 
 
@@ -179,17 +185,62 @@ def test_first_symbol_is_drawn_from_the_models_own_distribution(tiny_model):
     assert ((counts - expected) ** 2 / expected).sum() < 24.3
 
 
+def test_fixed_shapes_change_nothing(tiny_model):
+    """The shapes that CUDA graphs are captured with, more rows and positions than are in use, against the exact ones."""
+    sampling = utils.Sampling(top_p=0.9)
+    prompts = [utils.Prompt(i, symbols, [0, i]) for i, symbols in enumerate(ragged_prompts(4)[:5])]
+    writers = [utils.PatchWriter(tiny_model, 7, sampling, fixed_shapes=fixed) for fixed in (False, True)]
+    with torch.inference_mode():
+        for writer in writers:
+            writer.admit(list(range(5)), prompts)
+        longest = max(len(prompt.symbols) // 4 for prompt in prompts)
+        for later in range(3):
+            (patches, nats), (others, other_nats) = (writer.step(5, longest + later) for writer in writers)
+            assert patches.tolist() == others.tolist()
+            np.testing.assert_allclose(nats, other_nats, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_captured_graphs_change_nothing(tiny_model, monkeypatch):
+    class Uncaptured(utils.PatchWriter):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.captures = False
+
+    prompts, model = ragged_prompts(4), tiny_model.to("cuda")
+    captured = continue_all(model, prompts, 3)
+    monkeypatch.setattr(utils, "PatchWriter", Uncaptured)
+    assert [c.symbols.tolist() for c in captured] == [c.symbols.tolist() for c in continue_all(model, prompts, 3)]
+
+
+def test_nats_are_the_models_own(tiny_model):
+    """Whatever the draw is filtered by: the plain softmax of the uncached model, the 256 that ends it included."""
+    with torch.no_grad():
+        tiny_model.byte_level_decoder.base.transformer.wte.weight[256] *= 4
+    prompts = ragged_prompts(4)
+    done = continue_all(tiny_model, prompts, 4, utils.Sampling(top_k=200, top_p=0.99, temperature=1.3))
+    assert {c.cut_off for c in done} == {True, False}
+    for prompt, continuation in zip(prompts, done):
+        drawn = [*continuation.symbols, *[utils.END] * (not continuation.cut_off)]
+        symbols = np.concatenate((prompt, drawn)).astype(np.int64)
+        patches = torch.from_numpy(np.pad(symbols, (0, -len(symbols) % 4), constant_values=utils.END)).view(1, -1, 4)
+        with torch.no_grad():
+            nats = tiny_model(patches, torch.ones(patches.shape[:2], dtype=torch.int64)).nats.reshape(-1)
+        expected = float(nats[len(prompt) - 4 : len(symbols) - 4].sum())  # the first patch is no target
+        assert continuation.nats == pytest.approx(expected, rel=1e-4)
+        assert continuation.mean_log_probability() == pytest.approx(-expected / len(drawn), rel=1e-4)
+
+
 @torch.no_grad()
 def test_bf16_generation_agrees_with_float32(golden_model, golden_sequences):
     """Steps of the cached bf16 model against the float32 reference, by the logits' size."""
     half = fill_by_recipe(utils.ModelSizes(16, 64, 128, 2, 2).build()).to(torch.bfloat16)
-    patches = as_batch(golden_sequences[1:2]).patches.long()
+    prompt = utils.Prompt(0, golden_sequences[1].reshape(-1)[: 6 * 16], [0])
     outputs = []
     for model in (golden_model, half):
-        decoder = model.patch_level_decoder
-        cache = utils.KVCache(decoder.base, 1)
-        utils.prefill_patches(decoder, cache, slice(0, 1), patches[:, :5])
-        outputs.append(utils.step_patches(decoder, cache, patches[:, 5], torch.tensor([5]), 6).float())
+        writer = utils.PatchWriter(model, 1, GREEDY)
+        writer.admit([0], [prompt])
+        outputs.append(writer.step_patch_level(1, 16).float())
     error = (outputs[0] - outputs[1]).norm() / outputs[0].norm()
     assert 0 < error < 0.03
 
@@ -199,6 +250,12 @@ def test_bf16_generation_agrees_with_float32(golden_model, golden_sequences):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def outputs_in(folder):
+    """Returns the paths of all files in a folder, within it, but for the index; sorted."""
+    paths = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    return sorted(path for path in paths if path not in utils.INDEX_NAMES)
+
+
 def infer(folder, **constants):
     return run_script("inference.py", *options(**constants), cwd=folder)
 
@@ -206,12 +263,12 @@ def infer(folder, **constants):
 def test_generate(tmp_path, tiny_checkpoint):
     done = infer(tmp_path, MODE="generate", TARGET_EXT="mid", NUM_SAMPLES=5, INFERENCE_BATCH_SIZE=2)
     assert done.returncode == 0, done.stderr
-    names = sorted(path.name for path in (tmp_path / "output").iterdir())
+    names = outputs_in(tmp_path / "output")
     assert len(names) == 5 and all(re.fullmatch(r"\d{8}-\d{6}-[1-5]\.mid", name) for name in names)
     assert "5 files written to output" in done.stdout and "seed 0" in done.stdout
     again = infer(tmp_path, MODE="generate", TARGET_EXT="mid", NUM_SAMPLES=5, OUTPUT_FOLDER="again")
     assert again.returncode == 0
-    contents = [[path.read_bytes() for path in sorted((tmp_path / f).iterdir())] for f in ("output", "again")]
+    contents = [[(tmp_path / f / name).read_bytes() for name in outputs_in(tmp_path / f)] for f in ("output", "again")]
     assert contents[0] == contents[1] and len(set(contents[0])) > 1  # the same seed, the same files
 
 
@@ -220,11 +277,11 @@ def test_convert_and_complete(tmp_path, tiny_model, tiny_checkpoint):
     files = {"a.abc": b"12345", "b.abc": b"", "sub/c.abc": b"x" * 8, "long.abc": b"y" * 57, "d.txt": b"not one of them"}
     for name, content in files.items():
         (tmp_path / "input" / name).write_bytes(content)
-    done = infer(tmp_path, MODE="convert", INPUT_EXT="abc", TARGET_EXT="mid", TEMPERATURE=0, OUTPUT_FOLDER="converted")
+    exact = {"TEMPERATURE": 0, "PRECISION": "fp32"}
+    done = infer(tmp_path, MODE="convert", INPUT_EXT="abc", TARGET_EXT="mid", OUTPUT_FOLDER="converted", **exact)
     assert done.returncode == 1 and "Traceback" not in done.stderr  # one could not be done, the others are
     assert "1 could not be done" in done.stdout and "long.abc: too long" in done.stdout
-    written = {str(path.relative_to(tmp_path / "converted")) for path in (tmp_path / "converted").rglob("*.*")}
-    assert written == {"a.abc.mid", "b.abc.mid", "sub/c.abc.mid"}
+    assert set(outputs_in(tmp_path / "converted")) == {"a.abc.mid", "b.abc.mid", "sub/c.abc.mid"}
     for name in ("a.abc", "sub/c.abc"):
         # [abc] content [mid], then what the model writes
         prompt = np.concatenate((utils.to_patches(files[name], "abc", 4)[:-1].reshape(-1), utils.extension_patch("mid", 4)))
@@ -232,7 +289,7 @@ def test_convert_and_complete(tmp_path, tiny_model, tiny_checkpoint):
         assert (tmp_path / "converted" / f"{name}.mid").read_bytes() == bytes(symbols)
         assert (f"converted/{name}.mid" in done.stdout) == cut_off  # named in the summary if it was cut off
 
-    done = infer(tmp_path, MODE="complete", PROMPT_BYTES=6, TEMPERATURE=0, OUTPUT_FOLDER="completed")
+    done = infer(tmp_path, MODE="complete", PROMPT_BYTES=6, OUTPUT_FOLDER="completed", **exact)
     assert done.returncode == 0, done.stderr
     for name, content in files.items():
         given = content[:6]
@@ -253,7 +310,7 @@ def test_what_was_wrong_with_each_input_is_told(tmp_path, tiny_checkpoint):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "3 could not be done" in done.stdout
     assert re.search(r"dead\.x: No such file", done.stdout) and "full.x: too long" in done.stdout
-    assert {path.name for path in (tmp_path / "output").iterdir() if path.is_file()} == {"fine.x", "字" * 80 + ".x"}
+    assert set(outputs_in(tmp_path / "output")) == {"fine.x", "字" * 80 + ".x"}
 
 
 @pytest.mark.parametrize(
@@ -307,5 +364,106 @@ def test_ctrl_c_leaves_whole_files_only(tmp_path):
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in stderr and "stopped by Ctrl-C" in stderr
-    written = list((tmp_path / "output").iterdir())
-    assert f"{len(written)} files written" in stdout and all(path.suffix == ".bin" for path in written)
+    written = outputs_in(tmp_path / "output")
+    assert f"{len(written)} files written" in stdout and all(name.endswith(".bin") for name in written)
+    assert set(utils.read_index(tmp_path / "output" / "index.tsv")) == set(written)
+
+
+def test_candidates(tmp_path, tiny_model, tiny_checkpoint):
+    (tmp_path / "input").mkdir()
+    for name in ("a.x", "b.x", "c.x"):
+        (tmp_path / "input" / name).write_bytes(name.encode() * 3)
+    for count, folder in ((1, "one"), (4, "four")):
+        done = infer(tmp_path, MODE="complete", NUM_CANDIDATES=count, OUTPUT_FOLDER=folder, PRECISION="fp32", SEED=5)
+        assert done.returncode == 0, done.stderr
+        listed = utils.read_index(tmp_path / folder / "index.tsv")
+        assert sorted(listed) == outputs_in(tmp_path / folder) == ["a.x", "b.x", "c.x"]
+        for name, (_, source, size, bits, how, seed) in listed.items():
+            prompt = np.concatenate((utils.extension_patch("x", 4), np.frombuffer(name.encode() * 3, np.uint8)))
+            streams = [[5, zlib.crc32(name.encode())], *([5, zlib.crc32(name.encode()), i] for i in range(1, count))]
+            prompts = [utils.Prompt(i, prompt, stream) for i, stream in enumerate(streams)]
+            best = max(utils.generate(tiny_model, prompts, 1, utils.Sampling()), key=lambda c: c.mean_log_probability())
+            content = name.encode() * 3 + bytes(best.symbols.tolist())
+            assert (tmp_path / folder / name).read_bytes() == content
+            assert [source, size, how, seed] == [f"input/{name}", str(len(content)), "cut off" if best.cut_off else "ended", "5"]
+            assert float(bits) == pytest.approx(best.bits_per_byte(), abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The index
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@given(st.text(alphabet=st.characters(exclude_characters="/\0", exclude_categories=()), min_size=1))
+def test_names_survive_the_index(name):
+    escaped = utils.escape_name(name)
+    assert utils.unescape_name(escaped) == name and escaped.isprintable()
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects the tags, attributes and text of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes, self.text = set(), set(), ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attributes}
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_page_holds_whatever_the_outputs_hold(tmp_path):
+    hostile = b"</pre><script>alert(1)</script><img src=x onerror=alert(1)>\0\x1b\xff &amp;"
+    files = {
+        "plain.abc": b"X:1\nK:C\n<CDEF>", "a\tb\nc<script>.txt": hostile, "hostile": hostile, "picture.bmp": b"BM<>",
+        "sound.wav": b"RIFF", "x.bin": bytes(range(256)) * 2, "sub/empty.txt": b"", "cut.md": "naïve ☕".encode()[:-1],
+    }  # fmt: skip
+    rows = []
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+        rows.append((name, "in<put>", len(content), None if not content else 1.5, "ended", 0))
+    utils.write_index(tmp_path, rows)
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    read = Reader(page)
+    shown = "html head meta title style body h1 p main article h2 pre img audio".split()
+    assert read.tags == set(shown) and "onerror" not in read.attributes and "\0" not in page
+    for words in ("X:1\nK:C\n<CDEF>", "</script><img src=x onerror=alert(1)>", "a\\tb\\nc<script>.txt", "naïve", "0010  10 11 12"):
+        assert words in read.text
+    assert "… and 256 more bytes" in read.text and "data:image/bmp;base64,Qk08Pg==" in page and "data:audio/wav" in page
+    lines = (tmp_path / "index.tsv").read_text(encoding="utf-8").splitlines()
+    assert lines[0].split("\t") == list(utils.INDEX_COLUMNS) and all(line.count("\t") == 5 for line in lines)
+    assert len(lines) == 1 + len(files) and "sub/empty.txt\tin<put>\t0\t\tended\t0" in lines
+
+
+def test_index_goes_on_and_keeps_what_is_not_its_own(tmp_path):
+    for name in ("f-2.x", "f-10.x"):
+        (tmp_path / name).write_bytes(b"abc")
+    (tmp_path / "index.tsv").write_text("my own table")
+    (tmp_path / "index.html").write_text("my own page")
+    utils.write_index(tmp_path, [("f-10.x", "", 3, 2.0, "ended", 0), ("gone.x", "", 3, 2.0, "ended", 0)])
+    assert (tmp_path / "index.tsv.bak").read_text() == "my own table"
+    assert (tmp_path / "index.html.bak").read_text() == "my own page"
+    utils.write_index(tmp_path, [("f-2.x", "", 3, 2.0, "cut off", 1)])
+    assert list(utils.read_index(tmp_path / "index.tsv")) == ["f-2.x", "f-10.x"]
+    assert not (tmp_path / "index.tsv.bak2").exists()
+
+
+def test_page_stays_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "SHOWN_BYTES", 5)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes(b"word")
+    utils.write_index(tmp_path, [(name, "", 4, 1.0, "ended", 0) for name in ("a.txt", "b.txt")])
+    text = Reader((tmp_path / "index.html").read_text(encoding="utf-8")).text
+    assert text.count("word") == 1 and "b.txt" in text
+
+
+def test_an_output_never_takes_the_place_of_the_index(tmp_path, tiny_checkpoint):
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "index.html").write_bytes(b"abc")
+    done = infer(tmp_path, MODE="complete")
+    assert done.returncode == 1 and "index.html: its output would have the name" in done.stdout

@@ -1,5 +1,7 @@
 """The models against the published code's numbers, and what must hold for any weights."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -114,6 +116,100 @@ def test_classifier_does_not_see_padding_or_neighbours():
 def test_too_many_patches(tiny_model):
     with pytest.raises(ValueError, match="17 patches.* 16"):
         tiny_model(torch.zeros(1, 17, 4, dtype=torch.int64), torch.ones(1, 17, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_is_that_of_the_definition(dtype, rate):
+    torch.manual_seed(0)
+    ones = torch.ones(300, 1001, dtype=dtype, requires_grad=True)
+    dropped = utils.dropout(ones, rate)
+    assert dropped.dtype == dtype and dropped.shape == ones.shape
+    values = dropped.detach().unique().tolist()
+    assert values == [0, pytest.approx(1 / (1 - rate), rel=1e-4 if dtype == torch.float32 else 0.004)]
+    kept = (dropped > 0).double()
+    error = (rate * (1 - rate) / kept.numel()) ** 0.5  # of a mean of independent draws
+    assert abs(kept.mean() - (1 - rate)) < 5 * error
+    for one, other in ((kept[:, 1:], kept[:, :-1]), (kept[:, 4:], kept[:, :-4]), (kept[1:], kept[:-1])):
+        assert abs((one * other).mean() - (1 - rate) ** 2) < 10 * error  # neighbours, in bits and in rows, do not matter
+    for means in (kept.mean(0), kept.mean(1)):  # every column and every row
+        assert abs(means - (1 - rate)).max() < 6 * error * len(means) ** 0.5
+    dropped.sum().backward()
+    assert torch.equal(ones.grad, dropped)  # what was dropped gets no gradient, the rest its scale
+
+
+def test_dropout_follows_the_seed():
+    def draw(seed):
+        torch.manual_seed(seed)
+        return utils.dropout(torch.ones(7, 9), 0.3)
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    x = torch.ones(3)
+    assert utils.dropout(x, 0.0) is x
+    assert utils.dropout(torch.ones(0, 4), 0.5).shape == (0, 4)
+
+
+def test_attention_with_dropout_drops_weights():
+    torch.manual_seed(0)
+    queries, keys, values = torch.randn(3, 2, 3, 8, 64, requires_grad=True)  # (B, H, T, 64) each
+    expected = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    assert torch.equal(utils.attend(queries, keys, values, 0.0), expected)
+    assert torch.allclose(utils.attend(queries, keys, values, 1e-9), expected, atol=1e-5)  # so rare that none drops
+    with torch.no_grad():
+        draws = torch.stack([utils.attend(queries, keys, values, 0.2) for _ in range(3000)])
+    spread = draws.std(0) / 3000**0.5
+    assert ((draws.mean(0) - expected).abs() <= 6 * spread + 1e-4).all() and (spread > 0).all()
+    # the first position has one weight, 1, that is kept or dropped
+    first = draws[:, 0, 0, 0, 0] / values[0, 0, 0, 0]
+    assert set(first.round(decimals=3).tolist()) == {0.0, 1.25}
+    later = torch.autograd.grad(utils.attend(queries, keys, values, 0.2)[:, :, 4].sum(), values)[0][:, :, 5:]
+    assert (later == 0).all()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_outputs_and_gradients_are_those_of_transformers(train):
+    model = fill_by_recipe(utils.ModelSizes(**TINY).build(dropout=0.0)).train(train)
+    gpt2 = model.patch_level_decoder.base
+    inputs = torch.randn(2, 7, 64)
+    results = []
+    for outputs in (utils.run_gpt2(gpt2, inputs), gpt2(inputs_embeds=inputs).last_hidden_state):
+        gradients = torch.autograd.grad(outputs.square().sum(), [p for p in gpt2.parameters() if p is not gpt2.wte.weight])
+        results.append([outputs, *gradients])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_blocks_compute_the_same(monkeypatch):
+    """Traced once for all layers and lengths; the tracing alone is tested, since generating code takes long."""
+    traced = []
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
+    model = fill_by_recipe(utils.ModelSizes(**TINY).build(dropout=0.0)).train()
+    batches = [as_batch([utils.to_patches(bytes(n), "x", 4) for n in sizes]) for sizes in ((3, 40, 17), (9, 9), (5, 30, 2, 2))]
+    plain = [model(batch.patches.long(), batch.masks).nats for batch in batches]
+    names = list(model.state_dict())
+    utils.compile_model(model)
+    compiled = [model(batch.patches.long(), batch.masks).nats for batch in batches]
+    for one, other in zip(plain, compiled, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert 1 <= len(traced) <= 2 and list(model.state_dict()) == names
+
+
+def test_dropout_of_the_model_is_for_training_and_follows_the_seed():
+    model = fill_by_recipe(utils.ModelSizes(**TINY).build(dropout=0.3))
+    batch = as_batch([utils.to_patches(bytes(range(n)), "x", 4) for n in (3, 40, 17)])
+
+    def loss(seed):
+        torch.manual_seed(seed)
+        return model(batch.patches.long(), batch.masks).loss.item()
+
+    assert loss(1) == loss(2)
+    model.train()
+    assert loss(1) == loss(1) != loss(2)
 
 
 def test_sampled_targets(tiny_model):

@@ -1,0 +1,255 @@
+"""How fast files are generated, against the least that this machine could take and against the plain way of doing it.
+
+    python tests/bench_generate.py [--parts rate ragged memory] [--samples 1 8 32 100] [--contexts 16 128 500]
+        [--precisions fp32 bf16] [--rounds 5]
+
+One step writes one patch of S = 16 bytes for each sample: one step of the patch-level decoder, and 16 of the byte-level
+one. At paper size (12 + 3 layers, D = 768), with C patches before it, a step of one sample takes
+
+    multiply-adds  84,934,656 patch-level and 16 x 21,431,040 byte-level in the weights, together 427.8 million;
+                   18,432 x C and 626,688 in the attention
+    bytes read     the weights, once for all samples: 84,934,656 and 16 x 21,431,040 numbers of 2 bytes (bf16) or 4, together
+                   0.86 or 1.71 GB, for the byte-level ones (43 or 86 MB) are more than a usual cache keeps;
+                   keys and values of each sample: 18,432 x C numbers of 4 bytes on a CPU, of 2 in bf16 on a GPU
+
+The floor of a step is, for each of the two decoders, the larger of its multiply-adds at the machine's matrix rate and its
+bytes at the machine's read bandwidth; both are measured here first. With 1 sample that is the bandwidth, from about 8 on
+the matrix rate. The plain way has no caches: for each patch of its one sample it runs the whole prefix through the
+patch-level decoder, and for each byte the patch's whole prefix through the byte-level one, in float32.
+"""
+
+import argparse
+import itertools
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import utils  # noqa: E402
+
+SIZES = {"PATCH_SIZE": 16, "PATCH_LENGTH": 512, "HIDDEN_SIZE": 768, "PATCH_NUM_LAYERS": 12, "BYTE_NUM_LAYERS": 3}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build(dtype, device, **sizes):
+    """Returns a model of paper size, but for `sizes`, with the same random weights each time."""
+    torch.manual_seed(0)
+    return utils.ModelSizes(**(SIZES | sizes)).build().to(device, dtype).eval()
+
+
+def timed(function):
+    """Returns the seconds that a call takes, the device's work included."""
+    begin = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def matrix_rate(dtype, device):
+    """Returns multiply-adds per second of a large product: the best of 20."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    return size**3 / min(timed(lambda: a @ b) for _ in range(20))
+
+
+def bandwidth(device):
+    """Returns bytes read per second by a sum over 1 GiB: the best of 20."""
+    numbers = torch.ones(2**28, device=device)
+    return 4 * len(numbers) / min(timed(numbers.sum) for _ in range(20))
+
+
+def floor(model, samples, context, rate, read):
+    """Returns the least seconds of a step, see above; `rate` in multiply-adds per second, `read` in bytes per second."""
+    patch_level, byte_level = model.patch_level_decoder, model.byte_level_decoder.base
+    size, width, itemsize = patch_level.patch_size, patch_level.config.n_embd, model.dtype.itemsize
+    cached = 2 * patch_level.config.n_layer * width * context  # numbers per sample
+    weights = sum(p.numel() for p in patch_level.base.h.parameters() if p.dim() == 2)
+    least = max(samples * (weights + cached) / rate, (weights * itemsize + samples * cached * cache_itemsize(model)) / read)
+    weights = sum(p.numel() for p in byte_level.transformer.h.parameters() if p.dim() == 2) + byte_level.lm_head.weight.numel()
+    attention = byte_level.config.n_layer * width * (size + 1)  # 2 per position, mean of the steps
+    return least + size * max(samples * (weights + attention) / rate, weights * itemsize / read)
+
+
+def cache_itemsize(model):
+    return 4 if model.device.type == "cpu" else model.dtype.itemsize
+
+
+@torch.inference_mode()
+def write_plainly(model, prefix):
+    """Writes one patch after a prefix, int64 (1, C, S), the plain way."""
+    encoded = model.patch_level_decoder(prefix).last_hidden_state[:, -1:]  # (1, 1, D)
+    decoder, symbols = model.byte_level_decoder.base, []
+    for _ in range(prefix.shape[2]):
+        known = decoder.transformer.wte(torch.tensor([symbols], dtype=torch.int64, device=prefix.device))  # (1, j, D)
+        logits = decoder(inputs_embeds=torch.cat((encoded, known), dim=1), use_cache=False).logits[0, -1]
+        symbols.append(int(torch.multinomial(torch.softmax(logits, -1), 1)))
+
+
+def filled_writer(model, batch_size):
+    """Returns a PatchWriter whose rows hold full contexts of random symbols, keys and values."""
+    writer = utils.PatchWriter(model, batch_size, utils.Sampling())
+    for state in (writer.patch_cache.keys, writer.patch_cache.values):
+        state.normal_()
+    writer.newest.random_(256)
+    writer.uniforms.uniform_()
+    return writer
+
+
+@torch.inference_mode()
+def step(writer, samples, context):
+    writer.positions[:samples] = context - 1
+    writer.step(samples, context)
+
+
+def measure_rate(args, device):
+    """Prints bytes/s and the ratio to the plain way; all are measured in turn in every round."""
+    read = bandwidth(device)
+    plain = build(torch.float32, device)
+    prefixes = {context: torch.randint(256, (1, context, SIZES["PATCH_SIZE"]), device=device) for context in args.contexts}
+    writers, rates = {}, {}
+    for name in args.precisions:
+        rates[name] = matrix_rate(DTYPES[name], device)
+        writers[name] = filled_writer(build(DTYPES[name], device), max(args.samples))
+    ways = list(itertools.product(args.precisions, args.samples))
+    if device.type == "cuda":
+        ways += [(f"{name} without graphs", samples) for name, samples in ways]
+    seconds = {(way, context): [] for way in ["plain", *ways] for context in args.contexts}
+    for turn in range(args.rounds + 1):  # the first one warms up
+        for context in args.contexts:
+            times = {"plain": timed(lambda: write_plainly(plain, prefixes[context]))}
+            for name, samples in ways:
+                writer = writers[name.split()[0]]
+                writer.captures = device.type == "cuda" and "without" not in name
+                times[name, samples] = timed(lambda: step(writer, samples, context))
+            for way in times:
+                if turn:
+                    seconds[way, context].append(times[way])
+
+    print(f"read bandwidth {read / 1e9:.1f} GB/s; matrix rate "
+          + ", ".join(f"{rate / 1e9:,.0f} billion multiply-adds/s in {name}" for name, rate in rates.items()))
+    print(f"medians of {args.rounds} alternating rounds; bytes/s (share of the floor reached) after so many patches; "
+          "ratio: mean time of the plain way over all contexts, by that of a patch here (its range over the rounds)")
+    print(f"{'':<22}{'samples':>8}" + "".join(f"{context:>19}" for context in args.contexts) + f"{'ratio':>9}")
+    for way in ["plain", *ways]:
+        name, samples = (way, 1) if way == "plain" else way
+        line = f"{name:<22}{samples:>8}"
+        for context in args.contexts:
+            middle = statistics.median(seconds[way, context])
+            share = ""
+            if way != "plain":
+                precision = name.split()[0]
+                share = f"({floor(writers[precision].model, samples, context, rates[precision], read) / middle:.0%})"
+            line += f"{samples * SIZES['PATCH_SIZE'] / middle:>12,.0f} {share:>6}"
+        ratios = [
+            samples * sum(seconds["plain", context][turn] for context in args.contexts)
+            / sum(seconds[way, context][turn] for context in args.contexts)
+            for turn in range(args.rounds)
+        ]
+        print(f"{line}{statistics.median(ratios):>8.1f}x ({min(ratios):.1f} to {max(ratios):.1f})")
+
+
+def silence_end(model):
+    """Makes a model never write the symbol 256: the byte-level output gets a part that only that symbol's vector dislikes."""
+    gpt2 = model.byte_level_decoder.base.transformer
+    direction = torch.nn.functional.normalize(torch.randn(gpt2.config.n_embd), dim=0)
+    with torch.no_grad():
+        gpt2.ln_f.bias += 10 * direction.to(gpt2.dtype)
+        gpt2.wte.weight[utils.END] = -10 * direction.to(gpt2.dtype)
+    return model
+
+
+def generation_rate(model, prompts, batch_size):
+    """Returns (bytes/s, how many bytes each sample got) of a whole run."""
+    lengths = []
+    prompts = [utils.Prompt(i, symbols, [0, i]) for i, symbols in enumerate(prompts)]
+    seconds = timed(lambda: lengths.extend(len(c.symbols) for c in utils.generate(model, prompts, batch_size, utils.Sampling())))
+    return sum(lengths) / seconds, lengths
+
+
+def measure_ragged(args, device):
+    """Prints the rate of 200 prompts and outputs of very different lengths, against that of 32 equal ones as long on average."""
+    rng = np.random.default_rng(0)
+    size = SIZES["PATCH_SIZE"]
+    prompts = [rng.integers(256, size=n * size) for n in rng.integers(4, 61, 200)]
+    for name in args.precisions:
+        # random weights end a sequence at each symbol with a chance of about 1/257
+        various = build(DTYPES[name], device)
+        _, lengths = generation_rate(various, prompts, 32)  # warms up, too
+        mean = round(np.mean(lengths) / size)  # patches
+        equal = silence_end(build(DTYPES[name], device, PATCH_LENGTH=32 + mean))
+        rates = []
+        for turn in range(3):  # in turn
+            rate, lengths = generation_rate(various, prompts, 32)
+            equal_rate, equal_lengths = generation_rate(equal, list(rng.integers(256, size=(32, 32 * size))), 32)
+            assert set(equal_lengths) == {mean * size}
+            rates.append((rate, equal_rate, rate / equal_rate))
+        rate, equal_rate, share = (statistics.median(values) for values in zip(*rates))
+        low, middle, high = np.percentile(lengths, [0, 50, 100])
+        print(f"{name}: 200 prompts of 4 to 60 patches, outputs of {low:.0f} to {high:.0f} bytes (median {middle:.0f}): "
+              f"{rate:,.0f} bytes/s; 32 prompts of 32 patches, outputs of {mean}: {equal_rate:,.0f}; "
+              f"share {share:.0%} (medians of 3 rounds)", flush=True)
+
+
+def measure_memory(args, device):
+    """Prints the peak memory of 32 samples that fill the whole context, above what holds the model."""
+    model = silence_end(build(torch.bfloat16, device))
+    prompt = np.zeros(500 * SIZES["PATCH_SIZE"], dtype=np.int64)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        generation_rate(model, [prompt] * 32, 32)
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        before = _memory("VmRSS")
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # Linux: forget the peak so far
+        generation_rate(model, [prompt] * 32, 32)
+        peak = _memory("VmHWM") - before
+    print(f"bf16, 32 samples of all 512 patches: {peak / 2**30:.2f} GiB above the model")
+
+
+def _memory(field):
+    """Returns a field of this process's status, in bytes."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+def main():
+    parts = {"rate": measure_rate, "ragged": measure_ragged, "memory": measure_memory}
+    parser = argparse.ArgumentParser(description="Time generation against its floor and against the plain way.")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--samples", nargs="+", type=int, default=[1, 8, 32, 100])
+    parser.add_argument("--contexts", nargs="+", type=int, default=[16, 128, 500])
+    parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    device = utils.pick_device()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, {_processor()}"
+    print(f"{name}; {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}; 110,084,352 parameters")
+    if len(args.parts) == 1:
+        parts[args.parts[0]](args, device)
+        return
+    for part in args.parts:  # in processes of their own, so that each starts with empty memory
+        options = ["--samples", *map(str, args.samples), "--contexts", *map(str, args.contexts), "--precisions", *args.precisions]
+        command = [sys.executable, __file__, "--parts", part, *options, "--rounds", str(args.rounds)]
+        sys.stdout.flush()
+        subprocess.run(command, check=True)
+
+
+def _processor():
+    """Returns the processor's name."""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            return next((line.split(": ")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""How fast a step of training is at paper size, against a naive baseline: float32, eager attention with a mask, one-hot patch
+embedding, GPT-2's unfused GELU, AdamW parameter by parameter. Each variant has a process of its own, in which it takes its
+steps as train-gen.py would; the variants take turns. Prints the medians, each one's peak memory, and the share of the
+device's own matrix rate, measured between the steps.
+
+    python tests/bench_train.py [--batch 1] [--rounds 5] [--variants naive fp32 bf16] [--dropout 0.1]
+
+Variants: naive, fp32, bf16, fp16 (CUDA only), with -compile for COMPILE (bf16-compile); megabyte-fp32 and megabyte-bf16 are
+MEGABYTE-pytorch of about the same size, if it is installed (`pip install MEGABYTE-pytorch==0.3.6`), with the same dropout of
+attention weights and within its feed-forward layers; megabyte-fp32-default leaves its dropout at its default, 0.
+"""
+
+import argparse
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import GPT2LMHeadModel, GPT2Model
+
+import utils
+
+SIZES = utils.ModelSizes(PATCH_SIZE=16, PATCH_LENGTH=512, HIDDEN_SIZE=768, PATCH_NUM_LAYERS=12, BYTE_NUM_LAYERS=3)
+
+
+class Naive(nn.Module):
+    """The same model in the plain way; its weights would be ours."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        self.configs = utils.make_configs(16, 512, 768, 12, 3, dropout)
+        for config in self.configs:
+            config._attn_implementation = "eager"
+        self.embedding = nn.Linear(16 * utils.NUM_SYMBOLS, 768)
+        self.patch_level = GPT2Model(self.configs[0])
+        self.byte_level = GPT2LMHeadModel(self.configs[1])
+
+    def forward(self, patches, masks):
+        one_hot = F.one_hot(patches, utils.NUM_SYMBOLS).float().flatten(2)  # (B, P, S·V)
+        encoded = self.patch_level(inputs_embeds=self.embedding(one_hot), attention_mask=masks.long()).last_hidden_state
+        chosen = masks[:, 1:] == 1
+        encoded, targets = encoded[:, :-1][chosen], patches[:, 1:][chosen]  # (N, D), (N, S)
+        symbols = self.byte_level.transformer.wte(targets[:, :-1])  # (N, S-1, D)
+        inputs = torch.cat((encoded.unsqueeze(1), symbols), dim=1)  # (N, S, D)
+        logits = self.byte_level(inputs_embeds=inputs, attention_mask=torch.ones_like(targets)).logits  # (N, S, V)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def step_flops(batch):
+    """Returns the floating-point operations of the matrix products in a step of ours, the attention's left out: 6 for
+    each weight and each position that it is used at."""
+    patch_level = 512 * 12 * 12 * 768**2
+    byte_level = 511 * 16 * (3 * 12 * 768**2 + 768 * utils.NUM_SYMBOLS)
+    return 6 * batch * (patch_level + byte_level)
+
+
+def matrix_rate(device, dtype):
+    """Returns the operations a second of a product of the byte-level decoder's sizes on this device."""
+    a, b = torch.randn(8192, 768, device=device, dtype=dtype), torch.randn(768, 3072, device=device, dtype=dtype)
+    repeats = 10 if device.type == "cpu" else 200
+    for warm in (True, False):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        synchronize(device)
+    return repeats * 2 * 8192 * 768 * 3072 / (time.perf_counter() - start)
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def make_loss(variant, dropout, device):
+    """Returns (module, function of patches and masks that returns the loss) of a variant."""
+    name, _, option = variant.partition("-")
+    if name == "megabyte":
+        from MEGABYTE_pytorch import MEGABYTE
+
+        precision, _, default = option.partition("-")
+        model = MEGABYTE(
+            num_tokens=utils.NUM_SYMBOLS, dim=768, depth=(12, 3), max_seq_len=(512, 16), pad_id=utils.END,
+            attn_dropout=0.0 if default else dropout, ff_dropout=0.0 if default else dropout,
+        ).to(device).train()  # fmt: skip
+        dtype = utils.pick_dtype(precision, device)
+
+        def loss(patches, masks):
+            with utils.autocast(device, dtype):
+                return model(patches.flatten(1), return_loss=True)
+
+        return model, loss
+    if name == "naive":
+        model = Naive(dropout).to(device).train()
+        return model, model
+    utils.keep_freed_memory()
+    model = SIZES.build(dropout).to(device).train()
+    if option == "compile":
+        utils.compile_model(model)
+    dtype = utils.pick_dtype(name, device)
+
+    def loss(patches, masks):
+        with utils.autocast(device, dtype):
+            return model(patches, masks).loss
+
+    return model, loss
+
+
+def run_variant(variant, batch, dropout, pipe):
+    """The main function of a variant's process: answers every message with the times of a step and the peak memory."""
+    device = utils.pick_device()
+    torch.manual_seed(0)
+    model, loss_of = make_loss(variant, dropout, device)
+    fused = None if variant == "naive" else True
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused, foreach=False if variant == "naive" else None)
+    patches = torch.randint(0, 256, (batch, 512, 16)).to(device)
+    masks = torch.ones(batch, 512, dtype=torch.uint8, device=device)
+    while pipe.recv():
+        times = [time.perf_counter()]
+
+        def lap():
+            synchronize(device)
+            times.append(time.perf_counter())
+
+        loss = loss_of(patches, masks)
+        lap()
+        loss.backward()
+        lap()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        lap()
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        pipe.send(([after - before for before, after in zip(times, times[1:])], peak, loss.item()))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("--batch", type=int, default=1, help="sequences of 8 KB in a step")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before those that count")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--variants", nargs="+", default=["naive", "fp32", "bf16"])
+    options = parser.parse_args()
+    device = utils.pick_device()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{name}, {platform.machine()}; torch {torch.__version__}, transformers {transformers.__version__}; paper size, "
+        f"{options.batch} sequences of 512 x 16 bytes, dropout {options.dropout}, median of {options.rounds}"
+    )
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
+    for variant in options.variants:
+        pipes[variant], theirs = context.Pipe()
+        arguments = (variant, options.batch, options.dropout, theirs)
+        context.Process(target=run_variant, args=arguments, daemon=True).start()
+    found = {variant: [] for variant in options.variants}
+    rates = {dtype: [] for dtype in (torch.float32, torch.bfloat16)}
+    for number in range(options.warm_up + options.rounds):
+        for variant, pipe in pipes.items():
+            pipe.send(True)
+            result = pipe.recv()
+            if number == 0:
+                print(f"{variant}: first step {sum(result[0]):.1f} s", flush=True)
+            if number >= options.warm_up:
+                found[variant].append(result)
+        for dtype in rates:
+            rates[dtype].append(matrix_rate(device, dtype))
+    rates = {dtype: statistics.median(values) for dtype, values in rates.items()}
+    print("matrix rate: " + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items()))
+    print(f"{'variant':<22} {'forward':>8} {'backward':>8} {'optimizer':>9} {'step s':>8} {'(min-max)':>15} {'KB/s':>8} "
+          f"{'of the rate':>11} {'peak GB':>8} {'speed':>6} {'memory':>6}")
+    first = None
+    for variant, results in found.items():
+        parts = [statistics.median(times) for times in zip(*(times for times, _, _ in results))]
+        steps = [sum(times) for times, _, _ in results]
+        step, peak = statistics.median(steps), max(peak for _, peak, _ in results)
+        first = first or (step, peak)
+        rate = rates[torch.bfloat16 if "16" in variant else torch.float32]
+        share = f"{step_flops(options.batch) / step / rate:.0%}" if "megabyte" not in variant else ""
+        print(f"{variant:<22} {parts[0]:8.3f} {parts[1]:8.3f} {parts[2]:9.3f} {step:8.3f} {f'{min(steps):.3f}-{max(steps):.3f}':>15} "
+              f"{options.batch * 511 * 16 / 1000 / step:8.2f} {share:>11} {peak / 1e9:8.2f} {first[0] / step:5.2f}x {peak / first[1]:5.0%}")
+    for pipe in pipes.values():
+        pipe.send(False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,380 @@
+"""Training runs that are stopped, killed, moved to more processes or changed, and what they end with."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, Running, interrupt, load_script, one_message, options, torchrun_environments
+
+import config
+import utils
+
+SETTINGS = {
+    **TINY,
+    "TRAIN_FOLDERS": ["train"],
+    "EVAL_FOLDERS": ["eval"],
+    "NUM_EPOCHS": 3,
+    "BATCH_SIZE": 2,
+    "LEARNING_RATE": 1e-3,
+    "SAVE_MINUTES": 0,
+    "PRECISION": "fp32",
+    "PATCH_SAMPLING_BATCH_SIZE": 9,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder with eleven training files of ragged lengths, some too long, and three evaluation files."""
+    folder, random = tmp_path_factory.mktemp("runs"), np.random.default_rng(0)
+    for part, lengths in {"train": [0, 1, 3, 4, 5, 20, 33, 50, 70, 200, 300], "eval": [7, 40, 100]}.items():
+        (folder / part).mkdir()
+        for i, length in enumerate(lengths):
+            (folder / part / f"{i}.bin").write_bytes(random.integers(0, 8, length).astype(np.uint8).tobytes())
+    return folder
+
+
+def start(folder, name, num_processes=1, file_limit=None, **changes):
+    """Starts a training run whose files are named after `name`; returns its processes, as torchrun would start them."""
+    settings = {**SETTINGS, "WEIGHTS_PATH": f"{name}.pth", "LOGS_PATH": f"{name}.txt", **changes}
+    environments = torchrun_environments(num_processes) if num_processes > 1 else [{}]
+    return [
+        Running("train-gen.py", *options(**settings), cwd=folder, env=env, file_limit=file_limit) for env in environments
+    ]
+
+
+def train(folder, name, **changes):
+    """Runs a training to its end; returns its first process."""
+    done = [process.wait() for process in start(folder, name, **changes)]
+    assert [process.returncode for process in done] == [0] * len(done), done[0].stderr
+    return done[0]
+
+
+def load(folder, name):
+    return torch.load(folder / f"{name}.pth", weights_only=True)
+
+
+def assert_same_end(folder, name, other):
+    """Checks that two runs ended with the same bits: weights, moments, random state, figures and logs."""
+    assert (folder / f"{name}.txt").read_text() == (folder / f"{other}.txt").read_text()
+    for part in ("", "-last"):
+        states = [load(folder, run + part) for run in (name, other)]
+        for key in ("model", "optimizer", "epoch", "best_epoch", "min_eval_loss", "figures", "random_states"):
+            torch.testing.assert_close(*(state[key] for state in states), rtol=0, atol=0)
+    assert not list(folder.glob(".*.tmp")) and not list(folder.glob("*.bak"))
+
+
+def stop(folder, name, number, after=0.0, **changes):
+    """Starts a run and sends it a signal `after` seconds from its next save; returns the finished processes."""
+    return interrupt(start(folder, name, **changes), folder / f"{name}-last.pth", number, after)
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def uninterrupted(folder, request):
+    """The number of processes, and the name of a run with so many that nothing happened to."""
+    name = f"whole{request.param}"
+    train(folder, name, num_processes=request.param)
+    return request.param, name
+
+
+def test_a_run_killed_at_random_moments_ends_the_same(folder, uninterrupted):
+    num_processes, whole = uninterrupted
+    name = f"killed{num_processes}"
+    statuses = []
+    for moment in np.random.default_rng(num_processes).uniform(0, 0.15, 9):
+        done = stop(folder, name, signal.SIGKILL, moment, num_processes=num_processes)
+        statuses.append(done[0].returncode)
+    assert statuses.count(-signal.SIGKILL) >= 5 and set(statuses) <= {-signal.SIGKILL, 0}
+    train(folder, name, num_processes=num_processes, NUM_WORKERS=2)
+    assert_same_end(folder, whole, name)
+
+
+def test_sigterm_saves_the_step_in_hand(folder, uninterrupted):
+    num_processes, whole = uninterrupted
+    name = f"terminated{num_processes}"
+    done = stop(folder, name, signal.SIGTERM, num_processes=num_processes)
+    assert [process.returncode for process in done] == [143] * num_processes
+    state = load(folder, f"{name}-last")
+    words = f"stopped by SIGTERM in epoch {state['epoch'] + 1} after {state['position']} examples: the same command goes on"
+    assert words in done[0].stderr and all("stopped" not in process.stderr for process in done[1:])
+    train(folder, name, num_processes=num_processes)
+    assert_same_end(folder, whole, name)
+
+
+def test_the_gradient_is_that_of_the_whole_batch(folder):
+    """One process, micro-batches and two processes, with ragged lengths and a short last batch, learn the same."""
+    same = {"DROPOUT": 0, "PATCH_SAMPLING_BATCH_SIZE": 0, "NUM_EPOCHS": 2, "SAVE_MINUTES": 10}
+    train(folder, "eight", BATCH_SIZE=8, **same)
+    train(folder, "micro", BATCH_SIZE=8, ACCUMULATION_STEPS=4, **same)
+    train(folder, "halves", BATCH_SIZE=4, num_processes=2, **same)
+    train(folder, "micro-halves", BATCH_SIZE=4, ACCUMULATION_STEPS=2, num_processes=2, NUM_WORKERS=1, **same)
+    expected = load(folder, "eight-last")["figures"]
+    for name in ("micro", "halves", "micro-halves"):
+        assert load(folder, f"{name}-last")["figures"] == pytest.approx(expected, rel=1e-5), name
+
+
+def test_more_processes_than_files_are_left(folder):
+    """In the last step of eleven files one of two processes has none: its spare batch counts nothing."""
+    same = {"DROPOUT": 0, "PATCH_SAMPLING_BATCH_SIZE": 0, "NUM_EPOCHS": 2, "SAVE_MINUTES": 10}
+    train(folder, "two", BATCH_SIZE=2, **same)
+    train(folder, "one-each", BATCH_SIZE=1, num_processes=2, **same)
+    assert load(folder, "one-each-last")["figures"] == pytest.approx(load(folder, "two-last")["figures"], rel=1e-5)
+
+
+def test_a_run_moves_to_more_processes(folder):
+    """In the middle of an epoch: every file is still seen once, the sums of the epoch are kept."""
+    same = {"DROPOUT": 0, "PATCH_SAMPLING_BATCH_SIZE": 0, "NUM_EPOCHS": 1}
+    train(folder, "stays", BATCH_SIZE=2, **same)
+    done = stop(folder, "moves", signal.SIGTERM, BATCH_SIZE=2, **same)
+    assert done[0].returncode == 143, done[0].stderr
+    assert 0 < load(folder, "moves-last")["position"] < 11
+    done = train(folder, "moves", BATCH_SIZE=1, num_processes=2, **same)
+    assert "1 processes have become 2" in done.stdout and "BATCH_SIZE was 2 and is now 1" in done.stdout
+    assert load(folder, "moves-last")["figures"] == pytest.approx(load(folder, "stays-last")["figures"], rel=1e-5)
+
+
+def test_torchrun(folder):
+    """As users start it; only the first process prints."""
+    arguments = options(**SETTINGS, WEIGHTS_PATH="torchrun.pth", LOGS_PATH="torchrun.txt")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train-gen.py"), *arguments],
+        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for words in ("BATCH_SIZE = 2", "a new run, from random weights", "epoch 3  train_loss", "finished 3 of NUM_EPOCHS 3"):
+        assert done.stdout.count(words) == 1, words
+    train(folder, "forked", num_processes=2)
+    assert_same_end(folder, "torchrun", "forked")
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_one_process_that_fails_ends_all_with_its_message(folder, num_processes):
+    (folder / "broken").mkdir(exist_ok=True)
+    for path in (folder / "train").iterdir():
+        (folder / "broken" / path.name).write_bytes(path.read_bytes())
+    gone = folder / "broken" / "gone.bin"
+    if not gone.is_symlink():
+        gone.symlink_to("nowhere")
+    done = [process.wait(60) for process in start(folder, "fails", num_processes, TRAIN_FOLDERS=["broken"])]
+    said = "".join(one_message(process) if process.stderr.strip() else "" for process in done)
+    assert [process.returncode for process in done] == [1] * num_processes
+    assert said.count("cannot read 'broken/gone.bin'") == 1
+
+
+def test_what_a_rerun_with_other_settings_says(folder):
+    train(folder, "changed", NUM_EPOCHS=1, LR_SCHEDULE="constant")
+    done = train(folder, "changed", NUM_EPOCHS=1)
+    assert "LR_SCHEDULE was 'constant' and is now 'cosine'" in done.stdout
+    assert "finished 1 of NUM_EPOCHS 1" in done.stdout and "raise NUM_EPOCHS to go on" in done.stdout
+    done = train(folder, "changed", NUM_EPOCHS=2, MAX_GRAD_NORM=0.5)
+    assert "NUM_EPOCHS was 1 and is now 2: the schedule is laid anew" in done.stdout
+    assert "MAX_GRAD_NORM was 1.0 and is now 0.5" in done.stdout
+    assert "MODE was" not in done.stdout
+    before = (folder / "changed-last.pth").read_bytes()
+    for changes, words in [
+        ({"TRAIN_FOLDERS": ["eval"]}, "TRAIN_FOLDERS: the files are not those"),
+        ({"EVAL_FOLDERS": ["train"]}, "EVAL_FOLDERS: the files are not those"),
+        ({"PATCH_NUM_LAYERS": 1}, "set PATCH_NUM_LAYERS = 2 (now 1)"),
+    ]:
+        message = one_message(start(folder, "changed", NUM_EPOCHS=3, **changes)[0].wait())
+        assert words in message, message
+    assert (folder / "changed-last.pth").read_bytes() == before
+
+
+def test_another_conversion_mode_stops_a_rerun(folder):
+    for part in ("train", "eval"):
+        (folder / f"pairs-{part}").mkdir()
+        for i in range(3):
+            for extension in ("abc", "mid"):
+                (folder / f"pairs-{part}" / f"{i}.{extension}").write_bytes(b"x" * i)
+    pairs = {"TRAIN_FOLDERS": ["pairs-train"], "EVAL_FOLDERS": ["pairs-eval"], "NUM_EPOCHS": 1}
+    train(folder, "pairs", CONVERSION_MODE="abc->mid", **pairs)
+    message = one_message(start(folder, "pairs", CONVERSION_MODE="mid->abc", **pairs)[0].wait())
+    assert "CONVERSION_MODE is 'mid->abc', but the run at 'pairs-last.pth' trains with 'abc->mid'" in message
+
+
+def test_another_seed_in_the_middle_of_an_epoch(folder):
+    done = stop(folder, "seed", signal.SIGTERM, NUM_EPOCHS=1)
+    assert done[0].returncode == 143
+    done = train(folder, "seed", NUM_EPOCHS=1, SEED=5)
+    assert "SEED has changed, so epoch 1 begins anew" in done.stdout
+
+
+def test_what_a_kill_leaves_of_the_log_is_put_right(folder):
+    """Between the checkpoint and the log there is a moment; also a line may be cut short."""
+    train(folder, "log")
+    log = folder / "log.txt"
+    whole = log.read_bytes()
+    for left in (whole[: whole.rindex(b"epoch 3")], whole[:-1], whole[:-30], whole):
+        log.write_bytes(left)
+        train(folder, "log")
+        assert log.read_bytes() == whole
+    log.write_bytes(b"what others wrote\n" * 100)  # that is nobody's to change
+    train(folder, "log")
+    assert log.read_bytes() == b"what others wrote\n" * 100
+    log.unlink()
+    train(folder, "log")
+    assert log.read_bytes() == whole[whole.rindex(b"epoch 3") :]
+
+
+def test_a_full_disk_does_not_end_a_run(folder):
+    train(folder, "full", NUM_EPOCHS=2)
+    before = [(folder / name).read_bytes() for name in ("full.pth", "full-last.pth")]
+    done = start(folder, "full", NUM_EPOCHS=4, file_limit=100_000)[0].wait()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "cannot save full-last.pth: File too large; it stays as it was, and the run goes on" in done.stdout
+    assert "epoch 4  train_loss" in done.stdout and "could not be saved" in done.stderr
+    assert [(folder / name).read_bytes() for name in ("full.pth", "full-last.pth")] == before
+    assert not list(folder.glob(".*.tmp"))
+    train(folder, "full", NUM_EPOCHS=4)
+    assert load(folder, "full-last")["epoch"] == 4
+
+
+def test_workers_end_with_a_killed_run(folder):
+    """Nobody is left to tell them: they must notice."""
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        pytest.skip("this system does not tell the children of a process")
+    process = start(folder, "orphans", NUM_WORKERS=2, NUM_EPOCHS=10000)[0]
+    children = Path(f"/proc/{process.process.pid}/task/{process.process.pid}/children")
+    workers, deadline = [], time.monotonic() + 60
+    while len(workers) < 2 and time.monotonic() < deadline:  # they are started anew for each epoch
+        workers = children.read_text().split()
+    assert len(workers) == 2
+    process.send(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [worker for worker in workers if is_running(worker)]
+
+
+def is_running(pid: str) -> bool:
+    """Whether a process still runs: one that ended stays listed as a zombie where process 1 collects no orphans."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_what_cannot_be_said_on_a_full_disk_ends_nothing():
+    """As with `python train-gen.py > run.txt 2>&1`, on the disk that is full."""
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises(OSError), full.open("w") as stream:
+        stream.write("a line")
+    stream = full.open("w")
+    print("a line" * 10000, file=utils.Unstoppable(stream), flush=True)
+    with pytest.raises(OSError):
+        stream.close()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(folder):
+    """The step itself may break them, after a loss that was a number; the run can then go on from before."""
+    done = start(folder, "broken", LEARNING_RATE=1e38)[0].wait()
+    assert "the weights have become none" in one_message(done)
+    assert "Nothing of that was saved: the same command goes on from before" in done.stderr
+    train(folder, "broken")
+
+
+def test_goes_on_from_a_published_checkpoint(folder):
+    """It lacks what later versions added, and is kept."""
+    train(folder, "published", NUM_EPOCHS=1)
+    state = load(folder, "published")
+    published = {key: state[key] for key in ("model", "optimizer", "lr_sched", "epoch", "best_epoch", "min_eval_loss")}
+    (folder / "published-last.pth").unlink()
+    torch.save({**published, "min_eval_loss": 100.0}, folder / "published.pth")
+    before = (folder / "published.pth").read_bytes()
+    done = train(folder, "published", NUM_EPOCHS=2)
+    assert "goes on from published.pth after epoch 1" in done.stdout
+    assert (folder / "published.pth.bak").read_bytes() == before
+    for epochs in (3, 4):
+        done = train(folder, "published", NUM_EPOCHS=epochs)
+        assert "best model of this run is not" not in done.stdout
+    assert not (folder / "published.pth.bak2").exists()
+    (folder / "published.pth.bak").unlink()
+
+
+def test_processes_that_see_different_files_end(folder, tmp_path):
+    settings = options(**{**SETTINGS, "WEIGHTS_PATH": "apart.pth", "LOGS_PATH": "apart.txt"})
+    for part in ("train", "eval"):
+        (tmp_path / part).mkdir()
+        for path in list((folder / part).iterdir())[1:]:
+            (tmp_path / part / path.name).write_bytes(path.read_bytes())
+    places = zip((folder, tmp_path), torchrun_environments(2))
+    done = [process.wait(60) for process in [Running("train-gen.py", *settings, cwd=cwd, env=env) for cwd, env in places]]
+    assert [process.returncode for process in done] == [1, 1]
+    assert "must lie on a disk that all share" in one_message(done[0])
+
+
+def test_two_runs_at_the_same_weights(folder):
+    first = start(folder, "twice", NUM_EPOCHS=10000)[0]
+    while not (folder / "twice-last.pth").exists():
+        time.sleep(0.01)
+    assert "WEIGHTS_PATH: another run is at work at" in one_message(start(folder, "twice")[0].wait())
+    first.send(signal.SIGKILL)
+    first.wait()
+    assert "goes on from" in train(folder, "twice", NUM_EPOCHS=1).stdout
+
+
+def test_stopping_a_run_that_does_not_load_its_checkpoint(folder):
+    done = stop(folder, "anew", signal.SIGINT, LOAD_FROM_CHECKPOINT=False, NUM_EPOCHS=1000)[0]
+    assert done.returncode == 130
+    assert "stopped by Ctrl-C" in done.stderr and "the same command with LOAD_FROM_CHECKPOINT True goes on" in done.stderr
+
+
+def test_another_seed_holds_out_other_files(folder):
+    train(folder, "held", EVAL_FOLDERS=[], EVAL_SPLIT=0.3, NUM_EPOCHS=1)
+    message = one_message(start(folder, "held", EVAL_FOLDERS=[], EVAL_SPLIT=0.3, NUM_EPOCHS=2, SEED=1)[0].wait())
+    assert "SEED was 0 and is now 1" in message
+
+
+def test_weights_and_log_in_one_file(folder):
+    message = one_message(start(folder, "same", LOGS_PATH="same-last.pth")[0].wait())
+    assert "LOGS_PATH: 'same-last.pth' is where the run keeps its weights" in message
+
+
+def test_a_link_to_the_weights_stays_one(folder, tmp_path):
+    (folder / "linked.pth").symlink_to(tmp_path / "elsewhere.pth")
+    train(folder, "linked", NUM_EPOCHS=1)
+    assert (folder / "linked.pth").is_symlink() and load(tmp_path, "elsewhere")["epoch"] == 1
+
+
+def test_a_state_cut_short_is_one_message(folder):
+    train(folder, "short", NUM_EPOCHS=1)
+    whole = (folder / "short-last.pth").read_bytes()
+    (folder / "short-last.pth").write_bytes(whole[: len(whole) // 2])
+    message = one_message(start(folder, "short", NUM_EPOCHS=2)[0].wait())
+    assert "damaged, cut short" in message and "the run goes on from its best model, short.pth" in message
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"position": 5000},
+        {"position": -1},
+        {"position": 2, "totals": []},
+        {"position": 2, "totals": [{"other": 1.0}]},
+        {"position": 2, "random_states": [{}]},
+        {"position": 2, "random_states": [{"cpu": torch.zeros(3), "cuda": None}]},
+        {"config": "text"},
+        {"config": [1]},
+        {"data": "text"},
+        {"figures": 3},
+        {"optimizer": {"state": {0: {"step": torch.tensor(torch.nan)}}}},
+    ],
+)
+def test_a_damaged_state_is_one_message(folder, monkeypatch, damage):
+    monkeypatch.chdir(folder)
+    if not (folder / "damaged-last.pth").exists():
+        train(folder, "damaged", NUM_EPOCHS=1)
+    torch.save({**load(folder, "damaged-last"), **damage}, folder / "hurt-last.pth")
+    for name, value in {**SETTINGS, "WEIGHTS_PATH": "hurt.pth", "LOGS_PATH": "hurt.txt"}.items():
+        monkeypatch.setattr(config, name, value)
+    with pytest.raises(utils.UserError, match="not the state of a run to go on from"):
+        load_script("train-gen").main()
