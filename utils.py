@@ -2096,6 +2096,7 @@ class TrainingRun:
         self._log_text, self._log_start = "", 0  # what the last finished epoch logged, and where that stands, in bytes
         self._saved_at, self._saved_place = time.monotonic(), None  # when, and at which (epoch, position), it was saved
         self._is_saved = True  # whether the last try to save the latest state went well
+        self._epoch_began = time.monotonic()  # of the epoch in hand: when this process began with it
         self._lock = self._logger = self._stop_signal = None
 
     # ---- beginning -------------------------------------------------------------------------------------------------
@@ -2259,6 +2260,7 @@ class TrainingRun:
         self._logger = make_logger(self.settings["WANDB_LOG"] and self.processes.rank == 0, self.settings, self.run_id)
         if self.settings["COMPILE"]:
             compile_model(self.model)
+        self._epoch_began = time.monotonic()
         return self.processes.distribute(self.model)
 
     @contextlib.contextmanager
@@ -2380,7 +2382,8 @@ class TrainingRun:
                 self.best_epoch, self.best, self.report = before  # what the file holds
         self._save()
         self._complete_log()
-        print(f"{line}{'  best' if is_best else ''}")
+        print(f"{line}{'  best' if is_best else ''}  {time.monotonic() - self._epoch_began:.0f} s")
+        self._epoch_began = time.monotonic()
         self._logger.log({"epoch": self.epoch, **figures})
 
     def finish(self):
