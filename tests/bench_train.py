@@ -1,7 +1,7 @@
 """How fast a step of training is at paper size, against a naive baseline: float32, eager attention with a mask, one-hot patch
 embedding, GPT-2's unfused GELU, AdamW parameter by parameter. Each variant has a process of its own, in which it takes its
-steps as train-gen.py would; the variants take turns. Prints the medians, each one's peak memory, and the share of the
-device's own matrix rate, measured between the steps.
+steps as train-gen.py would; the variants take turns. Prints the medians, each one's peak memory, the share of the device's
+own matrix rate, measured between the steps, and the median over the rounds of the speed against the first variant's.
 
     python tests/bench_train.py [--batch 1] [--rounds 5] [--variants naive fp32 bf16] [--dropout 0.1]
 
@@ -179,16 +179,17 @@ def main():
     print("matrix rate: " + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items()))
     print(f"{'variant':<22} {'forward':>8} {'backward':>8} {'optimizer':>9} {'step s':>8} {'(min-max)':>15} {'KB/s':>8} "
           f"{'of the rate':>11} {'peak GB':>8} {'speed':>6} {'memory':>6}")
-    first = None
+    first_steps, first_peak = None, None
     for variant, results in found.items():
         parts = [statistics.median(times) for times in zip(*(times for times, _, _ in results))]
         steps = [sum(times) for times, _, _ in results]
         step, peak = statistics.median(steps), max(peak for _, peak, _ in results)
-        first = first or (step, peak)
+        first_steps, first_peak = first_steps or steps, first_peak or peak
+        speed = statistics.median(before / after for before, after in zip(first_steps, steps))  # within each round
         rate = rates[torch.bfloat16 if "16" in variant else torch.float32]
         share = f"{step_flops(options.batch) / step / rate:.0%}" if "megabyte" not in variant else ""
         print(f"{variant:<22} {parts[0]:8.3f} {parts[1]:8.3f} {parts[2]:9.3f} {step:8.3f} {f'{min(steps):.3f}-{max(steps):.3f}':>15} "
-              f"{options.batch * 511 * 16 / 1000 / step:8.2f} {share:>11} {peak / 1e9:8.2f} {first[0] / step:5.2f}x {peak / first[1]:5.0%}")
+              f"{options.batch * 511 * 16 / 1000 / step:8.2f} {share:>11} {peak / 1e9:8.2f} {speed:5.2f}x {peak / first_peak:5.0%}")
     for pipe in pipes.values():
         pipe.send(False)
 
