@@ -158,7 +158,7 @@ def test_options_are_kept_and_other_data_is_not_mixed_in(tmp_path):
 
 
 # Enough for worker processes, with programs so small that many instances share a file.
-LONG = "--num_registers 2 --memory_size 32 --num_max_program 8 --num_train_instance 9000 --num_test_instance 50".split()
+LONG = "--num_registers 2 --memory_size 32 --num_max_program 8 --num_train_instance 20000 --num_test_instance 50".split()
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,8 @@ def test_an_interrupted_run_goes_on_to_the_same_folder(tmp_path, uninterrupted, 
                                stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
     train = tmp_path / "cpu_states" / "train"
     deadline = time.monotonic() + 60
-    while not (train.is_dir() and any(train.glob("*.bin"))) and time.monotonic() < deadline:
+    # not by glob, which reads the whole of a folder that grows all the while
+    while not (train.is_dir() and any(e.name.endswith(".bin") for e in os.scandir(train))) and time.monotonic() < deadline:
         time.sleep(0.005)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does
