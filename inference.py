@@ -250,6 +250,7 @@ def report(found, files, labels):
 
 
 def main():
+    utils.tune_memory()
     device = utils.pick_device()
     dtype = utils.pick_dtype(config.PRECISION, device)
     files = None if config.MODE == "generate" else find_inputs()

@@ -60,7 +60,7 @@ def training_step(sequences):
     """Returns the seconds of a training step at paper size, in auto precision, median of 3."""
     device = utils.pick_device()
     dtype = utils.pick_dtype("auto", device)
-    utils.keep_freed_memory()
+    utils.tune_memory()
     model = utils.ModelSizes(PATCH_SIZE, PATCH_LENGTH, 768, 12, 3).build().to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     patches = torch.randint(0, 256, (sequences, PATCH_LENGTH, PATCH_SIZE), device=device)

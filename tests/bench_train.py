@@ -102,7 +102,7 @@ def make_loss(variant, dropout, device):
     if name == "naive":
         model = Naive(dropout).to(device).train()
         return model, model
-    utils.keep_freed_memory()
+    utils.tune_memory()
     model = SIZES.build(dropout).to(device).train()
     if option == "compile":
         utils.compile_model(model)
