@@ -21,6 +21,9 @@ import config
 import utils
 
 
+INDEX_SECONDS = 60  # seconds after which the index is written anew, so that a killed run's outputs are listed, too
+
+
 @dataclasses.dataclass
 class Output:
     """A file to be written."""
@@ -63,10 +66,11 @@ def find_inputs():
         kind = "files" if config.INPUT_EXT is None else f"files of INPUT_EXT {config.INPUT_EXT!r}"
         raise utils.UserError(f"INPUT_FOLDER: no {kind} in {config.INPUT_FOLDER!r}")
     folders = [os.path.realpath(folder) for folder in (config.INPUT_FOLDER, config.OUTPUT_FOLDER)]
-    if os.path.commonpath(folders) == folders[0]:
+    if os.path.commonpath(folders) in folders:
+        inner, outer = ("OUTPUT_FOLDER", "INPUT_FOLDER") if os.path.commonpath(folders) == folders[0] else ("INPUT_FOLDER", "OUTPUT_FOLDER")
         raise utils.UserError(
-            f"OUTPUT_FOLDER: {config.OUTPUT_FOLDER!r} lies in INPUT_FOLDER {config.INPUT_FOLDER!r}, so results would mix with "
-            "inputs; it must be another folder"
+            f"{inner}: {getattr(config, inner)!r} lies in {outer} {getattr(config, outer)!r}, so results would mix with inputs, or take "
+            "their places; it must be a folder apart from it"
         )
     return files
 
@@ -128,7 +132,7 @@ def summarize(num_written, cut_off, failed, patch_length):
     print(f"{num_written} files written to {config.OUTPUT_FOLDER}")
     if cut_off:
         print(f"{len(cut_off)} of them cut off, since the model's {patch_length} patches (PATCH_LENGTH) were full:")
-        print("\n".join(f"  {path}" for path in cut_off))
+        print("\n".join(f"  {utils.escape_name(path)}" for path in cut_off))
     list_failed(failed)
 
 
@@ -136,7 +140,18 @@ def list_failed(failed):
     """Prints the files that could not be done, pairs of path and reason."""
     if failed:
         print(f"{len(failed)} could not be done:")
-        print("\n".join(f"  {path}: {why}" for path, why in failed))
+        print("\n".join(f"  {utils.escape_name(path)}: {why}" for path, why in failed))
+
+
+def list_written(rows):
+    """Writes the index of OUTPUT_FOLDER with these rows; raises UserError where it cannot."""
+    try:
+        utils.write_index(config.OUTPUT_FOLDER, rows)
+    except OSError as error:
+        raise utils.UserError(
+            f"OUTPUT_FOLDER: cannot write {error.filename!r}: {error.strerror}; the {len(rows)} files that this run has written there stay, "
+            "but are not all listed"
+        ) from None
 
 
 def write_files(model, files, check_stop):
@@ -149,6 +164,7 @@ def write_files(model, files, check_stop):
     """
     patch_size, patch_length = model.patch_level_decoder.patch_size, model.patch_level_decoder.config.n_positions
     rows, cut_off, failed = [], [], []  # rows: of the index
+    known, indexed_at = utils.read_index(os.path.join(config.OUTPUT_FOLDER, utils.INDEX_NAMES[0])) or {}, time.monotonic()
     num_candidates = 1 if files is None else config.NUM_CANDIDATES
     if files is None:
         num_outputs, prompts = config.NUM_SAMPLES, new_prompts(patch_size)
@@ -166,8 +182,14 @@ def write_files(model, files, check_stop):
             continuations = utils.generate(model, prompts, batch_size, sampling, progress)
             for output, continuation in best_candidates(continuations, num_candidates):
                 content = output.prefix + utils.to_content(continuation.symbols)
+                name = os.path.relpath(output.path, config.OUTPUT_FOLDER)
+                if os.path.islink(output.path):
+                    failed.append((output.path, "a link stands in its place, and may lead to a file of yours"))
+                    continue
                 try:
                     os.makedirs(os.path.dirname(output.path), exist_ok=True)
+                    if utils.escape_name(name) not in known and os.path.isfile(output.path):
+                        utils.keep_backup(output.path)
                     with utils.replacing(output.path) as file:
                         file.write(content)
                 except OSError as error:
@@ -177,12 +199,15 @@ def write_files(model, files, check_stop):
                     continue
                 if continuation.cut_off:
                     cut_off.append(output.path)
-                name, how = os.path.relpath(output.path, config.OUTPUT_FOLDER), "cut off" if continuation.cut_off else "ended"
+                how = "cut off" if continuation.cut_off else "ended"
                 rows.append((name, output.source, len(content), continuation.bits_per_byte(), how, config.SEED))
                 bar.set_postfix_str(f"{len(rows)}/{num_outputs} files", refresh=False)
+                if time.monotonic() - indexed_at > INDEX_SECONDS:
+                    list_written(rows)
+                    indexed_at = time.monotonic()
     finally:  # also after Ctrl-C or on a full disk: what is written stays, and is told
         summarize(len(rows), cut_off, failed, patch_length)
-        utils.write_index(config.OUTPUT_FOLDER, rows)
+        list_written(rows)
     return 1 if failed else 0
 
 
@@ -263,6 +288,8 @@ def main():
             f"MODE {config.MODE!r} needs a {wanted}, from {'train-cls.py' if config.MODE == 'classify' else 'train-gen.py'}"
         )
     utils.make_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER")
+    for name in ("predictions.tsv",) if is_classifier else utils.INDEX_NAMES:
+        utils.check_writable(os.path.join(config.OUTPUT_FOLDER, name), "OUTPUT_FOLDER")
     seed = "" if is_classifier else f", seed {config.SEED}"
     print(f"{config.MODE} with {config.INFERENCE_WEIGHTS_PATH}: {dtype} on {device}{seed}")
     with utils.delayed_signals(impatient=True) as stop_signal:
@@ -271,12 +298,13 @@ def main():
             if stop_signal():
                 raise KeyboardInterrupt if stop_signal() == signal.SIGINT else SystemExit(128 + stop_signal())
 
-        if is_classifier:
-            labels = utils.label_list(checkpoint, f"INFERENCE_WEIGHTS_PATH: {config.INFERENCE_WEIGHTS_PATH!r}")
-            return classify_files(model.to(device).eval(), labels, files, dtype, check_stop)
-        return write_files(model.to(device, dtype).eval(), files, check_stop)
+        # two runs at once would take each other's places, in the names of files and in the index
+        with utils.locked_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER"):
+            if is_classifier:
+                labels = utils.label_list(checkpoint, f"INFERENCE_WEIGHTS_PATH: {config.INFERENCE_WEIGHTS_PATH!r}")
+                return classify_files(model.to(device).eval(), labels, files, dtype, check_stop)
+            return write_files(model.to(device, dtype).eval(), files, check_stop)
 
 
 if __name__ == "__main__":
-    config.override(sys.argv[1:])
-    utils.run_main(main)
+    utils.run_main(main, config.override)

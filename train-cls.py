@@ -189,5 +189,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config.override(sys.argv[1:])
-    utils.run_main(main)
+    utils.run_main(main, config.override)

@@ -308,7 +308,9 @@ def hold_out(examples, share, seed, candidates=None):
     """
     if candidates is None:
         candidates = np.arange(len(examples))
-    if len(examples) < 2 or not len(candidates):
+    if len(examples) > 1 and not len(candidates):
+        raise UserError("EVAL_FOLDERS holds nothing, and every label has but one file, which stays in training: add files, or EVAL_FOLDERS")
+    if len(examples) < 2:
         raise UserError(f"EVAL_FOLDERS holds nothing, and EVAL_SPLIT cannot hold out a part of {len(examples)}: add files")
     count = min(max(1, round(share * len(examples))), len(candidates), len(examples) - 1)
     drawn = np.random.default_rng([seed, zlib.crc32(b"hold out")]).permutation(len(candidates))[:count]
@@ -1421,6 +1423,21 @@ def lock_beside(path, name):
     return lock
 
 
+@contextlib.contextmanager
+def locked_folder(folder, name):
+    """Keeps other runs out of a folder of outputs, see `lock_beside`; removes what killed ones left unfinished there."""
+    lock = lock_beside(os.path.join(folder, INDEX_NAMES[0]), name)
+    try:
+        for inner, _, names in os.walk(folder):
+            for leftover in names:
+                if re.fullmatch(r"\.bgpt-[0-9a-f]{8}-.*\.tmp", leftover):
+                    os.unlink(os.path.join(inner, leftover))
+        yield
+    finally:
+        os.unlink(lock.name)
+        lock.close()
+
+
 def save_checkpoint(path, checkpoint):
     """Saves a dict of plain types and tensors at `path`, see `replacing`."""
     with replacing(path) as file:
@@ -1593,7 +1610,8 @@ def load_model(path, name, dropout=0.1):
 def label_list(checkpoint, where):
     """Returns the labels of a classifier's checkpoint, by their indices; raises UserError where they do not fit its head."""
     labels, count = checkpoint.get("labels"), len(checkpoint["model"]["classifier.weight"])
-    if not isinstance(labels, dict) or sorted(map(str, labels.values())) != sorted(map(str, range(count))):
+    indices = list(labels.values()) if isinstance(labels, dict) else []
+    if not all(type(index) is int for index in indices) or sorted(indices) != list(range(count)):
         raise UserError(f"{where}: its 'labels' should be a dict of {count} labels and their indices, 0 to {count - 1}")
     return [str(label) for label in sorted(labels, key=labels.get)]
 
@@ -1607,6 +1625,11 @@ def check_sizes(wanted, state, where):
     found = model_sizes(state, where)
     if found.kind != wanted.kind:
         raise UserError(f"{where} is a {found.kind}; here a {wanted.kind} is needed")
+    if found.num_labels != wanted.num_labels:
+        raise UserError(
+            f"{where} has {found.num_labels} labels, but the files of TRAIN_FOLDERS have {wanted.num_labels}: give another path; "
+            "to start from its patch-level decoder, set PRE_WEIGHTS_PATH to it and LOAD_FROM_PRE_CHECKPOINT to True"
+        )
     differing = [
         field.name for field in dataclasses.fields(wanted) if getattr(wanted, field.name) != getattr(found, field.name)
     ]
@@ -1903,7 +1926,7 @@ def make_logger(enabled, settings, run_id):
 
 
 class Unstoppable:
-    """A text stream whose writing to a full disk does not end the run: what it would have said is lost."""
+    """A text stream whose writing to a full disk or a closed pipe does not end the run: what it would have said is lost."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -1912,29 +1935,35 @@ class Unstoppable:
         return getattr(self._stream, name)
 
     def write(self, text):
-        with _full_disk_ignored():
+        with _nobody_listens():
             return self._stream.write(text)
 
     def flush(self):
-        with _full_disk_ignored():
+        with _nobody_listens():
             self._stream.flush()
 
 
 @contextlib.contextmanager
-def _full_disk_ignored():
+def _nobody_listens():
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL_DISK:
+        if error.errno not in (*FULL_DISK, errno.EPIPE):
             raise
 
 
-def run_main(main):
-    """Runs a script's main function: a user's mistake becomes one message and exit status 1, Ctrl-C status 130."""
+def run_main(main, override):
+    """Runs a script's main function: a user's mistake becomes one message and exit status 1, Ctrl-C status 130.
+
+    Args:
+        main: function of no arguments; what it returns is the exit status.
+        override: config.override, called first, with the arguments of the command line.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that no terminal can show
     sys.stdout, sys.stderr = Unstoppable(sys.stdout), Unstoppable(sys.stderr)
     try:
+        override(sys.argv[1:])
         status = main()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -2121,7 +2150,7 @@ class TrainingRun:
         try:
             checkpoint = load_sized_weights(self.model, self.sizes, path, "WEIGHTS_PATH")
         except UserError as error:
-            if path == latest and os.path.exists(best):
+            if path == latest and os.path.exists(best) and "cannot load" in str(error):
                 raise UserError(f"{error}. Without that file, the run goes on from its best model, {best}") from None
             raise
         try:

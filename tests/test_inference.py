@@ -322,6 +322,7 @@ def test_what_was_wrong_with_each_input_is_told(tmp_path, tiny_checkpoint):
         ({"MODE": "complete", "INPUT_FOLDER": "empty"}, "INPUT_FOLDER: no files in 'empty'"),
         ({"MODE": "complete", "INPUT_FOLDER": "data", "INPUT_EXT": "mid"}, "INPUT_FOLDER: no files of INPUT_EXT 'mid'"),
         ({"MODE": "complete", "INPUT_FOLDER": "data", "OUTPUT_FOLDER": "data"}, "OUTPUT_FOLDER: 'data' lies in INPUT_FOLDER"),
+        ({"MODE": "complete", "INPUT_FOLDER": "data", "OUTPUT_FOLDER": "."}, "INPUT_FOLDER: 'data' lies in OUTPUT_FOLDER"),
         ({"OUTPUT_FOLDER": "data/a.x"}, "OUTPUT_FOLDER: cannot write"),
         ({"INFERENCE_WEIGHTS_PATH": "cls.pth"}, "is a classifier"),
     ],
@@ -341,6 +342,41 @@ def test_mistakes(tmp_path, monkeypatch, tiny_checkpoint, constants, words):
     with pytest.raises(utils.UserError, match=re.escape(words)):
         load_script("inference").main()
     assert (tmp_path / "data" / "a.x").read_bytes() == b"abc" and not (tmp_path / "output").exists()
+
+
+def test_what_others_put_in_the_output_folder_stays(tmp_path, tiny_checkpoint):
+    (tmp_path / "input").mkdir()
+    (tmp_path / "output" / "sub").mkdir(parents=True)
+    for name in ("a.x", "link.x"):
+        (tmp_path / "input" / name).write_bytes(b"abc")
+    (tmp_path / "output" / "a.x").write_bytes(b"the user's")
+    (tmp_path / "output" / "link.x").symlink_to(tmp_path / "input" / "link.x")
+    leftover = tmp_path / "output" / "sub" / ".bgpt-01234567-of-a-killed-run.tmp"
+    leftover.write_bytes(b"ab")
+    done = infer(tmp_path, MODE="complete")
+    assert done.returncode == 1 and "link.x: a link stands in its place" in done.stdout
+    assert (tmp_path / "output" / "a.x.bak").read_bytes() == b"the user's"
+    assert (tmp_path / "output" / "a.x").read_bytes() != b"the user's" and not leftover.exists()
+    assert (tmp_path / "input" / "link.x").read_bytes() == b"abc"
+    infer(tmp_path, MODE="complete")  # what the index lists is its own
+    assert outputs_in(tmp_path / "output") == ["a.x", "a.x.bak", "link.x"]
+
+
+def test_two_runs_never_share_a_folder(tmp_path, tiny_checkpoint):
+    (tmp_path / "output").mkdir()
+    with utils.locked_folder(tmp_path / "output", "OUTPUT_FOLDER"):
+        message = one_message(infer(tmp_path))
+    assert "OUTPUT_FOLDER: another run is at work" in message
+    assert infer(tmp_path, NUM_SAMPLES=1).returncode == 0
+    assert not [path for path in (tmp_path / "output").iterdir() if path.name.startswith(".")]
+
+
+def test_a_closed_pipe_ends_nothing(tmp_path, tiny_checkpoint):
+    """As with `python inference.py | head -1`."""
+    command = f"{sys.executable} {ROOT / 'inference.py'} --NUM_SAMPLES 3 | true"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert "Traceback" not in done.stderr and "rror" not in done.stderr
+    assert len(utils.read_index(tmp_path / "output" / "index.tsv")) == 3
 
 
 def test_a_mistake_is_one_line(tmp_path):

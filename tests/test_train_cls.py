@@ -290,6 +290,9 @@ def test_classify_files_of_unknown_labels_and_such_as_cannot_be_read(folder, tra
     assert "1 files classified" in done.stdout and "carry a label" not in done.stdout
 
 
+STRINGS = {"low.bin": "0", "mid.bin": "1", "high.bin": "2"}
+
+
 def test_modes_need_a_checkpoint_of_their_kind(folder, trained):
     torch.save({"model": utils.ModelSizes(**TINY).build().state_dict()}, folder / "gen.pth")
     message = one_message(classify(folder, "gen", status=1))
@@ -297,7 +300,7 @@ def test_modes_need_a_checkpoint_of_their_kind(folder, trained):
     message = one_message(classify(folder, trained, status=1, MODE="complete"))
     assert "is a classifier; MODE 'complete' needs a generative model, from train-gen.py" in message
     state = load(folder, trained)
-    for labels in (None, {"low.bin": 0}, {"low.bin": 0, "mid.bin": 1, "high.bin": 5}, ["low.bin"]):
+    for labels in (None, {"low.bin": 0}, {"low.bin": 0, "mid.bin": 1, "high.bin": 5}, ["low.bin"], STRINGS):
         torch.save({**state, "labels": labels}, folder / "damaged.pth")
         message = one_message(classify(folder, "damaged", status=1))
         assert "its 'labels' should be a dict of 3 labels and their indices, 0 to 2" in message
