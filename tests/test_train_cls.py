@@ -148,13 +148,14 @@ def test_two_processes_learn_the_same(folder):
 
 
 def test_a_stopped_run_ends_the_same(folder):
-    train(folder, "whole", SAVE_MINUTES=0)
-    settings = {**SETTINGS, "WEIGHTS_PATH": "stopped.pth", "LOGS_PATH": "stopped.txt", "SAVE_MINUTES": 0}
+    long = {"SAVE_MINUTES": 0, "NUM_EPOCHS": 10}
+    train(folder, "whole", **long)
+    settings = {**SETTINGS, "WEIGHTS_PATH": "stopped.pth", "LOGS_PATH": "stopped.txt", **long}
     for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)):
         running = Running("train-cls.py", *options(**settings), cwd=folder)
         done = interrupt([running], folder / "stopped-last.pth", number)
         assert done[0].returncode == status
-    train(folder, "stopped", SAVE_MINUTES=0)
+    train(folder, "stopped", **long)
     for part in ("", "-last"):
         states = [load(folder, name + part) for name in ("whole", "stopped")]
         for key in ("model", "optimizer", "epoch", "best_epoch", "max_eval_acc", "figures", "random_states"):

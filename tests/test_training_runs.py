@@ -32,6 +32,9 @@ SETTINGS = {
 def folder(tmp_path_factory):
     """A working folder with eleven training files of ragged lengths, some too long, and three evaluation files."""
     folder, random = tmp_path_factory.mktemp("runs"), np.random.default_rng(0)
+    (folder / "many").mkdir()  # with these an epoch lasts long enough to be stopped within, also on a busy machine
+    for i in range(60):
+        (folder / "many" / f"many{i}.bin").write_bytes(random.integers(0, 8, 1 + i // 4).astype(np.uint8).tobytes())
     for part, lengths in {"train": [0, 1, 3, 4, 5, 20, 33, 50, 70, 200, 300], "eval": [7, 40, 100]}.items():
         (folder / part).mkdir()
         for i, length in enumerate(lengths):
@@ -76,33 +79,33 @@ def stop(folder, name, number, after=0.0, **changes):
 
 @pytest.fixture(scope="module", params=[1, 2])
 def uninterrupted(folder, request):
-    """The number of processes, and the name of a run with so many that nothing happened to."""
-    name = f"whole{request.param}"
-    train(folder, name, num_processes=request.param)
-    return request.param, name
+    """The settings of a long run, with one process or two, and the name of one that nothing happened to."""
+    name, settings = f"whole{request.param}", {"num_processes": request.param, "NUM_EPOCHS": 12}
+    train(folder, name, **settings)
+    return settings, name
 
 
 def test_a_run_killed_at_random_moments_ends_the_same(folder, uninterrupted):
-    num_processes, whole = uninterrupted
-    name = f"killed{num_processes}"
+    settings, whole = uninterrupted
+    name = f"killed{settings['num_processes']}"
     statuses = []
-    for moment in np.random.default_rng(num_processes).uniform(0, 0.15, 9):
-        done = stop(folder, name, signal.SIGKILL, moment, num_processes=num_processes)
+    for moment in np.random.default_rng(settings["num_processes"]).uniform(0, 0.06, 9):
+        done = stop(folder, name, signal.SIGKILL, moment, **settings)
         statuses.append(done[0].returncode)
     assert statuses.count(-signal.SIGKILL) >= 5 and set(statuses) <= {-signal.SIGKILL, 0}
-    train(folder, name, num_processes=num_processes, NUM_WORKERS=2)
+    train(folder, name, **settings, NUM_WORKERS=2)
     assert_same_end(folder, whole, name)
 
 
 def test_sigterm_saves_the_step_in_hand(folder, uninterrupted):
-    num_processes, whole = uninterrupted
-    name = f"terminated{num_processes}"
-    done = stop(folder, name, signal.SIGTERM, num_processes=num_processes)
-    assert [process.returncode for process in done] == [143] * num_processes
+    settings, whole = uninterrupted
+    name = f"terminated{settings['num_processes']}"
+    done = stop(folder, name, signal.SIGTERM, **settings)
+    assert [process.returncode for process in done] == [143] * settings["num_processes"]
     state = load(folder, f"{name}-last")
     words = f"stopped by SIGTERM in epoch {state['epoch'] + 1} after {state['position']} examples: the same command goes on"
     assert words in done[0].stderr and all("stopped" not in process.stderr for process in done[1:])
-    train(folder, name, num_processes=num_processes)
+    train(folder, name, **settings)
     assert_same_end(folder, whole, name)
 
 
@@ -128,11 +131,11 @@ def test_more_processes_than_files_are_left(folder):
 
 def test_a_run_moves_to_more_processes(folder):
     """In the middle of an epoch: every file is still seen once, the sums of the epoch are kept."""
-    same = {"DROPOUT": 0, "PATCH_SAMPLING_BATCH_SIZE": 0, "NUM_EPOCHS": 1}
+    same = {"DROPOUT": 0, "PATCH_SAMPLING_BATCH_SIZE": 0, "NUM_EPOCHS": 1, "TRAIN_FOLDERS": ["train", "many"]}
     train(folder, "stays", BATCH_SIZE=2, **same)
     done = stop(folder, "moves", signal.SIGTERM, BATCH_SIZE=2, **same)
     assert done[0].returncode == 143, done[0].stderr
-    assert 0 < load(folder, "moves-last")["position"] < 11
+    assert 0 < load(folder, "moves-last")["position"] < 71
     done = train(folder, "moves", BATCH_SIZE=1, num_processes=2, **same)
     assert "1 processes have become 2" in done.stdout and "BATCH_SIZE was 2 and is now 1" in done.stdout
     assert load(folder, "moves-last")["figures"] == pytest.approx(load(folder, "stays-last")["figures"], rel=1e-5)
@@ -199,9 +202,10 @@ def test_another_conversion_mode_stops_a_rerun(folder):
 
 
 def test_another_seed_in_the_middle_of_an_epoch(folder):
-    done = stop(folder, "seed", signal.SIGTERM, NUM_EPOCHS=1)
+    same = {"NUM_EPOCHS": 1, "TRAIN_FOLDERS": ["train", "many"]}
+    done = stop(folder, "seed", signal.SIGTERM, **same)
     assert done[0].returncode == 143
-    done = train(folder, "seed", NUM_EPOCHS=1, SEED=5)
+    done = train(folder, "seed", SEED=5, **same)
     assert "SEED has changed, so epoch 1 begins anew" in done.stdout
 
 
