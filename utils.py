@@ -1425,13 +1425,17 @@ def lock_beside(path, name):
 
 @contextlib.contextmanager
 def locked_folder(folder, name):
-    """Keeps other runs out of a folder of outputs, see `lock_beside`; removes what killed ones left unfinished there."""
+    """Keeps other runs out of a folder of outputs, see `lock_beside`; removes what killed ones left unfinished there.
+
+    That is, unfinished files that nobody has written to for an hour: a training run may be saving somewhere in the folder.
+    """
     lock = lock_beside(os.path.join(folder, INDEX_NAMES[0]), name)
     try:
         for inner, _, names in os.walk(folder):
-            for leftover in names:
-                if re.fullmatch(r"\.bgpt-[0-9a-f]{8}-.*\.tmp", leftover):
-                    os.unlink(os.path.join(inner, leftover))
+            for leftover in (os.path.join(inner, name) for name in names if re.fullmatch(r"\.bgpt-[0-9a-f]{8}-.*\.tmp", name)):
+                with contextlib.suppress(FileNotFoundError):  # finished at this moment
+                    if time.time() - os.lstat(leftover).st_mtime > 3600:
+                        os.unlink(leftover)
         yield
     finally:
         os.unlink(lock.name)

@@ -1,6 +1,7 @@
 """Sampling, cached generation, and inference.py as a user runs it."""
 
 import html.parser
+import os
 import re
 import signal
 import subprocess
@@ -353,10 +354,14 @@ def test_what_others_put_in_the_output_folder_stays(tmp_path, tiny_checkpoint):
     (tmp_path / "output" / "link.x").symlink_to(tmp_path / "input" / "link.x")
     leftover = tmp_path / "output" / "sub" / ".bgpt-01234567-of-a-killed-run.tmp"
     leftover.write_bytes(b"ab")
+    os.utime(leftover, (0, 0))
+    fresh = tmp_path / "output" / "sub" / ".bgpt-01234567-of-a-run-that-saves.tmp"
+    fresh.write_bytes(b"ab")
     done = infer(tmp_path, MODE="complete")
     assert done.returncode == 1 and "link.x: a link stands in its place" in done.stdout
     assert (tmp_path / "output" / "a.x.bak").read_bytes() == b"the user's"
-    assert (tmp_path / "output" / "a.x").read_bytes() != b"the user's" and not leftover.exists()
+    assert (tmp_path / "output" / "a.x").read_bytes() != b"the user's" and not leftover.exists() and fresh.exists()
+    fresh.unlink()
     assert (tmp_path / "input" / "link.x").read_bytes() == b"abc"
     infer(tmp_path, MODE="complete")  # what the index lists is its own
     assert outputs_in(tmp_path / "output") == ["a.x", "a.x.bak", "link.x"]
