@@ -1413,14 +1413,19 @@ def lock_beside(path, name):
         UserError: another run holds the lock; names the constant that holds the path.
     """
     path = os.path.realpath(path)
-    lock = open(os.path.join(os.path.dirname(path), f"{_temporary_prefix(path)}lock"), "w")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which worker processes would hold on to
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"{name}: another run is at work at {path!r}; wait for its end, or give another path") from None
-    except OSError:
-        pass  # a file system without locks
-    return lock
+    lock_path = os.path.join(os.path.dirname(path), f"{_temporary_prefix(path)}lock")
+    while True:
+        lock = open(lock_path, "w")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which worker processes would hold on to
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{name}: another run is at work at {path!r}; wait for its end, or give another path") from None
+        except OSError:
+            return lock  # a file system without locks
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(lock_path)):
+                return lock
+        lock.close()  # the run that held it ended in between, and took the file away: nobody else would find this lock
 
 
 @contextlib.contextmanager

@@ -376,6 +376,22 @@ def test_two_runs_never_share_a_folder(tmp_path, tiny_checkpoint):
     assert not [path for path in (tmp_path / "output").iterdir() if path.name.startswith(".")]
 
 
+def test_a_lock_taken_away_by_the_run_before_is_taken_anew(tmp_path, tiny_checkpoint, monkeypatch):
+    """A run can open the lock file of another that is just removing it: then its lock is on a file nobody else finds."""
+    lockf = utils.fcntl.lockf
+    removed = []
+
+    def lockf_after_the_other_run_ended(lock, how):
+        if not removed:
+            removed.append(os.unlink(lock.name))
+        lockf(lock, how)
+
+    monkeypatch.setattr(utils.fcntl, "lockf", lockf_after_the_other_run_ended)
+    (tmp_path / "output").mkdir()
+    with utils.locked_folder(tmp_path / "output", "OUTPUT_FOLDER"):
+        assert removed and "OUTPUT_FOLDER: another run is at work" in one_message(infer(tmp_path))
+
+
 def test_a_closed_pipe_ends_nothing(tmp_path, tiny_checkpoint):
     """As with `python inference.py | head -1`."""
     command = f"{sys.executable} {ROOT / 'inference.py'} --NUM_SAMPLES 3 | true"
