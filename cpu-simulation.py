@@ -85,38 +85,38 @@ FAULTS = ["", "unknown opcode", "operand missing", "too many operands", "registe
 
 @functools.cache
 def tables():
-    """What `decode` and `simulate` look up: effects (21·65536,) uint8 by opcode << 16 | x << 8 | y, wiring
-    (21, 4, 3) by opcode and number of operands, fewest and most operands (21,)."""
+    """What `decode` and `simulate` look up: effects (21·65536,) uint8 by opcode << 16 | x << 8 | y; and by opcode << 3 |
+    which of the three operands are not 0 (21 for any opcode past the last): faults (22·8,), wires (22·8, 3)."""
     x, y = np.arange(256)[:, None], np.arange(256)[None, :]
     effects = np.empty((len(NAMES), 256, 256), np.uint8)
-    wiring = np.zeros((len(NAMES), 4, 3), np.intp)
-    for opcode, (wires, effect) in enumerate(INSTRUCTIONS.values()):
+    faults = np.full((len(NAMES) + 1, 8), FAULTS.index("unknown opcode"))
+    wires = np.zeros((len(NAMES) + 1, 8, 3), np.intp)
+    for opcode, (wirings, effect) in enumerate(INSTRUCTIONS.values()):
         effects[opcode] = effect(x, y)
-        for count, wire in wires.items():
-            wiring[opcode, count] = wire
-    fewest, most = np.array([(min(wires), max(wires)) for wires, _ in INSTRUCTIONS.values()]).T
-    return effects.reshape(-1), wiring, fewest, most
+        for there in range(8):
+            given = f"{there | 4 if opcode == LOADI else there:03b}".rstrip("0")  # "1" or "0" for each, up to the last one given
+            if len(given) > max(wirings):
+                faults[opcode, there] = FAULTS.index("too many operands")
+            elif "0" in given or len(given) not in wirings:
+                faults[opcode, there] = FAULTS.index("operand missing")
+            else:
+                faults[opcode, there] = 0
+                wires[opcode, there] = wirings[len(given)]
+    return effects.reshape(-1), faults.reshape(-1), wires.reshape(-1, 3)
 
 
 def decode(instructions, num_registers):
-    """Check instructions (N, 4) uint8. Returns opcodes (N,), operands (N, 4) with ACC as operand 0, wires (N, 3)
-    and faults (N,), indices into FAULTS. Malformed ones come back as HLT without operands, which changes nothing."""
-    _, wiring, fewest, most = tables()
+    """Check instructions (N, 4) uint8. Returns opcodes (N,), wires (N, 3) and faults (N,), indices into FAULTS.
+    Malformed ones come back as HLT without operands, which changes nothing."""
+    _, faults, wires = tables()
     opcode = np.minimum(instructions[:, 0], len(NAMES)).astype(np.intp)
-    known = opcode < len(NAMES)
-    opcode[~known] = HLT
     a1, a2, a3 = instructions[:, 1], instructions[:, 2], instructions[:, 3]
-    loadi = opcode == LOADI
-    count = np.where(a3 > 0, 3, np.where(a2 > 0, 2, np.where((a1 > 0) | loadi, 1, 0)))  # up to the last one given
-    past = (np.where(loadi, 0, a1) > num_registers) | (a2 > num_registers) | (a3 > num_registers)
-    gap = (count > 1) & (a1 == 0) & ~loadi | (count > 2) & (a2 == 0)
-    fault = np.select([~known, count > most[opcode], gap | (count < fewest[opcode]), past], [1, 3, 2, 4], 0)
-
-    operands = instructions.astype(np.intp)  # the opcode's column becomes ACC, "operand 0"
-    operands[:, 0] = 0
-    bad = np.flatnonzero(fault)
-    opcode[bad], count[bad], operands[bad] = HLT, 0, 0
-    return opcode, operands, wiring[opcode, count], fault
+    index = opcode << 3 | (a1 > 0) << 2 | (a2 > 0) << 1 | (a3 > 0)
+    fault = faults[index]
+    past = (a1 > num_registers) & (opcode != LOADI) | (a2 > num_registers) | (a3 > num_registers)
+    fault[past & (fault == 0)] = FAULTS.index("register past the last")
+    index[fault > 0] = HLT << 3
+    return index >> 3, wires[index], fault
 
 
 def simulate(memory, initial, num_registers):
@@ -128,9 +128,9 @@ def simulate(memory, initial, num_registers):
     """
     effects, *_ = tables()
     B, width = initial.shape  # width = 1 + R
-    program = memory.reshape(B, -1, 4)  # (B, T, 4)
-    T = program.shape[1]
-    halts = ~program.any(axis=2)  # (B, T); HLT is four zero bytes
+    words = memory.view("<u4")  # (B, T), an instruction each
+    T = words.shape[1]
+    halts = words == 0  # (B, T); HLT is four zero bytes
     lengths = np.where(halts.any(axis=1), halts.argmax(axis=1) + 1, T)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
 
@@ -139,36 +139,37 @@ def simulate(memory, initial, num_registers):
     active = lengths[order] > np.arange(T)[:, None]  # (T, B)
     running = active.sum(axis=1)  # (T,)
     step, rank = np.nonzero(active)  # (N,) each
-    fetched = program[order[rank], step]  # (N, 4)
-    opcode, operands, wires, fault = decode(fetched, num_registers)
+    fetched = words[order[rank], step].view(np.uint8).reshape(-1, 4)  # (N,) -> (N, 4)
+    opcode, wires, fault = decode(fetched, num_registers)
 
     # One flat row of cells: ACC and registers of every program, the numbers 0–255 for LOADI, one cell to throw away.
     cells = np.concatenate([initial[order].reshape(-1), np.arange(256), [0]]).astype(np.intp)
     own = cells[: B * width].reshape(B, width)
-    target, x, y = (rank * width + operands[np.arange(len(rank)), wires[:, i]] for i in range(3))
+    operands = fetched.copy()
+    operands[:, 0] = 0  # ACC, in place of the opcode
+    first = np.arange(0, 4 * len(rank), 4)  # (N,) of each step's operands in the flat ones
+    target, x, y = (rank * width + operands.reshape(-1)[first + wires[:, i]] for i in range(3))
     loadi = np.flatnonzero(opcode == LOADI)
-    x[loadi] = B * width + operands[loadi, 1]
+    x[loadi] = operands[loadi, 1] + np.intp(B * width)
     swapped = np.where(opcode == SWAP, y, len(cells) - 1)
     effect_of = opcode << 16
 
-    before = np.empty((len(rank), width), np.uint8)  # ACC and registers as each step writes them
+    rows = np.empty((len(rank), 5 + width), np.uint8)  # the states, step by step
+    rows[:, 0] = np.minimum(step + 1, T - 1)
+    rows[:, 2:6] = fetched
     end = 0
-    for count in running[running > 0]:
+    for count in running[running > 0].tolist():
         now = slice(end, end + count)
         end += count
-        before[now] = own[:count]
+        rows[now, 1] = own[:count, 0]
+        rows[now, 6:] = own[:count, 1:]
         x_value = cells[x[now]]
         cells[target[now]] = effects[effect_of[now] | x_value << 8 | cells[y[now]]]
         cells[swapped[now]] = x_value
 
     place = offsets[order[rank]] + step  # (N,) from step by step to program by program
-    states = np.empty((len(rank), 5 + width), np.uint8)
-    states[place, 0] = np.minimum(step + 1, T - 1)
-    states[place, 1] = before[:, 0]
-    states[place, 2:6] = fetched
-    states[place, 6:] = before[:, 1:]
-    faults = np.empty(len(rank), np.intp)
-    faults[place] = fault
+    states, faults = np.empty_like(rows), np.empty_like(fault)
+    states[place], faults[place] = rows, fault
     return states, offsets, faults
 
 
@@ -805,7 +806,7 @@ def evaluate(args):
 
 SIZES = {"num_registers": 10, "memory_size": 1024}  # defaults
 LONGEST = 1024 + 257 * 32  # bytes of the longest legal file
-BATCH = 1024  # instances or files in one job
+BATCH = 512  # instances or files in one job
 SMALL = 3000  # instances or files that are done sooner than worker processes start
 WORST = 3  # files shown
 

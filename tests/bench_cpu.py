@@ -1,7 +1,7 @@
 """How much faster cpu-simulation.py generates than the plain way: one instruction at a time, and the file opened to
 append each state. Prints the time per instruction and instances/s of both, measured in turn, and their ratio.
 
-    python tests/bench_cpu.py [--instances 30000] [--plain 150] [--rounds 5] [--dir FOLDER]
+    python tests/bench_cpu.py [--instances 60000] [--plain 150] [--rounds 5] [--dir FOLDER]
 
 The plain machine below is also the tests' second statement of what each instruction does.
 """
@@ -158,7 +158,7 @@ def generate(folder, rng, count, num_registers=10, memory_size=1024, num_min_pro
 
 def main():
     parser = argparse.ArgumentParser(description="Time cpu-simulation.py against the plain way.")
-    parser.add_argument("--instances", type=int, default=30000, help="of cpu-simulation.py, per round")
+    parser.add_argument("--instances", type=int, default=60000, help="of cpu-simulation.py, per round")
     parser.add_argument("--plain", type=int, default=150, help="of the plain way, per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dir", help="where to write (and delete); default: a temporary folder")
