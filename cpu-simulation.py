@@ -19,18 +19,22 @@ Dims in comments: B programs, T = memory_size / 4 instructions in memory, R = nu
 state, N steps of all programs together.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell ignores it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the modules below load ends the script, without a traceback
+
 import argparse
 import collections
 import contextlib
+import fcntl
 import functools
 import hashlib
-import heapq
 import json
 import math
 import multiprocessing
 import os
 import random
-import signal
 import sys
 import threading
 import time
@@ -40,10 +44,15 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing stops two runs from writing to one folder
-    fcntl = None
+SIZES = {"num_registers": 10, "memory_size": 1024}  # defaults
+STORED = ("num_registers", "memory_size", "num_min_program", "num_max_program", "num_train_instance",
+          "num_test_instance", "random_seed")  # the options in cpu_states.json
+LONGEST = 1024 + 258 * 32  # bytes of the longest legal file, and of one state more
+BATCH = 512  # instances or files in one job
+SMALL = 3000  # instances or files that are done sooner than worker processes start
+SAMPLE = 64  # files that evaluate looks at to see whether the sizes fit them
+WORST = 3  # files shown
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # ---------------------------------------------------------------------------------------------------------------
 # The machine
@@ -193,8 +202,7 @@ def assembly(word):
 
 
 def set_up_worker():
-    """In a new worker: Ctrl-C is for the parent to answer, and a parent that was killed takes the worker along."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a new worker: a parent that was killed takes it along."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -210,9 +218,12 @@ def run_jobs(jobs, num_workers):
     pools = [ProcessPoolExecutor(1, spawn, initializer=set_up_worker) for _ in range(num_workers)]
     pending = collections.deque()
     try:
-        for pool in pools:  # a worker must not be caught by a Ctrl-C while it starts: it inherits the blocked signal
-            with blocked_interrupt():
-                pool.submit(os.getpid)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the workers inherit that: the parent answers for them
+        try:
+            for pool in pools:
+                pool.submit(os.getpid)  # starts the worker
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         for key, function, *arguments in jobs:
             pending.append(pools[key % num_workers].submit(function, *arguments))
             # As many as keep the workers busy, and no more: memory stays flat.
@@ -223,18 +234,6 @@ def run_jobs(jobs, num_workers):
     finally:
         for pool in pools:
             pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def blocked_interrupt():
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def write_whole(path, data, part):
@@ -254,23 +253,62 @@ def write_whole(path, data, part):
 
 def check_output(option, path):
     """Refuse, before any work, a path that cannot be written."""
-    folder = os.path.dirname(os.path.realpath(path))
+    target = os.path.realpath(path)  # through a link, not over it
+    folder = os.path.dirname(target)
     if os.path.isdir(path):
         raise SystemExit(f"{option} {path}: is a folder; it must be a file")
-    if not os.path.isdir(folder):
+    if os.path.basename(target) == "cpu_states.json":
+        raise SystemExit(f"{option} {path}: that name is for the options of a data set; give another")
+    if not os.path.exists(path) and not os.path.isdir(folder):
         raise SystemExit(f"{option} {path}: there is no folder {folder}")
-    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+    if not os.access(path if is_stream(path) else folder, os.W_OK):
         raise SystemExit(f"{option} {path}: is not writable")
+
+
+def is_stream(path):
+    """Whether a path leads to a pipe, a terminal or the like, which can only be written into, not replaced."""
+    own = os.path.abspath(path).startswith(("/dev/stdout", "/dev/stderr", "/dev/fd/"))  # even where that is a file
+    return own or os.path.exists(path) and not os.path.isfile(path)
 
 
 def write_output(path, text):
     """Write a text that the user asked for."""
-    path = os.path.realpath(path)  # through a link, not over it
-    if os.path.exists(path) and not os.path.isfile(path):  # /dev/null or a pipe: there is nothing to replace
-        with open(path, "w", encoding="utf-8") as file:
+    if is_stream(path):
+        with open(path, "a", encoding="utf-8") as file:
             file.write(text)
     else:
+        path = os.path.realpath(path)
         write_whole(path, text.encode(), os.path.join(os.path.dirname(path), f".part-{os.getpid()}"))
+
+
+def show(text):
+    """Print a text; a reader such as `| head` may have seen enough of it."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
+
+
+def progress(total, unit):
+    return tqdm(total=total, unit=unit, unit_scale=total >= 10_000)
+
+
+class Patient:
+    """A text stream whose reader may be gone, as stderr's in `2>&1 | head`: what it would have shown is lost."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 def stored_options(folder, levels):
@@ -283,7 +321,7 @@ def stored_options(folder, levels):
             try:
                 with open(path, encoding="utf-8") as file:
                     options = json.load(file)
-                if isinstance(options, dict):
+                if isinstance(options, dict) and all(name in options for name in STORED):
                     return options, path
             except ValueError:  # not UTF-8, not JSON
                 pass
@@ -297,7 +335,7 @@ def settle_sizes(args, folder):
     stored, path = stored_options(folder, 2)
     for name, default in SIZES.items():
         given = getattr(args, name)
-        if given is not None and stored.get(name, given) != given:
+        if path and given is not None and stored[name] != given:
             raise SystemExit(f"--{name} {given}: {path} says that these files have {stored[name]}")
         setattr(args, name, given if given is not None else stored.get(name, default))
     wrong = wrong_size(args)
@@ -309,10 +347,6 @@ def settle_sizes(args, folder):
 # ---------------------------------------------------------------------------------------------------------------
 # Generate
 # ---------------------------------------------------------------------------------------------------------------
-
-STORED = ("num_registers", "memory_size", "num_min_program", "num_max_program", "num_train_instance",
-          "num_test_instance", "random_seed")
-
 
 def draw(rng, count, args):
     """Draw `count` instances: memory (count, memory_size) uint8 and initial (count, 1 + R) uint8.
@@ -400,17 +434,14 @@ def generate_jobs(args, folders, num_workers):
 def claim(args, folders):
     """Make DIR, DIR/train and DIR/test this data set's: refuse a folder that holds another or is being written to,
     keep the options in DIR/cpu_states.json, and sweep what a killed run has left. Returns what to hold open."""
-    for folder in folders:
-        os.makedirs(folder, exist_ok=True)
-    lock = None
-    if fcntl:
-        lock = os.open(args.dir_path, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(f"--dir_path {args.dir_path}: another run is writing to it") from None
-        except OSError:  # a file system without locks
-            pass
+    os.makedirs(args.dir_path, exist_ok=True)
+    lock = os.open(args.dir_path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"--dir_path {args.dir_path}: another run is writing to it") from None
+    except OSError:  # a file system without locks
+        pass
     options = {name: getattr(args, name) for name in STORED}
     stored, path = stored_options(args.dir_path, 0)
     other = [f"{name} {stored.get(name)}, not {options[name]}" for name in STORED if stored.get(name) != options[name]]
@@ -418,7 +449,7 @@ def claim(args, folders):
         raise SystemExit(f"--dir_path {args.dir_path}: holds a data set with {', '.join(other)}; "
                          "give another folder, or delete this one first")
     leftovers = []
-    for folder in folders:
+    for folder in (args.dir_path, *filter(os.path.isdir, folders)):
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not path and entry.name.endswith(".bin"):
@@ -427,7 +458,10 @@ def claim(args, folders):
                 if entry.name.startswith(".part-"):
                     leftovers.append(entry.path)
     for leftover in leftovers:
-        os.remove(leftover)
+        with contextlib.suppress(FileNotFoundError):  # a worker that outlived a killed run by a moment has finished it
+            os.remove(leftover)
+    for folder in folders:
+        os.makedirs(folder, exist_ok=True)
     if not path:
         write_output(os.path.join(args.dir_path, "cpu_states.json"), json.dumps(options, indent=1) + "\n")
     return lock
@@ -440,16 +474,15 @@ def generate(args):
     num_workers = available_cores() if total > SMALL else 0
     lock = claim(args, folders)
     began = time.monotonic()
-    with tqdm(total=total, unit=" instances", unit_scale=True) as bar:
+    with progress(total, " instances") as bar:
         with contextlib.closing(run_jobs(generate_jobs(args, folders, num_workers), num_workers)) as results:
             for written in results:
                 bar.update(written)
     seconds = time.monotonic() - began
-    if lock is not None:
-        os.close(lock)
-    files = [sum(name.endswith(".bin") for name in os.listdir(folder)) for folder in folders]
-    print(f"{args.dir_path}: {args.num_train_instance:,} training and {args.num_test_instance:,} test instances in "
-          f"{files[0]:,} + {files[1]:,} files (one program, one file), {seconds:.1f} s, {total / seconds:,.0f} instances/s")
+    os.close(lock)
+    files = [sum(entry.name.endswith(".bin") for entry in os.scandir(folder)) for folder in folders]
+    show(f"{args.dir_path}: {args.num_train_instance:,} training and {args.num_test_instance:,} test instances in "
+         f"{files[0]:,} + {files[1]:,} files (one program, one file), {seconds:.1f} s, {total / seconds:,.0f} instances/s")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -481,6 +514,10 @@ def describe(data, num_registers, memory_size):
         lines.append(f"{i + 1:5}  {text[i]}" + (f"    <- {FAULTS[faults[i]]}, has no effect" if faults[i] else ""))
         if faults[i]:
             wrong.append((4 * i, f"{FAULTS[faults[i]]} in instruction {i + 1} ({text[i]})"))
+    unreached = [i for i in range(length, len(words)) if any(words[i])]
+    lines += [f"{i + 1:5}  {text[i]}    <- after HLT, never reached" for i in unreached]
+    if unreached:
+        wrong.append((4 * unreached[0], "memory after HLT that is not 0"))
     if len(program) < memory_size:
         return lines, [*wrong, (len(data), f"the file ends inside the memory of {memory_size} bytes")]
     if bytes(4) not in words:
@@ -492,8 +529,9 @@ def describe(data, num_registers, memory_size):
     elif states[0][0] or any(states[0][2:6]):
         wrong.append((memory_size, "PC and IR of the initial state are not 0"))
     for i, state in enumerate(states):
-        after = "initial" if i == 0 else f"fetched {assembly(int.from_bytes(state[2:6], 'little'))}"
-        lines += ["", f"state {i}   {after if len(state) >= min(6, S) else ''}", heading(num_registers),
+        fetched = [assembly(int.from_bytes(part[2:6], "little")) for part in states[max(i - 1, 0) : i + 1]]
+        after = "initial" if i == 0 else f"fetched {fetched[1]}" if i == 1 else f"after {fetched[0]}, fetched {fetched[1]}"
+        lines += ["", f"state {i}   {after if len(state) >= 6 else ''}".rstrip(), heading(num_registers),
                   row(state, states[i - 1] if i else state)]
         if i and len(state) < S:
             wrong.append((len(data), f"the file ends inside state {i} ({len(state)} of {S} bytes)"))
@@ -519,13 +557,11 @@ def translate(args):
     lines, wrong = describe(data, args.num_registers, args.memory_size)
     title = (f"{printable(args.states_path)}: {len(data):,} bytes, {args.num_registers} registers, "
              f"{args.memory_size} bytes of memory; * marks what a step changed")
-    text = "\n".join([title, "", *lines, *(f"byte {byte}: {what}" for byte, what in wrong)]) + "\n"
-    write_output(args.output_path, text)
+    text = "\n".join([title, "", *lines, *(f"byte {byte}: {what}" for byte, what in wrong)])
+    show(text)
+    write_output(args.output_path, text + "\n")
     if not wrong:
-        print(text, end="", flush=True)
         return
-    with contextlib.suppress(BrokenPipeError):
-        print(text, end="", flush=True)
     more = f" (and {len(wrong) - 1} more, listed above)" if len(wrong) > 1 else ""
     raise SystemExit(f"{printable(args.states_path)}: malformed at byte {wrong[0][0]}: {wrong[0][1]}{more}")
 
@@ -536,101 +572,124 @@ def translate(args):
 
 
 def find_files(folder):
-    """Every .bin file below folder, hidden files and folders aside, in an order of its own."""
+    """Every .bin file below folder, hidden files and folders aside, in sorted order. Links are followed, and no folder is
+    walked twice."""
 
     def fail(error):
         raise error
 
-    found = []
-    for path, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.join(path, name) for name in sorted(names) if name.endswith(".bin") and name[0] != "."]
+    found, seen = [], set()
+    for path, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(path)
+        folders[:] = sorted(name for name in folders if not name.startswith(".")) if real not in seen else []
+        if real not in seen:
+            found += [os.path.join(path, name) for name in sorted(names) if name.endswith(".bin") and name[0] != "."]
+        seen.add(real)
     return found
 
 
-def plausible(data, num_registers, memory_size):
-    """Whether a file's initial state and the PC and IR of the one after it are where these sizes put them."""
-    first = data[memory_size : memory_size + 6]
-    second = data[memory_size + 6 + num_registers :][:6]
-    return len(second) == 6 and not (first[0] or any(first[2:])) and second[0] == 1 and second[2:] == data[:4]
+def read_file(path):
+    """A file's first LONGEST bytes, and how many it has; no bytes and -1 where it cannot be read."""
+    try:
+        if os.path.isfile(path):  # a pipe would never end
+            with open(path, "rb") as file:
+                return file.read(LONGEST), os.fstat(file.fileno()).st_size
+    except OSError:
+        pass
+    return b"", -1
+
+
+def fits(data, num_registers, memory_size):
+    """Whether a file's first states, up to three, have their PC and IR where these sizes put them, and its end, if it is
+    among these."""
+    size = 6 + num_registers
+    for i in range(min(3, memory_size // 4 + 1)):
+        start = memory_size + i * size
+        instruction = data[4 * i - 4 : 4 * i] if i else bytes(4)
+        if data[start : start + 1] + data[start + 2 : start + 6] != bytes([min(i, memory_size // 4 - 1)]) + instruction:
+            return False
+        if i and not any(instruction):  # HLT
+            return len(data) == start + size
+    return True
+
+
+def check_sizes(paths, args):
+    """Refuse to score with sizes that most of the files were clearly not made with."""
+    heads = [read_file(path)[0] for path in paths[:: math.ceil(len(paths) / SAMPLE)]]
+
+    def count(sizes):
+        return sum(fits(head, *sizes) for head in heads)
+
+    if 2 * count((args.num_registers, args.memory_size)) > len(heads):
+        return
+    sizes = max(((R, size) for R in range(1, 27) for size in range(4, 1025, 4)), key=count)
+    if 2 * count(sizes) > len(heads):
+        raise SystemExit(f"--num_registers {args.num_registers} --memory_size {args.memory_size}: does not fit the files in "
+                         f"{args.dir_path}; {count(sizes)} of {len(heads)} looked at say --num_registers {sizes[0]} "
+                         f"--memory_size {sizes[1]}")
 
 
 def new_tally(memory_size):
-    """Counts that add up: [right, all] for bytes, states, files; per opcode (the last for malformed instructions)
-    [steps, bytes, right bytes, right states, executed, executed right], per position [states, bytes, right bytes,
-    right states]."""
+    """Counts that add up. For bytes, states and files: sums over the files of [right, all, right², right·all, all²];
+    for each opcode (the last for malformed instructions): [steps, right bytes, right states, executed, executed right];
+    for each position: [states, right bytes, right states]."""
     return {
-        "bytes": np.zeros(2, np.int64), "states": np.zeros(2, np.int64), "files": np.zeros(2, np.int64),
-        "opcodes": np.zeros((len(NAMES) + 1, 6), np.int64), "positions": np.zeros((memory_size // 4, 4), np.int64),
-        "malformed": {}, "worst": [], "long_enough": 0, "telling": 0, "others": collections.Counter(),
+        "bytes": np.zeros(5), "states": np.zeros(5), "files": np.zeros(5), "long_enough": 0,
+        "opcodes": np.zeros((len(NAMES) + 1, 5), np.int64), "positions": np.zeros((memory_size // 4, 3), np.int64),
+        "malformed": {}, "worst": [],
     }
 
 
-def note(tally, reason, path, times=1):
-    """Count a malformed file; the first one of a reason is its example."""
-    entry = tally["malformed"].setdefault(reason, {"files": 0, "times": 0, "example": path})
-    entry["files"] += 1
+def note(tally, reason, files, times, example):
+    """Count files that are malformed in one way, so many times in all; the first of them is the example."""
+    entry = tally["malformed"].setdefault(reason, {"files": 0, "times": 0, "example": example})
+    entry["files"] += files
     entry["times"] += times
+
+
+def add_worst(tally, worst):
+    """Keep the WORST files of those in the tally and these."""
+    tally["worst"] = sorted(tally["worst"] + worst, key=lambda entry: (entry["accuracy"], entry["path"]))[:WORST]
 
 
 def add(tally, other):
     """Add a later tally to an earlier one."""
-    for name in ("bytes", "states", "files", "opcodes", "positions"):
+    for name in ("bytes", "states", "files", "long_enough", "opcodes", "positions"):
         tally[name] += other[name]
     for reason, entry in other["malformed"].items():
-        mine = tally["malformed"].setdefault(reason, {"files": 0, "times": 0, "example": entry["example"]})
-        mine["files"] += entry["files"]
-        mine["times"] += entry["times"]
-    tally["worst"] = heapq.nsmallest(WORST, tally["worst"] + other["worst"], key=lambda w: (w["accuracy"], w["path"]))
-    tally["long_enough"] += other["long_enough"]
-    tally["telling"] += other["telling"]
-    tally["others"] += other["others"]
+        note(tally, reason, **entry)
+    add_worst(tally, other["worst"])
 
 
 def evaluate_files(paths, num_registers, memory_size):
-    """Compare files with the truth that their own program and initial state have; returns a tally."""
+    """Compare files with the truth that their own program and initial state have; returns a tally. What is missing of
+    these, too, is taken for zeros, and then every true byte after them is missing and wrong."""
     S, T = 6 + num_registers, memory_size // 4
-    tally = new_tally(memory_size)
-    tally["files"][1] = len(paths)
-    read = []  # (path, its size, its first bytes)
-    for path in paths:
-        try:
-            if not os.path.isfile(path):  # a pipe would never end
-                raise OSError
-            with open(path, "rb") as file:
-                data, size = file.read(LONGEST), os.fstat(file.fileno()).st_size
-        except OSError:
-            note(tally, "unreadable", path)
-            continue
-        if size < memory_size + S:
-            note(tally, "too short for memory and initial state", path)
-        else:
-            read.append((path, size, data))
-    if not read:
-        return tally
-
-    tally["long_enough"] = len(read)
-    heads = np.frombuffer(b"".join(data[: memory_size + S] for _, _, data in read), np.uint8).reshape(len(read), -1)
-    memory, first = np.ascontiguousarray(heads[:, :memory_size]), heads[:, memory_size:]
+    begin = memory_size + S
+    data, whole = zip(*map(read_file, paths))  # B each: the first bytes, the size
+    heads = np.frombuffer(b"".join(part[:begin].ljust(begin, b"\0") for part in data), np.uint8).reshape(-1, begin)
+    memory, first = np.ascontiguousarray(heads[:, :memory_size]), heads[:, memory_size:]  # (B, 4·T), (B, S)
     initial = np.concatenate([first[:, 1:2], first[:, 6:]], axis=1)
     states, offsets, faults = simulate(memory, initial, num_registers)
-    lengths = np.diff(offsets)
+    lengths, starts = np.diff(offsets), offsets[:-1]  # (B,) each
 
     # What the files say, cut or filled to the length of the truth, and whether each byte is in the file at all.
-    begin = memory_size + S
-    claims = b"".join(data[begin : begin + n * S].ljust(n * S, b"\0") for (_, _, data), n in zip(read, lengths.tolist()))
-    sizes = np.array([size for _, size, _ in read]) - begin  # (B,) bytes after the initial state
-    place = np.arange(len(states)) - np.repeat(offsets[:-1], lengths)  # (N,) 0 at each file's first step
+    claims = b"".join(part[begin : begin + n * S].ljust(n * S, b"\0") for part, n in zip(data, lengths.tolist()))
+    sizes = np.array(whole) - begin  # (B,) bytes after the initial state
+    place = np.arange(len(states)) - np.repeat(starts, lengths)  # (N,) 0 at each file's first step
     there = place[:, None] * S + np.arange(S) < np.repeat(sizes, lengths)[:, None]  # (N, S)
-    claimed = np.frombuffer(claims, np.uint8).reshape(-1, S)
-    right = (claimed == states) & there
-    extra = np.maximum(sizes - lengths * S, 0)  # (B,) bytes beyond the true end: all wrong
+    right = (np.frombuffer(claims, np.uint8).reshape(-1, S) == states) & there
     exact, good = right.all(axis=1), right.sum(axis=1)  # (N,) each
-    good_bytes = np.add.reduceat(good, offsets[:-1])  # (B,)
-    all_bytes = lengths * S + extra
-    tally["bytes"] += [good_bytes.sum(), all_bytes.sum()]
-    tally["states"] += [exact.sum(), len(states) + (-(-extra // S)).sum()]
-    tally["files"][0] = (good_bytes == all_bytes).sum()
+    extra = np.maximum(sizes - lengths * S, 0)  # (B,) bytes beyond the true end: all wrong
+    good_bytes, all_bytes = np.add.reduceat(good, starts), lengths * S + extra  # (B,) each
+    good_states, all_states = np.add.reduceat(exact, starts, dtype=np.int64), lengths + -(-extra // S)
+
+    tally = new_tally(memory_size)
+    tally["long_enough"] = int((sizes >= 0).sum())
+    for name, x, n in (("bytes", good_bytes, all_bytes), ("states", good_states, all_states),
+                       ("files", good_bytes == all_bytes, np.ones(len(paths)))):
+        x, n = x.astype(float), n.astype(float)
+        tally[name] += [x.sum(), n.sum(), x @ x, x @ n, n @ n]
 
     # An instruction shows in the state after the one that its step writes. It was executed right or wrong only where
     # ACC and registers were right before it, and where that next state is in the file.
@@ -640,65 +699,65 @@ def evaluate_files(paths, num_registers, memory_size):
     executed = result & has_next
     executed_right = executed & np.append(result[1:], False)
     opcode = np.where(faults == 0, states[:, 2], len(NAMES)).astype(np.intp)
-    for i, column in enumerate((np.ones_like(good), np.full_like(good, S), good, exact, executed, executed_right)):
+    for i, column in enumerate((np.ones_like(good), good, exact, executed, executed_right)):
         tally["opcodes"][:, i] = np.bincount(opcode, column, len(NAMES) + 1)
-        if i < 4:
+        if i < 3:
             tally["positions"][:, i] = np.bincount(place, column, T)
 
-    halts = (states[offsets[1:] - 1, 2:6] == 0).all(axis=1)
-    for b, (path, size, data) in enumerate(read):
-        n, after = int(lengths[b]), int(sizes[b])
+    cut_off = (sizes >= 0) & (sizes < lengths * S)
+    after_hlt = (memory.view("<u4") != 0) & (np.arange(T) >= lengths[:, None])  # (B, T)
+    reasons = {
+        "unreadable": np.array(whole) < 0,
+        "too short for memory and initial state": (np.array(whole) >= 0) & (sizes < 0),
+        "PC and IR of the initial state are not 0": first[:, [0, 2, 3, 4, 5]].any(axis=1),
+        **{FAULTS[i]: np.add.reduceat(faults == i, starts, dtype=np.int64) for i in range(1, len(FAULTS))},
+        "no HLT": states[offsets[1:] - 1, 2:6].any(axis=1),
+        "memory after HLT is not 0": after_hlt.any(axis=1),
+        "too long": extra > 0,
+        "ends inside a state": cut_off & (sizes % S > 0),
+        "states missing": cut_off & (sizes % S == 0),
+    }
+    for reason, times in reasons.items():  # times: (B,)
+        if times.any():
+            note(tally, reason, int(np.count_nonzero(times)), int(times.sum()), paths[times.argmax()])
+
+    accuracy = (good_bytes / all_bytes).tolist()
+    wrong = [b for b in range(len(paths)) if accuracy[b] < 1]
+    for b in sorted(wrong, key=lambda b: (accuracy[b], paths[b]))[:WORST]:
         steps = slice(offsets[b], offsets[b + 1])
-        if first[b, 0] or first[b, 2:6].any():
-            note(tally, "PC and IR of the initial state are not 0", path)
-        for fault, times in zip(*np.unique(faults[steps][faults[steps] > 0], return_counts=True)):
-            note(tally, FAULTS[fault], path, int(times))
-        if not halts[b]:
-            note(tally, "no HLT", path)
-        if after > n * S:
-            note(tally, "too long", path)
-        elif after < n * S:
-            note(tally, "ends inside a state" if after % S else "states missing", path)
-        if good_bytes[b] < all_bytes[b]:
-            wrong = int(np.append(exact[steps], False).argmin())
-            tally["worst"].append({
-                "path": path, "accuracy": good_bytes[b] / all_bytes[b], "state": wrong + 1, "states": n,
-                "expected": states[offsets[b] + wrong].tolist() if wrong < n else [],
-                "predicted": list(data[begin + wrong * S : begin + wrong * S + S]),
-                "after": assembly(int.from_bytes(states[offsets[b] + wrong - 1, 2:6].tobytes(), "little")) if wrong else "",
-            })
-        # Would other sizes explain the length of the file and its first states, where these don't?
-        if not halts[b] or n == 1:  # nothing can be told: no end, or zeros everywhere
-            continue
-        tally["telling"] += 1
-        if not plausible(data, num_registers, memory_size):
-            registers, rest = divmod(size - memory_size, n + 1)
-            if not rest and 1 <= registers - 6 <= 26 and plausible(data, registers - 6, memory_size):
-                tally["others"]["num_registers", registers - 6] += 1
-            size -= S * (n + 1)
-            if size % 4 == 0 and 0 < size <= 1024 and plausible(data, num_registers, size):
-                tally["others"]["memory_size", size] += 1
-    tally["worst"] = heapq.nsmallest(WORST, tally["worst"], key=lambda w: (w["accuracy"], w["path"]))
+        add_worst(tally, [first_wrong(paths[b], accuracy[b], states[steps], exact[steps], data[b][begin:])])
     return tally
 
 
-def check_sizes_fit(tally, args):
-    """Refuse to score with sizes that the files were clearly not made with."""
-    for (name, value), count in tally["others"].most_common(1):
-        if 2 * count > tally["telling"]:
-            raise SystemExit(f"--{name} {getattr(args, name)}: does not fit the files in {args.dir_path}; "
-                             f"the lengths of {count:,} of {tally['files'][1]:,} say {value}")
+def first_wrong(path, accuracy, states, exact, claimed):
+    """A file's first wrong state: as it must be (nothing where the program has ended) and as the file has it (nothing
+    where that has ended), from its true states (n, S), which of them are in it (n,), and its bytes after the initial state."""
+    n, S = states.shape
+    i = int(np.append(exact, False).argmin())
+    return {
+        "path": path, "accuracy": accuracy, "state": i + 1, "states": n,
+        "expected": states[i].tolist() if i < n else [], "predicted": list(claimed[i * S : i * S + S]),
+        "after": assembly(int.from_bytes(states[i - 1, 2:6].tobytes(), "little")) if i else "",
+    }
 
 
 def share(right, total):
-    """A share with its 95 % Wilson interval, as a dict of plain numbers (null where there is nothing)."""
-    right, total = int(right), int(total)
-    if not total:
-        return {"right": 0, "total": 0, "share": None, "low": None, "high": None}
-    z, p = 1.959964, right / total
-    middle, half = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    low, high = ((middle + sign * half) / (1 + z * z / total) for sign in (-1, 1))
-    return {"right": right, "total": total, "share": p, "low": max(low, 0.0), "high": min(high, 1.0)}
+    """A share as a dict of plain numbers (null where there is nothing)."""
+    return {"right": int(right), "total": int(total), "share": right / total if total else None}
+
+
+def interval(sums, files):
+    """95 % Wilson interval of the share of what is right in `files` files, from their sums [right, all, right², right·all,
+    all²]. It is files that are drawn at random; their bytes are right or wrong together. So the n of Wilson's formula is
+    the number of independent draws whose share would vary as much as this ratio of sums does."""
+    right, total, right_right, right_all, all_all = sums.tolist()
+    p = right / total
+    variance = (right_right - 2 * p * right_all + p * p * all_all) / total**2
+    n = min(p * (1 - p) / variance, total) if 0 < p < 1 and variance > 0 else files
+    z = 1.959964
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return max(low, 0.0), min(high, 1.0)
 
 
 def percent(right, total):
@@ -708,49 +767,51 @@ def percent(right, total):
 
 def report(tally, args):
     """What evaluate found, as (lines of text, a dict for JSON)."""
+    S = 6 + args.num_registers
     found = {
         "dir_path": printable(args.dir_path), "num_registers": args.num_registers, "memory_size": args.memory_size,
-        "byte_accuracy": share(*tally["bytes"]), "exact_states": share(*tally["states"]),
-        "exact_files": share(*tally["files"]), "opcodes": {}, "positions": [], "worst_files": [], "malformed": {},
+        "opcodes": {}, "positions": [], "worst_files": [], "malformed": {},
     }
     lines = []
     for name, unit in (("byte_accuracy", "bytes"), ("exact_states", "states"), ("exact_files", "files")):
-        part = found[name]
-        interval = f"95 % interval {100 * part['low']:.2f} - {100 * part['high']:.2f} %, " if part["total"] else ""
-        lines.append(f"{name.replace('_', ' '):<13} {percent(part['right'], part['total']):>6} %  "
-                     f"({interval}{part['right']:,} of {part['total']:,} {unit})")
+        right, total = map(int, tally[unit][:2])
+        low, high = interval(tally[unit], int(tally["files"][1]))
+        found[name] = {**share(right, total), "low": low, "high": high}
+        lines.append(f"{name.replace('_', ' '):<13} {percent(right, total):>6} %  (95 % interval {math.floor(1e4 * low) / 100:.2f}"
+                     f" - {math.ceil(1e4 * high) / 100:.2f} %, {right:,} of {total:,} {unit})")
 
     rows = []
-    for name, (steps, size, good, exact, executed, done) in zip([*NAMES, "(malformed)"], tally["opcodes"].tolist()):
+    for name, (steps, good, exact, executed, done) in zip([*NAMES, "(malformed)"], tally["opcodes"].tolist()):
         if steps:
             found["opcodes"][name] = {"steps": steps, "executed": share(done, executed),
-                                      "byte_accuracy": share(good, size), "exact_states": share(exact, steps)}
-            rows.append((done / executed if executed else 2, good / size, f"{name:<12} {steps:>12,} {percent(done, executed):>10} "
-                         f"{percent(good, size):>8} {percent(exact, steps):>8}"))
+                                      "byte_accuracy": share(good, steps * S), "exact_states": share(exact, steps)}
+            rows.append((done / executed if executed else math.inf, good / steps,  # inf: what was never executed comes last
+                         f"{name:<12} {steps:>12,} {percent(done, executed):>10} {percent(good, steps * S):>8} "
+                         f"{percent(exact, steps):>8}"))
     lines += ["", "opcodes, worst first: executed = ACC and registers right in the next state, of the steps that began with",
               "them right; bytes and states = right in the state that the step itself writes",
               f"{'opcode':<12} {'steps':>12} {'executed %':>10} {'bytes %':>8} {'states %':>8}"]
     lines += [line for *_, line in sorted(rows)]
 
     table = tally["positions"]
-    for position, (steps, size, good, exact) in enumerate(table.tolist(), 1):
+    for position, (steps, good, exact) in enumerate(table.tolist(), 1):
         if steps:
-            found["positions"].append({"position": position, "states": steps, "byte_accuracy": share(good, size),
+            found["positions"].append({"position": position, "states": steps, "byte_accuracy": share(good, steps * S),
                                        "exact_states": share(exact, steps)})
     lines += ["", "position in the program (state written by that step)",
               f"{'position':<12} {'states':>12} {'':10} {'bytes %':>8} {'states %':>8}"]
     low = 1
     while low <= len(table) and table[low - 1, 0]:  # 1, 2, 3-4, 5-8, 9-16, …
         high = min(2 * (low - 1) or 1, len(table))
-        steps, size, good, exact = table[low - 1 : high].sum(axis=0).tolist()
+        steps, good, exact = table[low - 1 : high].sum(axis=0).tolist()
         name = f"{low}-{high}" if high > low else f"{low}"
-        lines.append(f"{name:<12} {steps:>12,} {'':10} {percent(good, size):>8} {percent(exact, steps):>8}")
+        lines.append(f"{name:<12} {steps:>12,} {'':10} {percent(good, steps * S):>8} {percent(exact, steps):>8}")
         low = high + 1
 
     if tally["worst"]:
         lines += ["", "worst files, first wrong state of each (* marks a wrong byte)"]
     for worst in tally["worst"]:
-        found["worst_files"].append({**worst, "path": printable(worst["path"]), "accuracy": float(worst["accuracy"])})
+        found["worst_files"].append({**worst, "path": printable(worst["path"])})
         expected, predicted = worst["expected"], worst["predicted"]
         where = f"state {worst['state']} of {worst['states']}" + (f", after {worst['after']}" if worst["after"] else "")
         nothing = "nothing: the program has ended"
@@ -780,36 +841,29 @@ def evaluate(args):
     if not paths:
         raise SystemExit(f"--dir_path {args.dir_path}: there are no .bin files in it")
     num_workers = available_cores() if len(paths) > SMALL else 0
+    check_sizes(paths, args)
     jobs = ((i, evaluate_files, paths[i * BATCH : (i + 1) * BATCH], args.num_registers, args.memory_size)
             for i in range(math.ceil(len(paths) / BATCH)))
     tally = new_tally(args.memory_size)
-    with tqdm(total=len(paths), unit=" files", unit_scale=True) as bar:
+    with progress(len(paths), " files") as bar:
         with contextlib.closing(run_jobs(jobs, num_workers)) as results:
             for part in results:
                 add(tally, part)
-                check_sizes_fit(tally, args)
                 bar.update(int(part["files"][1]))
     if not tally["long_enough"]:
         raise SystemExit(f"--dir_path {args.dir_path}: none of its {len(paths):,} .bin files has the {args.memory_size} + "
                          f"{6 + args.num_registers} bytes that --memory_size {args.memory_size} and --num_registers "
                          f"{args.num_registers} ask for, e.g. {printable(paths[0])}")
     lines, found = report(tally, args)
+    sizes = f"{args.num_registers} registers, {args.memory_size} bytes of memory" + (f" (from {source})" if source else "")
+    show("\n".join([*lines, "", f"{len(paths):,} files in {printable(args.dir_path)}, {sizes}"]))
     if args.json:
         write_output(args.json, json.dumps(found, indent=1) + "\n")
-    sizes = f"{args.num_registers} registers, {args.memory_size} bytes of memory" + (f" (from {source})" if source else "")
-    print("\n".join([*lines, "", f"{len(paths):,} files in {printable(args.dir_path)}, {sizes}"]), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------
-
-SIZES = {"num_registers": 10, "memory_size": 1024}  # defaults
-LONGEST = 1024 + 257 * 32  # bytes of the longest legal file
-BATCH = 512  # instances or files in one job
-SMALL = 3000  # instances or files that are done sooner than worker processes start
-WORST = 3  # files shown
-
 
 def available_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -872,21 +926,20 @@ def parse(argv):
     return args
 
 
-def interrupt(*_):
-    """On Ctrl-C: stop, and don't be stopped from tidying up by a second one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
+def interrupt(number, frame):
+    """On Ctrl-C or SIGTERM: stop, and don't be stopped from tidying up by a second one."""
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
 
 
 def main(argv=None):
-    args = parse(argv)
     try:
+        args = parse(argv)
         {"generate": generate, "translate": translate, "evaluate": evaluate}[args.mode](args)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted; the same command again starts over and ends with the same result", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + (stop.args or STOP_SIGNALS)[0]
     except BrokenProcessPool:
         raise SystemExit("a worker process was killed (out of memory?); run the same command again") from None
     except OSError as error:
@@ -895,6 +948,12 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
-        signal.signal(signal.SIGINT, interrupt)
-    sys.exit(main())
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) == signal.SIG_DFL:  # not where a shell has it ignored
+            signal.signal(number, interrupt)
+    sys.stderr = Patient(sys.stderr or open(os.devnull, "w"))
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that no terminal can show
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
+    sys.exit(status)

@@ -155,6 +155,18 @@ def test_options_are_kept_and_other_data_is_not_mixed_in(tmp_path):
     assert "damaged" in mistake(tmp_path, 1, "--mode", "generate", *SMALL)
     (tmp_path / "cpu_states" / "cpu_states.json").unlink()
     assert "already holds .bin files" in mistake(tmp_path, 1, "--mode", "generate", *SMALL)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x.bin").write_bytes(b"mine")
+    assert "already holds .bin files" in mistake(tmp_path, 1, "--mode", "generate", *SMALL, "--dir_path", "other")
+    assert snapshot(tmp_path / "other") == {"x.bin": b"mine"} and len(list((tmp_path / "other").iterdir())) == 1
+
+
+def test_what_a_killed_run_left_is_swept(tmp_path):
+    for folder in ("", "train", "test"):
+        (tmp_path / "cpu_states" / folder).mkdir(exist_ok=True)
+        (tmp_path / "cpu_states" / folder / ".part-77").write_bytes(b"half")
+    generate(tmp_path, *SMALL)
+    assert not [name for name in snapshot(tmp_path) if ".part" in name]
 
 
 # Enough for worker processes, with programs so small that many instances share a file.
@@ -181,7 +193,7 @@ def alive(group):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for orphans in /proc")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=["kill", "ctrl-c", "terminate"])
 def test_an_interrupted_run_goes_on_to_the_same_folder(tmp_path, uninterrupted, number):
     process = subprocess.Popen(command("--mode", "generate", *LONG), cwd=tmp_path, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
@@ -190,13 +202,13 @@ def test_an_interrupted_run_goes_on_to_the_same_folder(tmp_path, uninterrupted, 
     # not by glob, which reads the whole of a folder that grows all the while
     while not (train.is_dir() and any(e.name.endswith(".bin") for e in os.scandir(train))) and time.monotonic() < deadline:
         time.sleep(0.005)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does
-    else:
+    if number == signal.SIGKILL:
         process.kill()
+    else:
+        os.killpg(process.pid, number)  # as a terminal does
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGINT else -number)
-    if number == signal.SIGINT:
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    if number != signal.SIGKILL:
         assert len(said(errors)) == 1 and said(errors)[0].startswith("interrupted")
     while alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -214,7 +226,7 @@ def test_an_interrupted_run_goes_on_to_the_same_folder(tmp_path, uninterrupted, 
 
 def test_a_full_disk_is_one_message(tmp_path):
     resource = pytest.importorskip("resource")
-    limit = 700  # bytes: a file of the longest programs has 64 + 9 * 17
+    limit = 700  # bytes: a file of the longest programs has 512 + 9 * 101
 
     def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -440,7 +452,9 @@ def test_files_too_short_are_counted_as_wrong(tmp_path):
     one_file(tmp_path, build(PROGRAM)[:72], "short.bin")
     found, text = evaluate(tmp_path, *one_file(tmp_path, build(PROGRAM), ".hidden.bin"))
     assert (found["exact_files"]["right"], found["exact_files"]["total"]) == (1, 3)
-    assert found["byte_accuracy"]["total"] == 36
+    # what is not there is wrong: 36 bytes of short.bin's program, and 9 of the HLT that an empty memory is
+    assert (found["byte_accuracy"]["right"], found["byte_accuracy"]["total"]) == (36, 36 + 36 + 9)
+    assert (found["exact_states"]["right"], found["exact_states"]["total"]) == (4, 4 + 4 + 1)
     assert found["malformed"]["too short for memory and initial state"] == {"files": 2, "times": 2, "example": "data/empty.bin"}
     (tmp_path / "data" / "a.bin").unlink()
     message = mistake(tmp_path, 1, "--mode", "evaluate", *one_file(tmp_path, b"", "empty.bin"))
@@ -467,9 +481,44 @@ def test_wrong_sizes_are_refused_not_scored(tmp_path):
     for option, wrong, right in (("num_registers", 2, 3), ("num_registers", 12, 3), ("memory_size", 32, 64), ("memory_size", 80, 64)):
         sizes = {"num_registers": 3, "memory_size": 64, option: wrong}
         message = mistake(tmp_path, 1, "--mode", "evaluate", *(f"--{name}={value}" for name, value in sizes.items()))
-        assert f"--{option} {wrong}: does not fit" in message and message.endswith(f"say {right}")
-    assert "--memory_size 1024" in mistake(tmp_path, 1, "--mode", "evaluate")  # the defaults
+        assert f"--{option} {wrong}" in message and message.endswith("say --num_registers 3 --memory_size 64")
+    message = mistake(tmp_path, 1, "--mode", "evaluate")  # the defaults
+    assert "--num_registers 10 --memory_size 1024: does not fit" in message
     assert evaluate(tmp_path, "--num_registers", 3, "--memory_size", 64)[0]["exact_files"]["share"] == 1
+
+
+@pytest.mark.parametrize("made, asked", [
+    ((2, 512, 100, 128), (10, 1024)), ((2, 512, 100, 128), (2, 256)), ((10, 1024, 1, 255), (12, 1016)),
+    ((2, 40, 2, 10), (4, 32)), ((5, 1024, 1, 1), (6, 1024)), ((10, 1024, 1, 1), (18, 1016)), ((3, 4, 1, 1), (3, 8)),
+])  # fmt: skip
+def test_sizes_that_are_both_wrong_are_refused(tmp_path, made, asked):
+    registers, memory, shortest, longest = made
+    generate(tmp_path, "--num_registers", registers, "--memory_size", memory, "--num_min_program", shortest,
+             "--num_max_program", longest, "--num_train_instance", 60, "--num_test_instance", 0)  # fmt: skip
+    options = ["--mode", "evaluate", "--dir_path", "cpu_states/train", "--num_registers", asked[0], "--memory_size", asked[1]]
+    (tmp_path / "cpu_states" / "cpu_states.json").unlink()
+    message = mistake(tmp_path, 1, *options)
+    assert f"--num_registers {asked[0]} --memory_size {asked[1]}: does not fit" in message
+    assert message.endswith(f"say --num_registers {registers} --memory_size {memory}")
+    right = evaluate(tmp_path, *options[2:], "--num_registers", registers, "--memory_size", memory)[0]
+    assert right["byte_accuracy"]["share"] == 1
+
+
+def test_one_file_of_other_sizes_does_not_stop_the_rest(tmp_path):
+    for i in range(20):
+        one_file(tmp_path, build(["INC A"] * 16, acc=i), f"{i}.bin")  # no HLT: 16 instructions fill the memory
+    (tmp_path / "data" / "odd.bin").write_bytes(build(PROGRAM, registers=(1, 2, 3, 4)))
+    found, _ = evaluate(tmp_path, *one_file(tmp_path, build(PROGRAM)))
+    assert (found["exact_files"]["right"], found["exact_files"]["total"]) == (21, 22)
+
+
+def test_links_to_folders_are_followed_and_none_is_counted_twice(tmp_path):
+    options = one_file(tmp_path, build(PROGRAM))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "y.bin").write_bytes(build(PROGRAM))
+    (tmp_path / "data" / "link").symlink_to("../elsewhere")
+    (tmp_path / "data" / "again").symlink_to("../data")
+    assert evaluate(tmp_path, *options)[0]["exact_files"]["total"] == 2
 
 
 def test_a_model_that_always_stops_a_state_early_is_scored(tmp_path):
@@ -494,8 +543,20 @@ def test_what_is_not_a_file_is_not_read(tmp_path):
 
 def test_wilson_interval():
     assert cpu.share(0, 0)["share"] is None
-    part = cpu.share(8, 10)  # 0.4902 to 0.9433 by the formula of Wilson (1927)
-    assert (round(part["low"], 4), round(part["high"], 4)) == (0.4902, 0.9433)
+
+    def rounded(right, total):
+        right, total = np.array(right, float), np.array(total, float)
+        sums = np.array([right.sum(), total.sum(), right @ right, right @ total, total @ total])
+        return tuple(round(end, 4) for end in cpu.interval(sums, len(right)))
+
+    assert rounded([1] * 8 + [0] * 2, [1] * 10) == (0.4902, 0.9433)  # by the formula of Wilson (1927), 8 of 10
+    # files that are right or wrong as a whole say no more the longer they are
+    assert rounded([500] * 8 + [0] * 2, [500] * 10) == (0.4902, 0.9433)
+    assert rounded([500] * 10, [500] * 10) == rounded([1] * 10, [1] * 10) == (0.7225, 1)
+    # single bytes that are wrong here and there are as good as drawn one by one
+    rng = np.random.default_rng(0)
+    low, high = rounded(rng.binomial(100, 0.9, 400), [100] * 400)
+    assert 0.0055 < high - low < 0.0063  # 2 * 1.96 * sqrt(0.9 * 0.1 / 40000) = 0.0059
     assert cpu.percent(99999999, 100000000) == "99.99" and cpu.percent(5, 5) == "100.00"
 
 
@@ -527,6 +588,7 @@ def test_translate_shows_program_and_states(tmp_path):
         assert ["*" in cell for cell in numbers.split()] == [a != b for a, b in zip(state, before)]
         assert title.split(maxsplit=2)[:2] == ["state", str(i)]
     assert [block.splitlines()[0].split("fetched ")[1] for block in blocks[3:]] == PROGRAM
+    assert [re.search("after (.*),", block)[1] for block in blocks[4:]] == PROGRAM[:-1]  # whose effect is marked
 
 
 @pytest.mark.parametrize("change, byte, reason", [
@@ -536,6 +598,7 @@ def test_translate_shows_program_and_states(tmp_path):
     (lambda d: d + b"abc", 109, "ends here"), (lambda d: d[:8] + b"\x63" + d[9:], 8, "unknown opcode in instruction 3"),
     (lambda d: d[:4] + bytes([13, 0, 0, 0]) + d[8:], 4, "operand missing"),
     (lambda d: d[:64] + b"\1" + d[65:], 64, "PC and IR of the initial state"),
+    (lambda d: d[:20] + b"\2" + d[21:], 20, "memory after HLT"),
 ])  # fmt: skip
 def test_translate_says_at_which_byte_a_file_is_malformed(tmp_path, change, byte, reason):
     text, errors = translate(tmp_path, change(build(PROGRAM)), status=1)
@@ -565,6 +628,23 @@ def test_a_pipe_closed_early_is_no_error(tmp_path, mode):
     process.stdout.close()
     errors = process.stderr.read()
     assert process.wait(60) == 0 and "Error" not in errors and "Exception" not in errors
+
+
+def test_nobody_reads_the_progress_bar(tmp_path):
+    for arguments in (["generate", *SMALL], ["evaluate", "--json", "found.json"]):
+        process = subprocess.Popen(command("--mode", *arguments), cwd=tmp_path, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)  # fmt: skip
+        process.stderr.close()
+        assert process.stdout.read() and process.wait(60) == 0
+    assert json.loads((tmp_path / "found.json").read_text())["exact_files"]["share"] == 1
+
+
+def test_outputs_go_into_a_pipe(tmp_path):
+    options = one_file(tmp_path, build(PROGRAM))
+    shown = run(tmp_path, "--mode", "evaluate", *options, "--json", "/dev/stdout")
+    assert shown.returncode == 0 and json.loads(shown.stdout[shown.stdout.index("{\n") :])["exact_files"]["share"] == 1
+    shown = run(tmp_path, "--mode", "translate", "--states_path", "data/x.bin", *options, "--output_path", "/dev/stdout")
+    assert shown.returncode == 0 and shown.stdout == 2 * shown.stdout[: len(shown.stdout) // 2] and "LOADI 9" in shown.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -614,6 +694,7 @@ def test_wrong_places_are_one_line_and_status_1(tmp_path):
     options = one_file(tmp_path, build(PROGRAM))
     assert "--json empty: is a folder" in mistake(tmp_path, 1, "--mode", "evaluate", *options, "--json", "empty")
     assert "--json no/x" in mistake(tmp_path, 1, "--mode", "evaluate", *options, "--json", "no/x")
+    assert "give another" in mistake(tmp_path, 1, "--mode", "evaluate", *options, "--json", "data/cpu_states.json")
     assert (tmp_path / "file").read_text() == "mine"
 
 
