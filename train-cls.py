@@ -7,6 +7,11 @@ The label of `Business_1.txt` is `Business.txt`. The best model so far is kept a
 same command goes on from the latest.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell ignores it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the modules below load ends the script, without a traceback
+
 import dataclasses
 import sys
 

@@ -6,6 +6,11 @@
 The best model so far is kept at WEIGHTS_PATH, the latest state beside it; the same command goes on from the latest.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell ignores it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the modules below load ends the script, without a traceback
+
 import dataclasses
 import math
 import os

@@ -1969,6 +1969,8 @@ def run_main(main, override):
         main: function of no arguments; what it returns is the exit status.
         override: config.override, called first, with the arguments of the command line.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # the scripts' state while they import
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that no terminal can show
     sys.stdout, sys.stderr = Unstoppable(sys.stdout), Unstoppable(sys.stderr)

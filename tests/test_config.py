@@ -2,11 +2,12 @@
 
 import ast
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, one_message, run_script
+from conftest import ROOT, one_message, run_fresh, run_script
 
 import config
 
@@ -119,3 +120,11 @@ def test_importing_does_nothing(module, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, "--nonsense"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["train-gen.py", "train-cls.py", "inference.py", "cpu-simulation.py"])
+def test_ctrl_c_while_modules_load_shows_no_traceback(script, tmp_path):
+    """Stands in for numpy, the first large module of every script, and presses Ctrl-C in its place."""
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = run_fresh(script, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
