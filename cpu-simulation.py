@@ -35,6 +35,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import sys
 import threading
 import time
@@ -103,10 +104,12 @@ def tables():
     for opcode, (wirings, effect) in enumerate(INSTRUCTIONS.values()):
         effects[opcode] = effect(x, y)
         for there in range(8):
-            given = f"{there | 4 if opcode == LOADI else there:03b}".rstrip("0")  # "1" or "0" for each, up to the last one given
+            given = [opcode == LOADI or there & 4, there & 2, there & 1]  # LOADI's number may be 0
+            while given and not given[-1]:
+                given.pop()
             if len(given) > max(wirings):
                 faults[opcode, there] = FAULTS.index("too many operands")
-            elif "0" in given or len(given) not in wirings:
+            elif not all(given) or len(given) not in wirings:
                 faults[opcode, there] = FAULTS.index("operand missing")
             else:
                 faults[opcode, there] = 0
@@ -218,12 +221,9 @@ def run_jobs(jobs, num_workers):
     pools = [ProcessPoolExecutor(1, spawn, initializer=set_up_worker) for _ in range(num_workers)]
     pending = collections.deque()
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the workers inherit that: the parent answers for them
-        try:
+        with signals_held_back():
             for pool in pools:
                 pool.submit(os.getpid)  # starts the worker
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         for key, function, *arguments in jobs:
             pending.append(pools[key % num_workers].submit(function, *arguments))
             # As many as keep the workers busy, and no more: memory stays flat.
@@ -234,6 +234,22 @@ def run_jobs(jobs, num_workers):
     finally:
         for pool in pools:
             pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def signals_held_back():
+    """Ctrl-C and SIGTERM wait until the end of the block, and the processes that start in it never get them."""
+    received = []
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in STOP_SIGNALS}
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # is inherited; but here, another thread may take the signal
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in received[:1]:
+        signal.raise_signal(number)
 
 
 def write_whole(path, data, part):
@@ -253,29 +269,40 @@ def write_whole(path, data, part):
 
 def check_output(option, path):
     """Refuse, before any work, a path that cannot be written."""
-    target = os.path.realpath(path)  # through a link, not over it
-    folder = os.path.dirname(target)
-    if os.path.isdir(path):
+    folder, name = os.path.split(os.path.realpath(path))  # through a link, not over it
+    if not path or os.path.isdir(path):
         raise SystemExit(f"{option} {path}: is a folder; it must be a file")
-    if os.path.basename(target) == "cpu_states.json":
+    if name == "cpu_states.json":
         raise SystemExit(f"{option} {path}: that name is for the options of a data set; give another")
-    if not os.path.exists(path) and not os.path.isdir(folder):
+    if is_stream(path):
+        folder = path
+    elif not os.path.isdir(folder):
         raise SystemExit(f"{option} {path}: there is no folder {folder}")
-    if not os.access(path if is_stream(path) else folder, os.W_OK):
-        raise SystemExit(f"{option} {path}: is not writable")
+    if not os.access(folder, os.W_OK):
+        raise SystemExit(f"{option} {path}: {folder} is not writable")
+
+
+def own_descriptor(path):
+    """The number of this process's own open file that a path such as /dev/stdout or /dev/fd/3 stands for, or None."""
+    found = re.fullmatch(r"/dev/(stdout|stderr|fd/(\d+))", os.path.abspath(path))
+    return found and int(found[2] or ("stdout", "stderr").index(found[1]) + 1)
 
 
 def is_stream(path):
     """Whether a path leads to a pipe, a terminal or the like, which can only be written into, not replaced."""
-    own = os.path.abspath(path).startswith(("/dev/stdout", "/dev/stderr", "/dev/fd/"))  # even where that is a file
-    return own or os.path.exists(path) and not os.path.isfile(path)
+    return own_descriptor(path) is not None or os.path.exists(path) and not os.path.isfile(path)
 
 
 def write_output(path, text):
     """Write a text that the user asked for."""
     if is_stream(path):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(text)
+        own = own_descriptor(path)
+        try:
+            # to go on where its last writer was, an own file needs a copy of its descriptor: its path would start anew
+            with open(path if own is None else os.dup(own), "w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from None
     else:
         path = os.path.realpath(path)
         write_whole(path, text.encode(), os.path.join(os.path.dirname(path), f".part-{os.getpid()}"))
@@ -285,15 +312,17 @@ def show(text):
     """Print a text; a reader such as `| head` may have seen enough of it."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def progress(total, unit):
     return tqdm(total=total, unit=unit, unit_scale=total >= 10_000)
 
 
-class Patient:
+class Unstoppable:
     """A text stream whose reader may be gone, as stderr's in `2>&1 | head`: what it would have shown is lost."""
 
     def __init__(self, stream):
@@ -321,9 +350,9 @@ def stored_options(folder, levels):
             try:
                 with open(path, encoding="utf-8") as file:
                     options = json.load(file)
-                if isinstance(options, dict) and all(name in options for name in STORED):
+                if isinstance(options, dict) and all(type(options.get(name)) is int for name in STORED):
                     return options, path
-            except ValueError:  # not UTF-8, not JSON
+            except (ValueError, RecursionError):  # not UTF-8, not JSON
                 pass
             raise SystemExit(f"{path}: is damaged; it must hold the options of the data set as JSON")
         folder = os.path.dirname(folder)
@@ -455,7 +484,7 @@ def claim(args, folders):
                 if not path and entry.name.endswith(".bin"):
                     raise SystemExit(f"--dir_path {args.dir_path}: {folder} already holds .bin files, and no cpu_states.json "
                                      "says with which options; give another folder, or delete this one first")
-                if entry.name.startswith(".part-"):
+                if re.fullmatch(r"\.part-\d+", entry.name) and entry.is_file():
                     leftovers.append(entry.path)
     for leftover in leftovers:
         with contextlib.suppress(FileNotFoundError):  # a worker that outlived a killed run by a moment has finished it
@@ -558,8 +587,10 @@ def translate(args):
     title = (f"{printable(args.states_path)}: {len(data):,} bytes, {args.num_registers} registers, "
              f"{args.memory_size} bytes of memory; * marks what a step changed")
     text = "\n".join([title, "", *lines, *(f"byte {byte}: {what}" for byte, what in wrong)])
-    show(text)
-    write_output(args.output_path, text + "\n")
+    try:
+        show(text)
+    finally:
+        write_output(args.output_path, text + "\n")
     if not wrong:
         return
     more = f" (and {len(wrong) - 1} more, listed above)" if len(wrong) > 1 else ""
@@ -600,21 +631,24 @@ def read_file(path):
 
 
 def fits(data, num_registers, memory_size):
-    """Whether a file's first states, up to three, have their PC and IR where these sizes put them, and its end, if it is
-    among these."""
-    size = 6 + num_registers
-    for i in range(min(3, memory_size // 4 + 1)):
-        start = memory_size + i * size
-        instruction = data[4 * i - 4 : 4 * i] if i else bytes(4)
-        if data[start : start + 1] + data[start + 2 : start + 6] != bytes([min(i, memory_size // 4 - 1)]) + instruction:
-            return False
-        if i and not any(instruction):  # HLT
-            return len(data) == start + size
-    return True
+    """Whether a file's memory and first states, up to three, are where these sizes put them, by what no program changes:
+    zeros after HLT, PC and IR, ACC and registers of the first two states, and the end if it is among these."""
+    size, T = 6 + num_registers, memory_size // 4
+    first, second, third = (data[start : start + size] for start in range(memory_size, memory_size + 3 * size, size))
+
+    def fetched(state, step):
+        return state[:1] + state[2:6] == bytes([min(step, T - 1)]) + data[4 * step - 4 : 4 * step]
+
+    if first[:1] + first[2:6] != bytes(5) or not fetched(second, 1) or first[1:2] + first[6:] != second[1:2] + second[6:]:
+        return False
+    program = [data[i : i + 4] for i in range(0, memory_size, 4)]
+    length = program.index(bytes(4)) + 1 if bytes(4) in program else T
+    ends = fetched(third, 2) if length > 1 else len(data) == memory_size + 2 * size
+    return ends and not any(map(any, program[length:]))
 
 
 def check_sizes(paths, args):
-    """Refuse to score with sizes that most of the files were clearly not made with."""
+    """Refuse to score with sizes that most of the files, of a sample, were clearly not made with."""
     heads = [read_file(path)[0] for path in paths[:: math.ceil(len(paths) / SAMPLE)]]
 
     def count(sizes):
@@ -630,11 +664,11 @@ def check_sizes(paths, args):
 
 
 def new_tally(memory_size):
-    """Counts that add up. For bytes, states and files: sums over the files of [right, all, right², right·all, all²];
-    for each opcode (the last for malformed instructions): [steps, right bytes, right states, executed, executed right];
-    for each position: [states, right bytes, right states]."""
+    """Counts that add up. For bytes and states: sums over the files of [right, all, right², right·all, all²]; for files:
+    [right, all]; how many have a whole program; for each opcode (the last for malformed instructions): [steps, right
+    bytes, right states, executed, executed right]; for each position: [states, right bytes, right states]."""
     return {
-        "bytes": np.zeros(5), "states": np.zeros(5), "files": np.zeros(5), "long_enough": 0,
+        "bytes": np.zeros(5), "states": np.zeros(5), "files": np.zeros(2, np.int64), "programs": 0, "long_enough": 0,
         "opcodes": np.zeros((len(NAMES) + 1, 5), np.int64), "positions": np.zeros((memory_size // 4, 3), np.int64),
         "malformed": {}, "worst": [],
     }
@@ -647,6 +681,13 @@ def note(tally, reason, files, times, example):
     entry["times"] += times
 
 
+def note_all(tally, reasons, paths):
+    """Count what is malformed in files, from {reason: how many times in each, (B,)}."""
+    for reason, times in reasons.items():
+        if times.any():
+            note(tally, reason, int(np.count_nonzero(times)), int(times.sum()), paths[times.argmax()])
+
+
 def add_worst(tally, worst):
     """Keep the WORST files of those in the tally and these."""
     tally["worst"] = sorted(tally["worst"] + worst, key=lambda entry: (entry["accuracy"], entry["path"]))[:WORST]
@@ -654,7 +695,7 @@ def add_worst(tally, worst):
 
 def add(tally, other):
     """Add a later tally to an earlier one."""
-    for name in ("bytes", "states", "files", "long_enough", "opcodes", "positions"):
+    for name in ("bytes", "states", "files", "programs", "long_enough", "opcodes", "positions"):
         tally[name] += other[name]
     for reason, entry in other["malformed"].items():
         note(tally, reason, **entry)
@@ -662,11 +703,20 @@ def add(tally, other):
 
 
 def evaluate_files(paths, num_registers, memory_size):
-    """Compare files with the truth that their own program and initial state have; returns a tally. What is missing of
-    these, too, is taken for zeros, and then every true byte after them is missing and wrong."""
+    """Compare files with the truth that their own program and initial state have; returns a tally. Where the initial
+    state is not whole, every true byte after it is missing and wrong; where the program is not, nobody knows how many."""
     S, T = 6 + num_registers, memory_size // 4
     begin = memory_size + S
+    tally = new_tally(memory_size)
+    tally["files"][1] = len(paths)
     data, whole = zip(*map(read_file, paths))  # B each: the first bytes, the size
+    reasons = {"unreadable": np.array(whole) < 0, "no whole program": (np.array(whole) >= 0) & (np.array(whole) < memory_size)}
+    note_all(tally, reasons, paths)
+    known = [b for b in range(len(paths)) if whole[b] >= memory_size]
+    if not known:
+        return tally
+    paths, data, whole = ([column[b] for b in known] for column in (paths, data, whole))
+
     heads = np.frombuffer(b"".join(part[:begin].ljust(begin, b"\0") for part in data), np.uint8).reshape(-1, begin)
     memory, first = np.ascontiguousarray(heads[:, :memory_size]), heads[:, memory_size:]  # (B, 4·T), (B, S)
     initial = np.concatenate([first[:, 1:2], first[:, 6:]], axis=1)
@@ -684,10 +734,9 @@ def evaluate_files(paths, num_registers, memory_size):
     good_bytes, all_bytes = np.add.reduceat(good, starts), lengths * S + extra  # (B,) each
     good_states, all_states = np.add.reduceat(exact, starts, dtype=np.int64), lengths + -(-extra // S)
 
-    tally = new_tally(memory_size)
-    tally["long_enough"] = int((sizes >= 0).sum())
-    for name, x, n in (("bytes", good_bytes, all_bytes), ("states", good_states, all_states),
-                       ("files", good_bytes == all_bytes, np.ones(len(paths)))):
+    tally["files"][0] = (good_bytes == all_bytes).sum()
+    tally["programs"], tally["long_enough"] = len(paths), int((sizes >= 0).sum())
+    for name, x, n in (("bytes", good_bytes, all_bytes), ("states", good_states, all_states)):
         x, n = x.astype(float), n.astype(float)
         tally[name] += [x.sum(), n.sum(), x @ x, x @ n, n @ n]
 
@@ -707,8 +756,7 @@ def evaluate_files(paths, num_registers, memory_size):
     cut_off = (sizes >= 0) & (sizes < lengths * S)
     after_hlt = (memory.view("<u4") != 0) & (np.arange(T) >= lengths[:, None])  # (B, T)
     reasons = {
-        "unreadable": np.array(whole) < 0,
-        "too short for memory and initial state": (np.array(whole) >= 0) & (sizes < 0),
+        "no whole initial state": sizes < 0,
         "PC and IR of the initial state are not 0": first[:, [0, 2, 3, 4, 5]].any(axis=1),
         **{FAULTS[i]: np.add.reduceat(faults == i, starts, dtype=np.int64) for i in range(1, len(FAULTS))},
         "no HLT": states[offsets[1:] - 1, 2:6].any(axis=1),
@@ -717,10 +765,7 @@ def evaluate_files(paths, num_registers, memory_size):
         "ends inside a state": cut_off & (sizes % S > 0),
         "states missing": cut_off & (sizes % S == 0),
     }
-    for reason, times in reasons.items():  # times: (B,)
-        if times.any():
-            note(tally, reason, int(np.count_nonzero(times)), int(times.sum()), paths[times.argmax()])
-
+    note_all(tally, reasons, paths)
     accuracy = (good_bytes / all_bytes).tolist()
     wrong = [b for b in range(len(paths)) if accuracy[b] < 1]
     for b in sorted(wrong, key=lambda b: (accuracy[b], paths[b]))[:WORST]:
@@ -746,17 +791,25 @@ def share(right, total):
     return {"right": int(right), "total": int(total), "share": right / total if total else None}
 
 
-def interval(sums, files):
-    """95 % Wilson interval of the share of what is right in `files` files, from their sums [right, all, right², right·all,
-    all²]. It is files that are drawn at random; their bytes are right or wrong together. So the n of Wilson's formula is
-    the number of independent draws whose share would vary as much as this ratio of sums does."""
+def independent_draws(sums, files):
+    """How many single draws at random, right or wrong, would give a share as much spread as one of `files` files has, from
+    its sums [right, all, right², right·all, all²]. It is files that are drawn at random: their bytes are right or wrong
+    together. Where none has an error, or nothing but errors, their spread is unknown, and each counts as one draw. Kinds of
+    files that are too rare to be among these are unknown, too."""
     right, total, right_right, right_all, all_all = sums.tolist()
     p = right / total
-    variance = (right_right - 2 * p * right_all + p * p * all_all) / total**2
-    n = min(p * (1 - p) / variance, total) if 0 < p < 1 and variance > 0 else files
+    squares = right_right - 2 * p * right_all + p * p * all_all  # of what the files are off the common share
+    if right in (0, total) or files == 1 or squares < 1e-9 * all_all:
+        return files
+    student = 1 + 1.21 / (files - 1)  # Student's quantile by the normal one, about: 1.21 = (1.96² + 1) / 4
+    return min(p * (1 - p) * total**2 / (squares * files / (files - 1) * student**2), total)
+
+
+def interval(p, draws):
+    """95 % interval of a share p of so many independent draws (Wilson, 1927)."""
     z = 1.959964
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    middle, half = p + z * z / (2 * draws), z * math.sqrt(p * (1 - p) / draws + z * z / (4 * draws * draws))
+    low, high = ((middle + sign * half) / (1 + z * z / draws) for sign in (-1, 1))
     return max(low, 0.0), min(high, 1.0)
 
 
@@ -775,10 +828,15 @@ def report(tally, args):
     lines = []
     for name, unit in (("byte_accuracy", "bytes"), ("exact_states", "states"), ("exact_files", "files")):
         right, total = map(int, tally[unit][:2])
-        low, high = interval(tally[unit], int(tally["files"][1]))
+        files = tally["files"][1] if unit == "files" else tally["programs"]
+        low, high = interval(right / total, files if unit == "files" else independent_draws(tally[unit], files))
         found[name] = {**share(right, total), "low": low, "high": high}
         lines.append(f"{name.replace('_', ' '):<13} {percent(right, total):>6} %  (95 % interval {math.floor(1e4 * low) / 100:.2f}"
                      f" - {math.ceil(1e4 * high) / 100:.2f} %, {right:,} of {total:,} {unit})")
+
+    unknown = int(tally["files"][1]) - tally["programs"]
+    if unknown:
+        lines.append(f"{unknown:,} files have no whole program: they are wrong files, and of bytes and states nobody knows how many")
 
     rows = []
     for name, (steps, good, exact, executed, done) in zip([*NAMES, "(malformed)"], tally["opcodes"].tolist()):
@@ -835,13 +893,14 @@ def evaluate(args):
         kind = "is not a folder" if os.path.exists(args.dir_path) else "there is no such folder"
         raise SystemExit(f"--dir_path {args.dir_path}: {kind}; it must be a folder with .bin files")
     source = settle_sizes(args, args.dir_path)
-    if args.json:
+    if args.json is not None:
         check_output("--json", args.json)
     paths = find_files(args.dir_path)
     if not paths:
         raise SystemExit(f"--dir_path {args.dir_path}: there are no .bin files in it")
     num_workers = available_cores() if len(paths) > SMALL else 0
-    check_sizes(paths, args)
+    if not source:
+        check_sizes(paths, args)
     jobs = ((i, evaluate_files, paths[i * BATCH : (i + 1) * BATCH], args.num_registers, args.memory_size)
             for i in range(math.ceil(len(paths) / BATCH)))
     tally = new_tally(args.memory_size)
@@ -856,9 +915,11 @@ def evaluate(args):
                          f"{args.num_registers} ask for, e.g. {printable(paths[0])}")
     lines, found = report(tally, args)
     sizes = f"{args.num_registers} registers, {args.memory_size} bytes of memory" + (f" (from {source})" if source else "")
-    show("\n".join([*lines, "", f"{len(paths):,} files in {printable(args.dir_path)}, {sizes}"]))
-    if args.json:
-        write_output(args.json, json.dumps(found, indent=1) + "\n")
+    try:
+        show("\n".join([*lines, "", f"{len(paths):,} files in {printable(args.dir_path)}, {sizes}"]))
+    finally:
+        if args.json is not None:
+            write_output(args.json, json.dumps(found, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -939,11 +1000,15 @@ def main(argv=None):
         {"generate": generate, "translate": translate, "evaluate": evaluate}[args.mode](args)
     except KeyboardInterrupt as stop:
         print("interrupted; the same command again starts over and ends with the same result", file=sys.stderr)
-        return 128 + (stop.args or STOP_SIGNALS)[0]
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except BrokenProcessPool:
         raise SystemExit("a worker process was killed (out of memory?); run the same command again") from None
     except OSError as error:
         raise SystemExit(f"{error.filename or args.mode}: {error.strerror or error}") from None
+    finally:
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is interrupt:  # nothing is left to interrupt
+                signal.signal(number, signal.SIG_IGN)
     return 0
 
 
@@ -951,9 +1016,7 @@ if __name__ == "__main__":
     for number in STOP_SIGNALS:
         if signal.getsignal(number) == signal.SIG_DFL:  # not where a shell has it ignored
             signal.signal(number, interrupt)
-    sys.stderr = Patient(sys.stderr or open(os.devnull, "w"))
+    sys.stderr = Unstoppable(sys.stderr or open(os.devnull, "w"))
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that no terminal can show
-    status = main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
-    sys.exit(status)
+    sys.exit(main())
