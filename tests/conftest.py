@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import utils  # noqa: E402
+
+# a shell has Ctrl-C ignored in what it runs in the background, and the scripts under test would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = {"PATCH_SIZE": 4, "PATCH_LENGTH": 16, "HIDDEN_SIZE": 64, "PATCH_NUM_LAYERS": 2, "BYTE_NUM_LAYERS": 1}
 
