@@ -31,6 +31,7 @@ import hashlib
 import html
 import itertools
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -38,6 +39,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zlib
@@ -491,6 +493,9 @@ def _leave_signals_to_the_main_process(worker):
     """Lets a worker read on when Ctrl-C or SIGTERM reach the whole process group: the main one finishes its step first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # PyTorch's own watch misses a main process that was killed before it began
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
