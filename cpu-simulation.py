@@ -685,7 +685,7 @@ def note_all(tally, reasons, paths):
     """Count what is malformed in files, from {reason: how many times in each, (B,)}."""
     for reason, times in reasons.items():
         if times.any():
-            note(tally, reason, int(np.count_nonzero(times)), int(times.sum()), paths[times.argmax()])
+            note(tally, reason, int(np.count_nonzero(times)), int(times.sum()), paths[(times > 0).argmax()])
 
 
 def add_worst(tally, worst):
