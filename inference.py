@@ -243,7 +243,7 @@ def classify_files(model, labels, files, dtype, check_stop):
             if readable:
                 batch = utils.collate([samples[place] for place in readable])
                 with torch.inference_mode(), utils.autocast(model.device, dtype):
-                    logits = model(batch.patches.long().to(model.device), batch.masks.to(model.device))  # (B, labels)
+                    logits = model(batch.patches.long().to(model.device), batch.masks)  # (B, labels)
                 likeliest = logits.double().softmax(-1).topk(num_shown)  # (B, 3) each
                 found |= {
                     place: list(zip(*each)) for place, *each in zip(readable, likeliest.values.tolist(), likeliest.indices.tolist())

@@ -109,10 +109,10 @@ def train_epoch(run, engine, truth):
         micros = batch.split(config.ACCUMULATION_STEPS)
         # a spare batch has no indices and counts nothing: any label will do
         labels = truth[indices] if len(indices) else truth[: len(batch.masks)]
-        labels = labels.to(run.processes.device, non_blocking=True).split([len(micro.masks) for micro in micros])
         # the gradient is that of the mean over the files of all processes; theirs are averaged
         weight = run.processes.count / count if len(indices) else 0
-        for i, (micro, part) in enumerate(zip(micros, labels), 1):
+        for i, (rows, micro) in enumerate(micros, 1):
+            part = labels[rows].to(run.processes.device, non_blocking=True)
             with utils.gradients_stay(engine, i < len(micros)):
                 logits = predict(engine, micro, run)
                 nats = F.cross_entropy(logits, part, reduction="sum")
@@ -148,9 +148,9 @@ def evaluate(run, truth):
 
 def predict(model, batch, run):
     """Returns the model's logits, float32 (B, labels), for a Batch."""
-    patches, masks = (tensor.to(run.processes.device, non_blocking=True) for tensor in (batch.patches, batch.masks))
-    with utils.autocast(run.processes.device, run.dtype):
-        return model(patches.long(), masks).float()
+    device = run.processes.device
+    with utils.autocast(device, run.dtype):
+        return model(batch.patches.to(device, non_blocking=True).long(), batch.masks).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def train_epoch(run, engine):
     bytes_before = totals.bytes
     engine.train()
     for batch, indices, _ in run.training_steps():
-        micros, rng = batch.split(config.ACCUMULATION_STEPS), run.step_rng()
+        micros, rng = [micro for _, micro in batch.split(config.ACCUMULATION_STEPS)], run.step_rng()
         targets = [utils.sample_targets(micro.masks, config.PATCH_SAMPLING_BATCH_SIZE, rng) for micro in micros]
         num_targets = sum(int(chosen.sum()) for chosen in targets) if len(indices) else 0
         # the gradient is that of the mean over all symbols of all target patches of all processes; theirs are averaged
@@ -162,9 +162,8 @@ def evaluate(run):
 def predict(model, batch, targets, run):
     """Returns the model's BytePrediction for the `targets` of a Batch."""
     device = run.processes.device
-    patches, masks, targets = (tensor.to(device, non_blocking=True) for tensor in (batch.patches, batch.masks, targets))
     with utils.autocast(device, run.dtype):
-        return model(patches.long(), masks, targets)
+        return model(batch.patches.to(device, non_blocking=True).long(), batch.masks, targets)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

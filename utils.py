@@ -66,6 +66,7 @@ NUM_SYMBOLS = 257  # V: 256 bytes and END
 HEAD_SIZE = 64  # width of an attention head
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # how writing fails when nothing more fits
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # options of glibc's mallopt
+ORDER = "permutation"  # how the order of an epoch is drawn, for checkpoints
 PREFILL_PATCHES = 8192  # most patches of prompts that go through the model at once
 
 
@@ -354,27 +355,23 @@ def fitting_pairs(pairs, patch_size, patch_length):
     return pairs.select(lengths <= patch_length), int(lengths.max(initial=0))
 
 
-def epoch_order(lengths, rng, window=4096, group=64):
-    """Draws the order of an epoch: at random, but in groups of similar length, so that batches need little padding.
-
-    In every `window` of the shuffled examples, those of similar length form groups; the groups are shuffled anew.
-    What is left over after whole groups comes last. Batches of up to `group` examples gain: for 6,896 ABC and MIDI files
-    padding falls from 172 % of the data to 3 % in batches of 16, from 257 % to 9 % in batches of 64.
+def share_out(lengths, count):
+    """Shares sequences out into parts that hold nearly the same number of patches: the longest first, to the part with least.
 
     Args:
-        lengths: int (n,), patches of each example.
-        rng: numpy Generator.
+        lengths: int (n,), patches of each sequence, 1 or more.
+        count: number of parts.
 
     Returns:
-        int64 (n,), a permutation that depends on lengths and rng alone.
+        list of `count` int64 arrays, the indices of each part's sequences in ascending order. With n < count, the last
+        parts are empty. It depends on the arguments alone.
     """
-    order = rng.permutation(len(lengths))
-    whole = len(order) // group * group
-    for start in range(0, whole, window):
-        part = order[start : min(start + window, whole)]  # a view
-        part[:] = part[np.argsort(lengths[part], kind="stable")]
-    groups = order[:whole].reshape(-1, group)  # (groups, group)
-    return np.concatenate((groups[rng.permutation(len(groups))].reshape(-1), order[whole:]))
+    parts, sums = [[] for _ in range(count)], [0] * count
+    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        least = sums.index(min(sums))
+        parts[least].append(index)
+        sums[least] += int(lengths[index])
+    return [np.array(sorted(part), dtype=np.int64) for part in parts]
 
 
 class ByteDataset(torch.utils.data.Dataset):
@@ -428,12 +425,16 @@ class Batch:
     counted: torch.Tensor  # bool (B, P, S), true at the symbols that bits per byte are counted over
 
     def split(self, parts):
-        """Returns at most `parts` batches of as many sequences each, every one cut to its own longest sequence."""
-        size = -(-len(self.masks) // parts)
+        """Returns at most `parts` pairs of sequences' indices (int64 array) and their Batch, cut to the longest of them.
+
+        The batches have nearly the same number of patches, see `share_out`.
+        """
+        lengths = self.masks.sum(1)  # (B,)
         split = []
-        for rows in torch.arange(len(self.masks)).split(size):
-            longest = int(self.masks[rows].sum(1).max())
-            split.append(Batch(self.patches[rows, :longest], self.masks[rows, :longest], self.counted[rows, :longest]))
+        for rows in filter(len, share_out(lengths.numpy(), parts)):
+            longest = int(lengths[rows].max())
+            batch = Batch(self.patches[rows, :longest], self.masks[rows, :longest], self.counted[rows, :longest])
+            split.append((rows, batch))
         return split
 
     def pin_memory(self):
@@ -546,51 +547,113 @@ def dropout(x, rate):
     return x * kept.mul_(2**16 / (2**16 - threshold))
 
 
-def attend(queries, keys, values, rate):
+def attend(qkv, rate=0.0):
     """Returns causal attention with dropout of its weights, as PyTorch's scaled_dot_product_attention does.
 
     Args:
-        queries, keys, values: (B, H, T, 64).
+        qkv: (B, T, 3, H, 64), the queries, keys and values of B sequences.
         rate: of dropout.
 
     Returns:
-        (B, H, T, 64).
+        (B, T, H, 64).
     """
-    if rate == 0 or queries.device.type != "cpu":
-        return F.scaled_dot_product_attention(queries, keys, values, dropout_p=rate, is_causal=True)
+    queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, 64) each
+    if rate == 0 or qkv.device.type != "cpu":
+        return F.scaled_dot_product_attention(queries, keys, values, dropout_p=rate, is_causal=True).transpose(1, 2)
     # PyTorch's own attention on CPUs has no fast path with dropout
     shape, length = queries.shape, queries.shape[2]
     queries, keys, values = (each.flatten(0, 1) for each in (queries, keys, values))  # (B·H, T, 64)
-    later = torch.full((length, length), -torch.inf, dtype=queries.dtype).triu(1)
+    later = torch.full((length, length), -torch.inf, dtype=qkv.dtype).triu(1)
     scores = torch.baddbmm(later, queries, keys.transpose(1, 2), alpha=shape[-1] ** -0.5)  # (B·H, T, T)
     weights = dropout(scores.softmax(-1), rate)
-    return (weights @ values).view(shape)
+    return (weights @ values).view(shape).transpose(1, 2)  # (B·H, T, 64) -> (B, H, T, 64) -> (B, T, H, 64)
 
 
-def run_block(block, x, attn_pdrop, resid_pdrop):
-    """Runs a GPT2Block with dropout of its attention weights and of both its branches: (B, T, D) to (B, T, D)."""
-    batch, length, width = x.shape
-    qkv = block.attn.c_attn(block.ln_1(x))  # (B, T, 3·D)
-    # (B, T, 3·D) -> (B, T, 3, H, 64) -> (3, B, H, T, 64)
-    queries, keys, values = qkv.view(batch, length, 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    # (B, H, T, 64) -> (B, T, H, 64) -> (B, T, D)
-    attended = attend(queries, keys, values, attn_pdrop).transpose(1, 2).reshape(batch, length, width)
-    x = x + dropout(block.attn.c_proj(attended), resid_pdrop)
-    return x + dropout(block.mlp.c_proj(block.mlp.act(block.mlp.c_fc(block.ln_2(x)))), resid_pdrop)
+class Ragged:
+    """Sequences of different lengths as rows (N, ·), one sequence after another: no work is done for padding.
 
+    Only attention sees them as sequences, padded to lengths that follow from their own, so that the numbers of one do not
+    depend on the others. The shortest come first: those that are padded alike are neighbours.
 
-def run_gpt2(gpt2, inputs, run_block=run_block):
-    """Returns the outputs of a GPT2Model, (B, T, D), for inputs (B, T, D) to which positions are not added yet.
+    Args:
+        lengths: int (B,), patches of each sequence; 0 = none.
+        device: where the rows are.
 
-    The same as its own forward, but for faster dropout and attention, see `dropout` and `attend`.
+    Attributes:
+        sequence, position: int64 (N,), which sequence each row is of, and its place in that.
+        starts: int64 (B,), the first row of each sequence.
     """
-    config = gpt2.config
+
+    def __init__(self, lengths, device):
+        lengths = np.asarray(lengths, dtype=np.int64)
+        order = np.argsort(lengths, kind="stable")
+        ends = lengths[order].cumsum()  # (B,), rows up to and with each sequence, in their order
+        starts = np.empty_like(ends)
+        starts[order] = ends - lengths[order]
+        sequence = order.repeat(lengths[order])
+        position = np.arange(len(sequence)) - starts[sequence]
+        self.sequence, self.position, self.starts = (torch.from_numpy(a).to(device) for a in (sequence, position, starts))
+        self._groups = []  # of sequences padded alike: their rows; how many they are, padded to what; the rows' cells there
+        padded = np.array([padded_length(length) for length in lengths[order].tolist()], dtype=np.int64)
+        for length in np.unique(padded[padded > 0]).tolist():
+            members = np.flatnonzero(padded == length)
+            rows = slice(int(starts[order[members[0]]]), int(ends[members[-1]]))
+            place = np.arange(len(members)).repeat(lengths[order[members]])  # of each row's sequence in the group
+            cells = torch.from_numpy(place * length + position[rows]).to(device)
+            self._groups.append((rows, (len(members), length), cells))
+
+    def attend(self, qkv, rate=0.0):
+        """Returns each row's attention (N, H, 64) to the rows of its sequence up to itself; see `attend`.
+
+        Args:
+            qkv: (N, 3, H, 64), queries, keys and values.
+            rate: of dropout of the attention's weights.
+        """
+        attended = []
+        for rows, shape, cells in self._groups:
+            group = qkv[rows]  # (n, 3, H, 64)
+            is_full = len(group) == shape[0] * shape[1]
+            if not is_full:
+                padding = group.new_zeros(shape[0] * shape[1], *group.shape[1:])
+                group = padding.index_copy(0, cells, group)
+            outputs = attend(group.view(*shape, *qkv.shape[1:]), rate).flatten(0, 1)  # (B·T, H, 64)
+            attended.append(outputs if is_full else outputs.index_select(0, cells))
+        return torch.cat(attended)
+
+
+def padded_length(length):
+    """Returns what a sequence is padded to for its attention: at most 15 more, or a quarter of its length."""
+    return round_up(length, max(16, 1 << max(length - 1, 4).bit_length() - 3))
+
+
+def project_qkv(block, x):
+    """Returns the queries, keys and values (…, 3·D) of a GPT2Block for x (…, D)."""
+    return block.attn.c_attn(block.ln_1(x))
+
+
+def finish_block(block, x, attended, rate):
+    """Returns what a GPT2Block makes of x (…, D) and its attention (…, D), with dropout of both its branches."""
+    x = x + dropout(block.attn.c_proj(attended), rate)
+    return x + dropout(block.mlp.c_proj(block.mlp.act(block.mlp.c_fc(block.ln_2(x)))), rate)
+
+
+def run_gpt2(gpt2, inputs, attend, parts=(project_qkv, finish_block)):
+    """Returns the outputs of a GPT2Model, (…, D), for inputs (…, D), positions added.
+
+    The same as its own forward, but for faster dropout and attention, and that the inputs may be rows of any sequences.
+
+    Args:
+        attend: function of queries, keys and values (…, 3, H, 64) and a rate of dropout; returns (…, H, 64).
+        parts: `project_qkv` and `finish_block`, or what torch.compile made of them.
+    """
+    config, (project, finish) = gpt2.config, parts
     embd_pdrop, attn_pdrop, resid_pdrop = (
         rate if gpt2.training else 0.0 for rate in (config.embd_pdrop, config.attn_pdrop, config.resid_pdrop)
     )
-    x = dropout(inputs + gpt2.wpe.weight[: inputs.shape[1]], embd_pdrop)
+    x = dropout(inputs, embd_pdrop)
     for block in gpt2.h:
-        x = run_block(block, x, attn_pdrop, resid_pdrop)
+        qkv = project(block, x).unflatten(-1, (3, config.n_head, HEAD_SIZE))  # (…, 3·D) -> (…, 3, H, 64)
+        x = finish(block, x, attend(qkv, attn_pdrop).flatten(-2), resid_pdrop)  # (…, H, 64) -> (…, D)
     return gpt2.ln_f(x)
 
 
@@ -599,7 +662,7 @@ class ByteModel(PreTrainedModel):
 
     config_class = GPT2Config
     _supports_sdpa = True  # without it, transformers would fall back to its slow attention
-    run_block = staticmethod(run_block)  # or what torch.compile made of it, see compile_model
+    parts = project_qkv, finish_block  # of a block; or what torch.compile made of them, see compile_model
 
 
 class PatchLevelDecoder(ByteModel):
@@ -620,32 +683,41 @@ class PatchLevelDecoder(ByteModel):
         self.base = GPT2Model(config)
 
     def embed(self, patches):
-        """Returns the embeddings (B, P, D) of patches, int64 (B, P, S), before positions are added.
+        """Returns the embeddings (N, D) of patches, int64 (N, S), before positions are added.
 
         The product of the one-hot patches and the weight is the sum of the S columns that the ones select.
         """
-        batch, length, patch_size = patches.shape
-        columns = patches + torch.arange(patch_size, device=patches.device) * NUM_SYMBOLS  # (B, P, S)
+        columns = patches + torch.arange(self.patch_size, device=patches.device) * NUM_SYMBOLS  # (N, S)
         weight = self.patch_embedding.weight.t().contiguous()  # (S·V, D), no copy: see __init__
-        # (B, P, S) -> (B·P, S) -> (B·P, D)
-        sums = F.embedding_bag(columns.reshape(-1, patch_size), weight, mode="sum")
-        return (sums + self.patch_embedding.bias).view(batch, length, -1)
+        return F.embedding_bag(columns, weight, mode="sum") + self.patch_embedding.bias
 
-    def forward(self, patches, masks=None):
-        """Returns transformers' output, whose `last_hidden_state` is (B, P, D).
+    def encode(self, patches, masks):
+        """Returns (outputs (N, D) of the N real patches, their Ragged).
 
         Args:
             patches: int64 (B, P, S) or (B, P·S).
-            masks: accepted as in the published code, and not needed: padding stands on the right, where no real patch
-                sees it.
+            masks: integers (B, P), 1 at real patches, 0 at the padding on the right; None = all are real. On the CPU,
+                no GPU is waited for.
 
         Raises:
-            ValueError: there are more patches than positions.
+            ValueError: there are more patches than positions, or real patches after padding.
         """
         patches = patches.reshape(len(patches), -1, self.patch_size)  # (B, P·S) -> (B, P, S)
         if patches.shape[1] > self.config.n_positions:
             raise ValueError(f"{patches.shape[1]} patches, but the model has positions for {self.config.n_positions}")
-        return BaseModelOutput(last_hidden_state=run_gpt2(self.base, self.embed(patches), self.run_block))
+        real = np.ones(patches.shape[:2], dtype=bool) if masks is None else masks.cpu().numpy() == 1  # (B, P)
+        if (real[:, 1:] > real[:, :-1]).any():
+            raise ValueError("masks must be 1 at the real patches of each sequence and 0 behind them: padding stands on the right")
+        ragged = Ragged(real.sum(1), patches.device)
+        embedded = self.embed(patches[ragged.sequence, ragged.position])  # (B, P, S) -> (N, S) -> (N, D)
+        outputs = run_gpt2(self.base, embedded + self.base.wpe(ragged.position), ragged.attend, self.parts)
+        return outputs, ragged
+
+    def forward(self, patches, masks=None):
+        """Returns transformers' output, whose `last_hidden_state` is (B, P, D), 0 at padding; see `encode`."""
+        outputs, ragged = self.encode(patches, masks)
+        hidden = outputs.new_zeros(len(patches), patches[0].numel() // self.patch_size, outputs.shape[-1])
+        return BaseModelOutput(last_hidden_state=hidden.index_put((ragged.sequence, ragged.position), outputs))
 
 
 class ByteLevelDecoder(ByteModel):
@@ -669,7 +741,8 @@ class ByteLevelDecoder(ByteModel):
         """
         symbols = self.base.transformer.wte(target_patches[:, :-1])  # (N, S-1, D)
         inputs = torch.cat((encoded_patches.unsqueeze(1).to(symbols.dtype), symbols), dim=1)  # (N, S, D)
-        hidden = run_gpt2(self.base.transformer, inputs, self.run_block)  # (N, S, D)
+        inputs = inputs + self.base.transformer.wpe.weight[: inputs.shape[1]]
+        hidden = run_gpt2(self.base.transformer, inputs, attend, self.parts)  # (N, S, D)
         logits = self.base.lm_head(hidden)  # (N, S, V)
         # (N, S, V) -> (N·S, V) -> (N, S)
         nats = F.cross_entropy(logits.flatten(0, 1).float(), target_patches.flatten(), reduction="none")
@@ -706,13 +779,15 @@ class bGPTLMHeadModel(ByteModel):
             masks: integers (B, P), 1 at real patches, 0 at the padding on the right.
             targets: bool (B, P-1), which of patches 1.. to predict; None = all real ones.
         """
-        patch_size = self.patch_level_decoder.patch_size
-        patches = patches.reshape(len(patches), -1, patch_size)  # (B, P·S) -> (B, P, S)
-        encoded = self.patch_level_decoder(patches).last_hidden_state  # (B, P, D)
+        patches = patches.reshape(len(patches), -1, self.patch_level_decoder.patch_size)  # (B, P·S) -> (B, P, S)
+        encoded, ragged = self.patch_level_decoder.encode(patches, masks)  # (N real patches, D)
         if targets is None:
             targets = masks[:, 1:] == 1  # (B, P-1)
-        # boolean indexing: (B, P-1, D) -> (N, D) and (B, P-1, S) -> (N, S)
-        return self.byte_level_decoder(encoded[:, :-1][targets], patches[:, 1:][targets])
+        sequence, before = targets.nonzero(as_tuple=True)  # (N,) each: the targets' sequences, and the patches before them
+        sequence, before = sequence.to(patches.device), before.to(patches.device)
+        # index_select: its gradient is added up faster than that of indexing
+        encoded = encoded.index_select(0, ragged.starts[sequence] + before)  # (N, D)
+        return self.byte_level_decoder(encoded, patches[sequence, before + 1])
 
 
 class bGPTForClassification(ByteModel):
@@ -736,22 +811,20 @@ class bGPTForClassification(ByteModel):
             patches: int64 (B, P, S) or (B, P·S).
             masks: integers (B, P), 1 at real patches; None = all are real.
         """
-        encoded = self.patch_level_decoder(patches).last_hidden_state  # (B, P, D)
-        if masks is None:
-            masks = torch.ones(encoded.shape[:2], dtype=torch.int64, device=encoded.device)
-        weights = masks.unsqueeze(-1).to(encoded.dtype)  # (B, P, 1)
-        mean = (encoded * weights).sum(1) / weights.sum(1)  # (B, D)
-        return self.classifier(mean)
+        encoded = self.patch_level_decoder(patches, masks).last_hidden_state  # (B, P, D), 0 at padding
+        counts = encoded.shape[1] if masks is None else masks.sum(1, keepdim=True).to(encoded.device)  # (B, 1)
+        return self.classifier(encoded.sum(1) / counts)
 
 
 def compile_model(model):
     """Has torch.compile fuse the operations of the blocks of a model's decoders; names and weights stay what they are.
 
-    Only the block is compiled, once for all layers of a decoder and for any number of sequences and targets.
+    Only what comes before and after the attention of a block is compiled, once for all layers of a decoder and for any
+    number of rows.
     """
     for decoder in model.children():
         if isinstance(decoder, ByteModel):
-            decoder.run_block = torch.compile(run_block, dynamic=True)
+            decoder.parts = tuple(torch.compile(part, dynamic=True) for part in (project_qkv, finish_block))
 
 
 def sample_targets(masks, most, rng):
@@ -1006,36 +1079,20 @@ class PatchWriter:
     def _prefill(self, places, patches):
         """Runs patches, a list of int64 (P, S), through the patch-level decoder into the cache's rows `places`.
 
-        The N patches in all pass the layers without padding. Only for the attention between them are they padded, each
-        prompt to a length that follows from its own, so that its numbers do not depend on the others.
+        The N patches in all pass the layers without padding, see `Ragged`.
         """
-        order = sorted(range(len(places)), key=lambda i: len(patches[i]))
-        places, patches = [places[i] for i in order], [patches[i] for i in order]
-        position = torch.cat([torch.arange(len(held)) for held in patches]).to(self.device)  # (N,)
-        place = torch.cat([torch.full((len(held),), place) for place, held in zip(places, patches)]).to(self.device)  # (N,)
-        groups, start = [], 0  # of prompts padded alike: their patches among the N, (B, P), the sequence of each patch
-        for padded, group in itertools.groupby(map(len, patches), key=lambda length: round_up(length, 64)):
-            lengths = torch.tensor(list(group))
-            rows = slice(start, start + int(lengths.sum()))
-            sequence = torch.arange(len(lengths)).repeat_interleave(lengths).to(self.device)
-            groups.append((rows, (len(lengths), padded), sequence))
-            start = rows.stop
+        ragged = Ragged([len(held) for held in patches], self.device)
+        place = torch.tensor(places, device=self.device)[ragged.sequence]  # (N,), the row of the cache that each patch goes to
 
         def attend(layer, qkv):
             qkv = qkv.to(self.patch_cache.keys.dtype)
-            self.patch_cache.keys[layer, place, :, position] = qkv[:, 1]
-            self.patch_cache.values[layer, place, :, position] = qkv[:, 2]
-            attended = torch.empty_like(qkv[:, 0])  # (N, H, 64)
-            for rows, shape, sequence in groups:
-                padded = qkv.new_zeros(*shape, *qkv.shape[1:])  # (B, P, 3, H, 64)
-                padded[sequence, position[rows]] = qkv[rows]
-                # (B, P, 3, H, 64) -> (3, B, H, P, 64) -> (B, H, P, 64)
-                outputs = F.scaled_dot_product_attention(*padded.permute(2, 0, 3, 1, 4), is_causal=True)
-                attended[rows] = outputs.transpose(1, 2)[sequence, position[rows]]  # (B, H, P, 64) -> (B, P, H, 64) -> (n, H, 64)
-            return attended.flatten(1).to(self.patch_level.dtype)  # (N, D)
+            self.patch_cache.keys[layer, place, :, ragged.position] = qkv[:, 1]
+            self.patch_cache.values[layer, place, :, ragged.position] = qkv[:, 2]
+            return ragged.attend(qkv).flatten(1).to(self.patch_level.dtype)  # (N, D)
 
-        embedded = self.patch_level.embed(torch.cat(patches).to(self.device).unsqueeze(0)).squeeze(0)  # (N, D)
-        self.patch_blocks(embedded + self.patch_level.base.wpe(position), attend)
+        padded = nn.utils.rnn.pad_sequence(patches, batch_first=True).to(self.device)  # (B, P, S)
+        embedded = self.patch_level.embed(padded[ragged.sequence, ragged.position])  # (N, D)
+        self.patch_blocks(embedded + self.patch_level.base.wpe(ragged.position), attend)
 
     def move(self, source, target, count):
         """Moves a row, whose cache holds `count` patches, to another row."""
@@ -1126,7 +1183,7 @@ class PatchWriter:
             held = (self.patch_cache.keys[layer, :rows, :, :longest], self.patch_cache.values[layer, :rows, :, :longest])
             return attend_once(queries, *held, mask).to(self.patch_level.dtype)
 
-        embedded = self.patch_level.embed(self.newest[:rows].unsqueeze(1)).squeeze(1)  # (B, D)
+        embedded = self.patch_level.embed(self.newest[:rows])  # (B, D)
         return self.patch_blocks(embedded + self.patch_level.base.wpe(positions), attend)
 
 
@@ -2013,14 +2070,15 @@ def run_main(main, override):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def shared_batches(processes, dataset, order, batch_size, num_workers):
+def shared_batches(processes, dataset, lengths, order, batch_size, num_workers):
     """Yields what each step of all processes reads: every example of `order` once, in one of them.
 
     Args:
         processes: the Processes.
         dataset: a ByteDataset.
+        lengths: int (len(dataset),), patches of each example; the processes share a step's patches out evenly, see `share_out`.
         order: int64 (n,), indices of examples; a step takes the next `batch_size` for each process.
-        batch_size: sequences per process.
+        batch_size: sequences per process, on average.
         num_workers: see `batches`.
 
     Yields:
@@ -2033,8 +2091,7 @@ def shared_batches(processes, dataset, order, batch_size, num_workers):
     """
     size = batch_size * processes.count
     steps = [order[start : start + size] for start in range(0, len(order), size)]
-    # every count-th example, not a run of them: neighbours are of similar length, so the processes have equal work
-    mine = [step[processes.rank :: processes.count] for step in steps]
+    mine = [step[share_out(lengths[step], processes.count)[processes.rank]] for step in steps]
     read = [indices if len(indices) else step[:1] for indices, step in zip(mine, steps)]
     loaded = batches(dataset, read, num_workers, processes.device.type == "cuda")
     for step, indices in zip(steps, mine):
@@ -2256,6 +2313,9 @@ class TrainingRun:
         states = checkpoint["random_states"]
         if position > len(self.train) or not len(everyone) == len(states) > 0:
             raise ValueError("its place in the epoch is none")
+        if checkpoint.get("order") != ORDER:
+            print(f"this checkpoint is of a version that drew the order of an epoch in another way: epoch {self.epoch + 1} begins anew")
+            return
         if checkpoint["config"]["SEED"] != self.settings["SEED"]:
             print(f"SEED has changed, so epoch {self.epoch + 1} begins anew, in another order")
             return
@@ -2339,8 +2399,8 @@ class TrainingRun:
         seeds = [self.settings["SEED"], self.epoch + 1]
         dataset = ByteDataset(self.train, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH, crop_seed=seeds)
         lengths = self.train.lengths(self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH)
-        order = epoch_order(lengths, np.random.default_rng(seeds))[self.position :]
-        for batch, indices, count in self._steps("train", dataset, order, self.settings["BATCH_SIZE"], initial=self.position):
+        order = np.random.default_rng(seeds).permutation(len(self.train))[self.position :]
+        for batch, indices, count in self._steps("train", dataset, lengths, order, self.settings["BATCH_SIZE"], initial=self.position):
             yield batch, indices, count
             self.position += count
 
@@ -2348,18 +2408,18 @@ class TrainingRun:
         """Yields (batch, indices, count) until every evaluation example was there, like `training_steps`, in no spare batch."""
         dataset = ByteDataset(self.held_out, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH)
         # sorted by length, since that needs the least padding
-        order = np.argsort(self.held_out.lengths(self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH), kind="stable")
+        lengths = self.held_out.lengths(self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH)
         size = self.settings["BATCH_SIZE"] // self.settings["ACCUMULATION_STEPS"]
-        for batch, indices, count in self._steps("eval", dataset, order, size, leave=False):
+        for batch, indices, count in self._steps("eval", dataset, lengths, np.argsort(lengths, kind="stable"), size, leave=False):
             if len(indices):
                 yield batch, indices, count
 
-    def _steps(self, what, dataset, order, batch_size, **bar_options):
+    def _steps(self, what, dataset, lengths, order, batch_size, **bar_options):
         """Yields what `shared_batches` does, with a progress bar, and does what is due between two steps."""
         bar_options |= {"total": len(dataset), "unit": "file", "dynamic_ncols": True, "disable": self.processes.rank > 0}
         with tqdm(desc=f"epoch {self.epoch + 1} {what}", **bar_options) as self.bar:
             for batch, indices, count in shared_batches(
-                self.processes, dataset, order, batch_size, self.settings["NUM_WORKERS"]
+                self.processes, dataset, lengths, order, batch_size, self.settings["NUM_WORKERS"]
             ):
                 yield batch, indices, count
                 self.bar.update(count)
@@ -2499,6 +2559,7 @@ class TrainingRun:
             self.best_name: worst if self.best is None else self.best,
             **({} if self.labels is None else {"labels": self.labels}),
             "position": self.position,
+            "order": ORDER,
             "totals": [totals for totals, _ in everyone],
             "random_states": [state for _, state in everyone],
             "figures": self.figures,

@@ -179,24 +179,19 @@ def test_fingerprint_knows_paths_order_and_sizes():
     assert len({examples.fingerprint() for examples in [pairs, *others]}) == 9
 
 
-def test_epoch_order_is_random_and_groups_lengths():
-    lengths = np.random.default_rng(0).integers(2, 513, 5000)
-    order = utils.epoch_order(lengths, np.random.default_rng(1))
-    assert order.dtype == np.int64 and np.array_equal(np.sort(order), np.arange(5000))
-    assert np.array_equal(order, utils.epoch_order(lengths, np.random.default_rng(1)))
-    assert not np.array_equal(order, utils.epoch_order(lengths, np.random.default_rng(2)))
-
-    def padding(order):  # share of padding in batches of 16
-        batches = [lengths[order[start : start + 16]] for start in range(0, 5000, 16)]
-        return 1 - lengths.sum() / sum(len(batch) * batch.max() for batch in batches)
-
-    assert padding(order) < 0.05 < 0.4 < padding(np.random.default_rng(1).permutation(5000))
-    # neither early nor late batches are the short ones, and every example can come in any group, or be left over
-    assert abs(lengths[order[:2500]].mean() - lengths[order[2500:]].mean()) < 40
-    places = [int(np.flatnonzero(utils.epoch_order(lengths[:160], np.random.default_rng(i)) == 7)[0]) for i in range(99)]
-    assert {place // 64 for place in places} == {0, 1, 2}
-    for few in (0, 1, 63, 65):
-        assert sorted(utils.epoch_order(lengths[:few], np.random.default_rng(1))) == list(range(few))
+def test_parts_have_nearly_the_same_number_of_patches():
+    random = np.random.default_rng(0)
+    for count, n in ((1, 5), (2, 16), (8, 64), (3, 2), (4, 0)):
+        lengths = random.integers(2, 513, n)
+        parts = utils.share_out(lengths, count)
+        assert len(parts) == count and sorted(np.concatenate(parts).tolist()) == list(range(n))
+        assert all(part.dtype == np.int64 and (np.diff(part) > 0).all() for part in parts)
+        assert [part.tolist() for part in parts] == [part.tolist() for part in utils.share_out(lengths, count)]
+        sums = [lengths[part].sum() for part in parts]
+        if n >= 2 * count:
+            assert max(sums) < 1.03 * min(sums)
+        assert all(map(len, parts[:n]))  # nobody is without work while there is some
+    assert [part.tolist() for part in utils.share_out([1, 9, 5, 4], 2)] == [[0, 1], [2, 3]]
 
 
 @pytest.fixture()
@@ -275,8 +270,8 @@ def test_batches(tmp_path):
     assert first.patches.shape == (2, 8, 4) and (first.patches[1, 5:] == E).all()
     assert (first.counted & (first.patches != E)).sum() == 28 + 9  # file 4 is cut to its head
     split = first.split(2)
-    assert [part.patches.shape for part in split] == [(1, 8, 4), (1, 5, 4)]
-    assert sum(part.masks.sum() for part in split) == first.masks.sum()
+    assert [(rows.tolist(), part.patches.shape) for rows, part in split] == [([0], (1, 8, 4)), ([1], (1, 5, 4))]
+    assert torch.equal(split[1][1].patches[0], first.patches[1, :5]) and sum(part.masks.sum() for _, part in split) == 13
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -290,5 +285,5 @@ def test_file_that_vanishes(tmp_path, num_workers):
 
 def test_split_of_a_short_batch_leaves_no_empty_part():
     batch = as_batch([utils.to_patches(b"abc", "x", 4)] * 3)
-    assert [len(part.masks) for part in batch.split(4)] == [1, 1, 1]
-    assert [len(part.masks) for part in batch.split(2)] == [2, 1]
+    assert [rows.tolist() for rows, _ in batch.split(4)] == [[0], [1], [2]]
+    assert [rows.tolist() for rows, _ in batch.split(2)] == [[0, 2], [1]]

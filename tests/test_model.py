@@ -70,7 +70,7 @@ def test_embedding_is_the_product_with_the_one_hot(tiny_model):
     patches = torch.randint(0, 257, (2, 5, 4))
     one_hot = torch.nn.functional.one_hot(patches, 257).float().flatten(2)  # (B, P, S·V)
     decoder = tiny_model.patch_level_decoder
-    assert torch.allclose(decoder.embed(patches), decoder.patch_embedding(one_hot), atol=1e-5)
+    assert torch.allclose(decoder.embed(patches.flatten(0, 1)), decoder.patch_embedding(one_hot).flatten(0, 1), atol=1e-5)
 
 
 def test_embedding_gradient_is_that_of_the_product(tiny_model):
@@ -78,7 +78,7 @@ def test_embedding_gradient_is_that_of_the_product(tiny_model):
     one_hot = torch.nn.functional.one_hot(patches, 257).float().flatten(2)
     decoder = tiny_model.patch_level_decoder
     gradients = []
-    for output in (decoder.embed(patches), decoder.patch_embedding(one_hot)):
+    for output in (decoder.embed(patches.flatten(0, 1)), decoder.patch_embedding(one_hot)):
         gradients.append(torch.autograd.grad(output.square().sum(), decoder.patch_embedding.weight)[0])
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-4)
     weight = decoder.patch_embedding.weight
@@ -101,6 +101,78 @@ def test_causal_and_padding_change_nothing(tiny_model):
     changed[1, 6] = 7
     outputs = [tiny_model.patch_level_decoder(p).last_hidden_state[1] for p in (batch.patches.long(), changed)]
     assert torch.allclose(outputs[0][:6], outputs[1][:6], atol=1e-6) and not torch.allclose(outputs[0][6], outputs[1][6])
+
+
+def ragged_sequences(lengths, patch_size=4):
+    """Sequences of so many patches each, int16 (P, S), their content drawn at random."""
+    random = np.random.default_rng(0)
+    return [utils.to_patches(random.integers(0, 256, patch_size * (n - 2)).astype(np.uint8), "x", patch_size) for n in lengths]
+
+
+@pytest.mark.parametrize("kind", ["generative", "classifier"])
+def test_loss_and_gradient_of_a_file_are_the_same_in_any_batch(kind):
+    """The gradient of a batch's sum is the sum of the gradients of its files, each alone (dropout 0, float32)."""
+    model = fill_by_recipe(utils.ModelSizes(**{**TINY, "PATCH_LENGTH": 200}).build(dropout=0.0)).train()
+    if kind == "classifier":
+        model = fill_by_recipe(utils.bGPTForClassification(utils.make_configs(4, 200, 64, 2, 1, 0.0)[0], 3)).train()
+    sequences = ragged_sequences([2, 40, 17, 16, 33, 128, 2, 200])
+
+    def losses_and_gradients(sequences):
+        batch = as_batch(sequences)
+        output = model(batch.patches.long(), batch.masks)
+        if kind == "classifier":
+            losses = torch.nn.functional.cross_entropy(output, torch.tensor([len(s) % 3 for s in sequences]), reduction="none")
+        else:
+            losses = torch.stack([nats.sum() for nats in output.nats.split([len(s) - 1 for s in sequences])])
+        model.zero_grad()
+        losses.sum().backward()
+        return losses.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    together, gradients = losses_and_gradients(sequences)
+    alone = [losses_and_gradients([sequence]) for sequence in sequences]
+    torch.testing.assert_close(together, torch.cat([losses for losses, _ in alone]), rtol=1e-5, atol=0)
+    for name, gradient in gradients.items():
+        total = sum(each[name] for _, each in alone)
+        assert (gradient - total).norm() <= 1e-5 * total.norm(), name
+    shuffled, _ = losses_and_gradients(sequences[::-1])
+    torch.testing.assert_close(shuffled, together.flip(0), rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_padding_takes_no_part(tiny_model, monkeypatch):
+    """No layer but the attention sees more rows than there are real patches."""
+    seen = []
+    for module in tiny_model.patch_level_decoder.base.modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
+    batch = as_batch(ragged_sequences([2, 16, 5]))
+    tiny_model(batch.patches.long(), batch.masks)
+    assert set(seen) == {23}
+
+
+@torch.no_grad()
+def test_ragged_rows():
+    random = np.random.default_rng(1)
+    for lengths in ([1], [0, 3], [5, 5, 5], [64, 65, 1, 0, 16, 17], random.integers(1, 600, 9).tolist()):
+        ragged = utils.Ragged(lengths, "cpu")
+        assert len(ragged.position) == sum(lengths)
+        for i, length in enumerate(lengths):
+            rows = slice(int(ragged.starts[i]), int(ragged.starts[i]) + length)
+            assert (ragged.sequence[rows] == i).all() and ragged.position[rows].tolist() == list(range(length))
+        qkv = torch.randn(sum(lengths), 3, 2, 64)
+        attended = ragged.attend(qkv)
+        for start, length in zip(ragged.starts.tolist(), lengths):
+            expected = utils.attend(qkv[None, start : start + length])[0]
+            torch.testing.assert_close(attended[start : start + length], expected, rtol=1e-4, atol=1e-5)
+    for length in range(1, 5000):
+        assert length <= utils.padded_length(length) <= max(length + 15, length * 5 / 4)
+        assert utils.padded_length(length) <= utils.padded_length(length + 1)
+
+
+def test_masks_that_are_not_padding_on_the_right(tiny_model):
+    patches = torch.zeros(2, 4, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="padding stands on the right"):
+        tiny_model(patches, torch.tensor([[1, 1, 0, 0], [1, 0, 1, 1]]))
 
 
 @torch.no_grad()
@@ -151,18 +223,19 @@ def test_dropout_follows_the_seed():
 
 def test_attention_with_dropout_drops_weights():
     torch.manual_seed(0)
-    queries, keys, values = torch.randn(3, 2, 3, 8, 64, requires_grad=True)  # (B, H, T, 64) each
-    expected = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-    assert torch.equal(utils.attend(queries, keys, values, 0.0), expected)
-    assert torch.allclose(utils.attend(queries, keys, values, 1e-9), expected, atol=1e-5)  # so rare that none drops
+    qkv = torch.randn(2, 8, 3, 3, 64, requires_grad=True)  # (B, T, 3, H, 64)
+    queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, 64) each
+    expected = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True).transpose(1, 2)
+    assert torch.equal(utils.attend(qkv), expected)
+    assert torch.allclose(utils.attend(qkv, 1e-9), expected, atol=1e-5)  # so rare that none drops
     with torch.no_grad():
-        draws = torch.stack([utils.attend(queries, keys, values, 0.2) for _ in range(3000)])
+        draws = torch.stack([utils.attend(qkv, 0.2) for _ in range(3000)])
     spread = draws.std(0) / 3000**0.5
     assert ((draws.mean(0) - expected).abs() <= 6 * spread + 1e-4).all() and (spread > 0).all()
     # the first position has one weight, 1, that is kept or dropped
     first = draws[:, 0, 0, 0, 0] / values[0, 0, 0, 0]
     assert set(first.round(decimals=3).tolist()) == {0.0, 1.25}
-    later = torch.autograd.grad(utils.attend(queries, keys, values, 0.2)[:, :, 4].sum(), values)[0][:, :, 5:]
+    later = torch.autograd.grad(utils.attend(qkv, 0.2)[:, 4].sum(), qkv)[0][:, 5:]
     assert (later == 0).all()
 
 
@@ -172,7 +245,8 @@ def test_outputs_and_gradients_are_those_of_transformers(train):
     gpt2 = model.patch_level_decoder.base
     inputs = torch.randn(2, 7, 64)
     results = []
-    for outputs in (utils.run_gpt2(gpt2, inputs), gpt2(inputs_embeds=inputs).last_hidden_state):
+    ours = utils.run_gpt2(gpt2, inputs + gpt2.wpe.weight[:7], utils.attend)
+    for outputs in (ours, gpt2(inputs_embeds=inputs).last_hidden_state):
         gradients = torch.autograd.grad(outputs.square().sum(), [p for p in gpt2.parameters() if p is not gpt2.wte.weight])
         results.append([outputs, *gradients])
     for ours, theirs in zip(*results, strict=True):
@@ -196,7 +270,7 @@ def test_compiled_blocks_compute_the_same(monkeypatch):
     compiled = [model(batch.patches.long(), batch.masks).nats for batch in batches]
     for one, other in zip(plain, compiled, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
-    assert 1 <= len(traced) <= 2 and list(model.state_dict()) == names
+    assert 2 <= len(traced) <= 4 and list(model.state_dict()) == names  # two parts of a block, of rows and of patches
 
 
 def test_dropout_of_the_model_is_for_training_and_follows_the_seed():

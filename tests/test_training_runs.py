@@ -209,6 +209,21 @@ def test_another_seed_in_the_middle_of_an_epoch(folder):
     assert "SEED has changed, so epoch 1 begins anew" in done.stdout
 
 
+def test_a_checkpoint_from_before_the_order_was_a_permutation(folder):
+    """It goes on where an epoch ended; one from within an epoch begins that anew, and says so."""
+    for name, position in (("newer", 0), ("older", 0), ("oldest", 6)):
+        train(folder, name, NUM_EPOCHS=1)
+        state = load(folder, f"{name}-last")
+        assert state["position"] == 0
+        if name != "newer":
+            del state["order"]
+        torch.save({**state, "position": position}, folder / f"{name}-last.pth")
+        done = train(folder, name, NUM_EPOCHS=2)
+        assert ("epoch 2 begins anew" in done.stdout) == (position > 0)
+    assert_same_end(folder, "older", "newer")
+    assert load(folder, "oldest-last")["epoch"] == 2
+
+
 def test_what_a_kill_leaves_of_the_log_is_put_right(folder):
     """Between the checkpoint and the log there is a moment; also a line may be cut short."""
     train(folder, "log")
