@@ -7,10 +7,11 @@ Each constant has a type, a default, and one comment: meaning, unit, legal value
 import argparse
 import difflib
 import math
-import os
 import re
 import sys
 import typing
+
+import system
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Paths and data
@@ -227,14 +228,9 @@ def _comments():
     return {name: " ".join(line.removeprefix("# ") for line in comment.splitlines()) for comment, name in found}
 
 
-def _is_first():
-    """Returns whether this is the only process, or the first of those that torchrun started: the one that prints."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n" if _is_first() else None)
+        self.exit(2, f"{self.prog}: {message}\n" if system.is_first_process() else None)
 
 
 def _make_parser():
@@ -255,8 +251,10 @@ def _make_parser():
     return parser
 
 
-def override(argv):
+def override(argv=None):
     """Sets constants from a command line such as `["--BATCH_SIZE", "4", "--TRAIN_FOLDERS", "a", "b"]`, and checks all.
+
+    None is that of this process.
 
     Words: None, True and False are understood, and a whole number where a number may stand. `--EVAL_FOLDERS` with no
     value is an empty list. Every constant that changed is printed with its value in this file. `--help` lists them all.
@@ -286,6 +284,6 @@ def override(argv):
         parser.error(str(error))
     for name, value in values.items():
         if value != globals()[name]:
-            if _is_first():
+            if system.is_first_process():
                 print(f"{name} = {value!r} (config.py: {globals()[name]!r})")
             globals()[name] = value

@@ -6,14 +6,41 @@
     python inference.py --MODE classify --INPUT_FOLDER news --INFERENCE_WEIGHTS_PATH news.pth
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell ignores it
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the modules below load ends the script, without a traceback
-
-import dataclasses
 import os
-import sys
+
+import config
+import system
+
+
+def check_settings():
+    """Raises UserError for what can be told without PyTorch."""
+    system.check_checkpoint(config.INFERENCE_WEIGHTS_PATH, "INFERENCE_WEIGHTS_PATH")
+    if config.MODE != "generate":
+        check_folders()
+
+
+def check_folders():
+    """Raises UserError if INPUT_FOLDER is missing, or it and OUTPUT_FOLDER lie in each other, or INPUT_EXT is to be given."""
+    if config.MODE == "convert" and config.INPUT_EXT is None:
+        raise system.UserError('INPUT_EXT is None; to convert, it must be the extension of the input files, such as "abc"')
+    system.check_folders([config.INPUT_FOLDER], "INPUT_FOLDER")
+    inputs, outputs = (os.path.realpath(folder) for folder in (config.INPUT_FOLDER, config.OUTPUT_FOLDER))
+    if os.path.commonpath([inputs, outputs]) in (inputs, outputs):
+        inner, outer = ("OUTPUT_FOLDER", "INPUT_FOLDER") if os.path.commonpath([inputs, outputs]) == inputs else ("INPUT_FOLDER", "OUTPUT_FOLDER")
+        raise system.UserError(
+            f"{inner}: {getattr(config, inner)!r} lies in {outer} {getattr(config, outer)!r}, so results would mix with inputs, or take "
+            "their places; it must be a folder apart from it"
+        )
+
+
+if __name__ == "__main__":
+    system.start(config.override, check_settings)  # here, so that mistakes are answered before the seconds that PyTorch takes to load
+
+import base64
+import contextlib
+import dataclasses
+import html
+import re
 import time
 import zlib
 
@@ -21,9 +48,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import config
+import checkpoint
+import devices
+import evaluation
+import generation
+import listing
 import utils
-
 
 INDEX_SECONDS = 60  # seconds after which the index is written anew, so that a killed run's outputs are listed, too
 
@@ -54,7 +84,7 @@ def new_prompts(patch_size):
     symbols = utils.extension_patch(config.TARGET_EXT, patch_size)
     for i in range(1, config.NUM_SAMPLES + 1):
         path = os.path.join(config.OUTPUT_FOLDER, f"{stamp}-{i}{suffix}")
-        yield utils.Prompt((Output(path, "", b""), 0), symbols, [config.SEED, i])
+        yield generation.Prompt((Output(path, "", b""), 0), symbols, [config.SEED, i])
 
 
 def find_inputs():
@@ -63,19 +93,11 @@ def find_inputs():
     Raises:
         UserError: there are none, or the settings do not allow to tell.
     """
-    if config.MODE == "convert" and config.INPUT_EXT is None:
-        raise utils.UserError('INPUT_EXT is None; to convert, it must be the extension of the input files, such as "abc"')
-    files = utils.list_files([config.INPUT_FOLDER], "INPUT_FOLDER", config.INPUT_EXT)
+    check_folders()
+    files = listing.list_files([config.INPUT_FOLDER], "INPUT_FOLDER", config.INPUT_EXT)
     if not files:
         kind = "files" if config.INPUT_EXT is None else f"files of INPUT_EXT {config.INPUT_EXT!r}"
-        raise utils.UserError(f"INPUT_FOLDER: no {kind} in {config.INPUT_FOLDER!r}")
-    folders = [os.path.realpath(folder) for folder in (config.INPUT_FOLDER, config.OUTPUT_FOLDER)]
-    if os.path.commonpath(folders) in folders:
-        inner, outer = ("OUTPUT_FOLDER", "INPUT_FOLDER") if os.path.commonpath(folders) == folders[0] else ("INPUT_FOLDER", "OUTPUT_FOLDER")
-        raise utils.UserError(
-            f"{inner}: {getattr(config, inner)!r} lies in {outer} {getattr(config, outer)!r}, so results would mix with inputs, or take "
-            "their places; it must be a folder apart from it"
-        )
+        raise system.UserError(f"INPUT_FOLDER: no {kind} in {config.INPUT_FOLDER!r}")
     return files
 
 
@@ -91,7 +113,7 @@ def input_prompts(files, patch_size, patch_length, failed):
         except OSError as error:
             failed.append((path, error.strerror))
             continue
-        patches = utils.to_patches(content, utils.extension_of(path), patch_size)
+        patches = utils.to_patches(content, listing.extension_of(path), patch_size)
         if config.MODE == "convert":
             target = utils.extension_patch(config.TARGET_EXT, patch_size)
             symbols = np.concatenate((patches[:-1].reshape(-1), target))  # [abc] content [mid]
@@ -102,13 +124,138 @@ def input_prompts(files, patch_size, patch_length, failed):
         if len(symbols) >= patch_size * patch_length:
             failed.append((path, f"too long: no room is left in the model's {patch_length} patches of {patch_size} bytes"))
             continue
-        if os.path.relpath(output, config.OUTPUT_FOLDER).lower() in utils.INDEX_NAMES:
+        if os.path.relpath(output, config.OUTPUT_FOLDER).lower() in INDEX_NAMES:
             failed.append((path, "its output would have the name of a file that lists the outputs"))
             continue
         for candidate in range(config.NUM_CANDIDATES):
             # the random numbers of a file follow its name, not what else is in the folder; a 0 at the end changes nothing
             stream = [config.SEED, zlib.crc32(os.fsencode(name)), candidate]
-            yield utils.Prompt((Output(output, path, prefix), candidate), symbols, stream)
+            yield generation.Prompt((Output(output, path, prefix), candidate), symbols, stream)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The index of a folder of outputs
+# ---------------------------------------------------------------------------------------------------------------------
+
+INDEX_NAMES = ("index.tsv", "index.html")
+INDEX_COLUMNS = ("file", "source", "bytes", "bits per byte", "cut off or ended", "seed")
+SHOWN_TEXT, SHOWN_HEX = 2000, 256  # most bytes of a file that its text or hex dump on the page stands for
+SHOWN_BYTES = 2**24  # most bytes of files that a page holds in all; the files after that are listed with their figures only
+
+_IMAGES = {"bmp": "bmp", "gif": "gif", "jpeg": "jpeg", "jpg": "jpeg", "png": "png", "svg": "svg+xml", "webp": "webp"}
+_SOUNDS = {"flac": "flac", "mp3": "mpeg", "ogg": "ogg", "wav": "wav"}
+
+# the policy: whatever an output holds, the page runs no script and loads nothing
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>bGPT: {count:,} outputs</title>
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'">
+<style>
+body {{ font: 15px/1.4 sans-serif; margin: 1.5em; }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(32em, 1fr)); gap: 1em; }}
+article {{ border: 1px solid #bbb; border-radius: 4px; padding: .7em; min-width: 0; content-visibility: auto; }}
+h2 {{ font-size: 1em; margin: 0; overflow-wrap: anywhere; }}
+p {{ margin: .2em 0 .6em; color: #555; overflow-wrap: anywhere; }}
+pre {{ margin: 0; max-height: 20em; overflow: auto; background: #f4f4f4; padding: .4em; white-space: pre-wrap;
+      overflow-wrap: anywhere; font-size: 11px; }}
+img {{ max-width: 100%; min-width: 8em; image-rendering: pixelated; }}
+</style></head><body><h1>bGPT: {count:,} outputs</h1><p>{note}</p><main>
+{articles}
+</main></body></html>
+"""
+
+
+@contextlib.contextmanager
+def locked_folder(folder, name):
+    """Keeps other runs out of a folder of outputs, and removes what killed ones left unfinished there."""
+    with system.locked(os.path.join(folder, INDEX_NAMES[0]), name):
+        system.remove_stale_files(folder)
+        yield
+
+
+def read_index(path):
+    """Returns {file: the fields of its line, as they stand there} of an index.tsv; None if the file is missing or no index."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            lines = [line.split("\t") for line in file.read().split("\n") if line]
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+    if not lines or lines[0] != list(INDEX_COLUMNS):
+        return None
+    return {fields[0]: fields for fields in lines[1:] if len(fields) == len(INDEX_COLUMNS)}
+
+
+def write_index(folder, rows):
+    """Writes index.tsv and index.html into a folder of outputs.
+
+    What an earlier run listed stays listed, as long as its file is there. A file of one of these names that is not an
+    index is kept under another name.
+
+    Args:
+        folder: where the outputs are.
+        rows: list of tuples of INDEX_COLUMNS: path within the folder, path of the input or "", bytes, bits per byte or
+            None, "cut off" or "ended", seed.
+    """
+    table, page = (os.path.join(folder, name) for name in INDEX_NAMES)
+    listed = read_index(table)
+    if listed is None:
+        listed = {}
+        system.keep_backup(table)
+        system.keep_backup(page)
+    for file, source, num_bytes, bits, how, seed in rows:
+        bits = "" if bits is None else f"{bits:.4f}"
+        listed[system.escape_name(file)] = [system.escape_name(file), system.escape_name(source), str(num_bytes), bits, how, str(seed)]
+    # files counted through in their names stand in that order: 2 before 10
+    names = sorted(listed, key=lambda name: [part.zfill(20) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    names = [name for name in names if os.path.isfile(os.path.join(folder, system.unescape_name(name)))]
+    system.write_whole(table, "".join("\t".join(fields) + "\n" for fields in [INDEX_COLUMNS, *map(listed.get, names)]).encode())
+    articles, shown = [], 0
+    for name in names:
+        path = os.path.join(folder, system.unescape_name(name))
+        size, content = os.path.getsize(path), None
+        if shown + size <= SHOWN_BYTES:
+            shown += size
+            with open(path, "rb") as file:
+                content = file.read()
+        articles.append(_article(listed[name], content, listing.extension_of(path).lower()))
+    note = f"All figures: {INDEX_NAMES[0]}. Contents are shown up to {SHOWN_BYTES / 2**20:.0f} MiB in all."
+    system.write_whole(page, _PAGE.format(count=len(names), note=note, articles="\n".join(articles)).encode())
+
+
+def _article(fields, content, extension):
+    """Returns a file's part of the page: its figures, and its content (bytes) unless that is None."""
+    file, source, num_bytes, bits, how, seed = map(html.escape, fields)
+    figures = [f"from {source}"] * bool(source) + [f"{num_bytes} bytes"] + [f"{bits} bits per byte"] * bool(bits)
+    figures = ", ".join([*figures, how, f"seed {seed}"])
+    shown = "" if content is None else _show(content, extension)
+    return f"<article><h2>{file}</h2><p>{figures}</p>{shown}</article>"
+
+
+def _show(content, extension):
+    """Returns a file's content as HTML: an image, a sound, text, or its first bytes in hexadecimal."""
+    if extension in _IMAGES:
+        return f'<img alt="not a readable image" src="{_data_uri(content, "image/" + _IMAGES[extension])}">'
+    if extension in _SOUNDS:
+        return f'<audio controls preload="metadata" src="{_data_uri(content, "audio/" + _SOUNDS[extension])}"></audio>'
+    text = content[:SHOWN_TEXT].decode("utf-8", "replace").replace("\r\n", "\n")
+    odd = {c for c in text if not c.isprintable() and c not in "\n\t"}
+    most = SHOWN_TEXT
+    if extension not in ("abc", "txt") and (odd or "\ufffd" in text[:-1]):  # the last character may be cut through
+        lines = []
+        for start in range(0, min(len(content), SHOWN_HEX), 16):
+            part = content[start : min(start + 16, SHOWN_HEX)]
+            printable = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in part)
+            lines.append(f"{start:04x}  {part.hex(' '):<47}  {printable}")
+        text, odd, most = "\n".join(lines), (), SHOWN_HEX
+    for character in odd:
+        text = text.replace(character, "\ufffd")
+    if len(content) > most:
+        text += f"\n… and {len(content) - most:,} more bytes"
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def _data_uri(content, kind):
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,7 +283,7 @@ def summarize(num_written, cut_off, failed, patch_length):
     print(f"{num_written} files written to {config.OUTPUT_FOLDER}")
     if cut_off:
         print(f"{len(cut_off)} of them cut off, since the model's {patch_length} patches (PATCH_LENGTH) were full:")
-        print("\n".join(f"  {utils.escape_name(path)}" for path in cut_off))
+        print("\n".join(f"  {system.escape_name(path)}" for path in cut_off))
     list_failed(failed)
 
 
@@ -144,15 +291,15 @@ def list_failed(failed):
     """Prints the files that could not be done, pairs of path and reason."""
     if failed:
         print(f"{len(failed)} could not be done:")
-        print("\n".join(f"  {utils.escape_name(path)}: {why}" for path, why in failed))
+        print("\n".join(f"  {system.escape_name(path)}: {why}" for path, why in failed))
 
 
 def list_written(rows):
     """Writes the index of OUTPUT_FOLDER with these rows; raises UserError where it cannot."""
     try:
-        utils.write_index(config.OUTPUT_FOLDER, rows)
+        write_index(config.OUTPUT_FOLDER, rows)
     except OSError as error:
-        raise utils.UserError(
+        raise system.UserError(
             f"OUTPUT_FOLDER: cannot write {error.filename!r}: {error.strerror}; the {len(rows)} files that this run has written there stay, "
             "but are not all listed"
         ) from None
@@ -166,16 +313,16 @@ def write_files(model, files, check_stop):
         files: the input files; None = none, to generate.
         check_stop: called between steps; raises KeyboardInterrupt or SystemExit to stop.
     """
-    patch_size, patch_length = model.patch_level_decoder.patch_size, model.patch_level_decoder.config.n_positions
+    patch_size, patch_length = model.patch_size, model.patch_length
     rows, cut_off, failed = [], [], []  # rows: of the index
-    known, indexed_at = utils.read_index(os.path.join(config.OUTPUT_FOLDER, utils.INDEX_NAMES[0])) or {}, time.monotonic()
+    known, indexed_at = read_index(os.path.join(config.OUTPUT_FOLDER, INDEX_NAMES[0])) or {}, time.monotonic()
     num_candidates = 1 if files is None else config.NUM_CANDIDATES
     if files is None:
         num_outputs, prompts = config.NUM_SAMPLES, new_prompts(patch_size)
     else:
         num_outputs, prompts = len(files), input_prompts(files, patch_size, patch_length, failed)
     batch_size = min(config.INFERENCE_BATCH_SIZE, num_outputs * num_candidates)
-    sampling = utils.Sampling(config.TOP_K, config.TOP_P, config.TEMPERATURE)
+    sampling = generation.Sampling(config.TOP_K, config.TOP_P, config.TEMPERATURE)
     try:
         with tqdm(unit="B", unit_scale=True, desc=config.MODE, dynamic_ncols=True) as bar:
 
@@ -183,7 +330,7 @@ def write_files(model, files, check_stop):
                 bar.update(num_patches * patch_size)
                 check_stop()
 
-            continuations = utils.generate(model, prompts, batch_size, sampling, progress)
+            continuations = generation.generate(model, prompts, batch_size, sampling, progress)
             for output, continuation in best_candidates(continuations, num_candidates):
                 content = output.prefix + utils.to_content(continuation.symbols)
                 name = os.path.relpath(output.path, config.OUTPUT_FOLDER)
@@ -192,12 +339,11 @@ def write_files(model, files, check_stop):
                     continue
                 try:
                     os.makedirs(os.path.dirname(output.path), exist_ok=True)
-                    if utils.escape_name(name) not in known and os.path.isfile(output.path):
-                        utils.keep_backup(output.path)
-                    with utils.replacing(output.path) as file:
-                        file.write(content)
+                    if system.escape_name(name) not in known and os.path.isfile(output.path):
+                        system.keep_backup(output.path)
+                    system.write_whole(output.path, content)
                 except OSError as error:
-                    if error.errno in utils.FULL_DISK:  # nor will the others fit
+                    if error.errno in system.FULL_DISK:  # nor will the others fit
                         raise
                     failed.append((output.path, error.strerror))
                     continue
@@ -227,88 +373,87 @@ def classify_files(model, labels, files, dtype, check_stop):
         dtype: torch.dtype to compute in.
         check_stop: see `write_files`.
     """
-    patch_level = model.patch_level_decoder
     examples = utils.Examples.of(files)
-    dataset = utils.ByteDataset(examples, patch_level.patch_size, patch_level.config.n_positions)
-    # sorted by length, since that needs the least padding
-    order = np.argsort(examples.lengths(dataset.patch_size, dataset.patch_length), kind="stable").tolist()
-    num_shown = min(3, len(labels))
-    found, failed = {}, []  # found: {place of a file: [(probability, index of a label), …]}, the likeliest first
+    dataset = utils.ByteDataset(examples, model.patch_size, model.patch_length)
+    order = np.argsort(examples.lengths(model.patch_size, model.patch_length), kind="stable").tolist()  # least padding
+    found, failed = {}, []  # found: {index of a file: [(probability, index of a label), …]}, the likeliest first
     with tqdm(total=len(files), unit="file", desc=config.MODE, dynamic_ncols=True) as bar:
         for start in range(0, len(order), config.INFERENCE_BATCH_SIZE):
             check_stop()
-            samples = {place: dataset[place] for place in order[start : start + config.INFERENCE_BATCH_SIZE]}
-            failed += [(files[place], str(each)) for place, each in samples.items() if isinstance(each, utils.UserError)]
-            readable = [place for place, each in samples.items() if not isinstance(each, utils.UserError)]
-            if readable:
-                batch = utils.collate([samples[place] for place in readable])
-                with torch.inference_mode(), utils.autocast(model.device, dtype):
-                    logits = model(batch.patches.long().to(model.device), batch.masks)  # (B, labels)
-                likeliest = logits.double().softmax(-1).topk(num_shown)  # (B, 3) each
-                found |= {
-                    place: list(zip(*each)) for place, *each in zip(readable, likeliest.values.tolist(), likeliest.indices.tolist())
-                }
-            bar.update(len(samples))
-    path = os.path.join(config.OUTPUT_FOLDER, "predictions.tsv")
-    columns = ["file"] + [word for place in ("", " 2", " 3")[:num_shown] for word in (f"label{place}", f"probability{place}")]
-    lines = [columns]
-    for place in sorted(found):
-        name = utils.escape_name(os.path.relpath(files[place], config.INPUT_FOLDER))
-        shown = [word for probability, index in found[place] for word in (utils.escape_name(labels[index]), f"{probability:.4f}")]
-        lines.append([name, *shown])
-    with utils.replacing(path) as file:
-        file.write("".join("\t".join(line) + "\n" for line in lines).encode())
-    print(f"{len(found)} files classified in {path}")
+            chosen, sequences = order[start : start + config.INFERENCE_BATCH_SIZE], {}
+            for index in chosen:
+                try:
+                    sequences[index] = dataset[index]
+                except system.UserError as error:
+                    failed.append((files[index], str(error)))
+            if sequences:
+                batch = utils.Batch(sequences.values())
+                with torch.inference_mode(), devices.autocast(model.device, dtype):
+                    logits = model(batch.patches_on(model.device), batch.masks)  # (B, labels)
+                likeliest = logits.double().softmax(-1).topk(min(3, len(labels)))  # (B, 3) each
+                found |= {i: list(zip(*each)) for i, *each in zip(sequences, likeliest.values.tolist(), likeliest.indices.tolist())}
+            bar.update(len(chosen))
+    write_predictions(found, files, labels)
     report(found, files, labels)
     list_failed(failed)
     return 1 if failed else 0
 
 
+def write_predictions(found, files, labels):
+    """Writes predictions.tsv from {index of a file: [(probability, index of a label), …]}."""
+    path = os.path.join(config.OUTPUT_FOLDER, "predictions.tsv")
+    ranks = ("", " 2", " 3")[: min(3, len(labels))]
+    lines = [["file"] + [word for rank in ranks for word in (f"label{rank}", f"probability{rank}")]]
+    for index in sorted(found):
+        name = system.escape_name(os.path.relpath(files[index], config.INPUT_FOLDER))
+        shown = [word for probability, label in found[index] for word in (system.escape_name(labels[label]), f"{probability:.4f}")]
+        lines.append([name, *shown])
+    system.write_whole(path, "".join("\t".join(line) + "\n" for line in lines).encode())
+    print(f"{len(found)} files classified in {path}")
+
+
 def report(found, files, labels):
     """Prints how many predictions are right, among the files whose names carry a label that the model knows."""
     indices = {label: index for index, label in enumerate(labels)}
-    known = {place: indices.get(utils.label_of(files[place])) for place in found}
-    known = {place: index for place, index in known.items() if index is not None}
-    if not known:
-        return
     confusion = np.zeros((len(labels), len(labels)))
-    for place, index in known.items():
-        confusion[index, found[place][0][1]] += 1
-    print(f"the names of {len(known)} of them carry a label that the model knows:")
-    print(utils.classification_report(confusion, labels), end="")
+    for index in found:
+        true = indices.get(evaluation.label_of(files[index]))
+        if true is not None:
+            confusion[true, found[index][0][1]] += 1
+    if confusion.any():
+        print(f"the names of {confusion.sum():.0f} of them carry a label that the model knows:")
+        print(evaluation.classification_report(confusion, labels), end="")
 
 
 def main():
-    utils.tune_memory()
-    device = utils.pick_device()
-    dtype = utils.pick_dtype(config.PRECISION, device)
+    devices.tune_memory()
+    device = devices.pick_device()
+    dtype = devices.pick_dtype(config.PRECISION, device)
     files = None if config.MODE == "generate" else find_inputs()
-    model, checkpoint = utils.load_model(config.INFERENCE_WEIGHTS_PATH, "INFERENCE_WEIGHTS_PATH")
-    wanted = "classifier" if config.MODE == "classify" else "generative model"
-    is_classifier = isinstance(model, utils.bGPTForClassification)
-    if is_classifier != (config.MODE == "classify"):
-        raise utils.UserError(
-            f"INFERENCE_WEIGHTS_PATH: {config.INFERENCE_WEIGHTS_PATH!r} is a {'classifier' if is_classifier else 'generative model'}; "
-            f"MODE {config.MODE!r} needs a {wanted}, from {'train-cls.py' if config.MODE == 'classify' else 'train-gen.py'}"
+    model, loaded = checkpoint.load_model(config.INFERENCE_WEIGHTS_PATH, "INFERENCE_WEIGHTS_PATH")
+    kind, wanted = checkpoint.model_sizes(loaded["model"], "").kind, "classifier" if config.MODE == "classify" else "generative model"
+    if kind != wanted:
+        raise system.UserError(
+            f"INFERENCE_WEIGHTS_PATH: {config.INFERENCE_WEIGHTS_PATH!r} is a {kind}; MODE {config.MODE!r} needs a {wanted}, from "
+            f"{'train-cls.py' if config.MODE == 'classify' else 'train-gen.py'}"
         )
-    utils.make_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER")
-    for name in ("predictions.tsv",) if is_classifier else utils.INDEX_NAMES:
-        utils.check_writable(os.path.join(config.OUTPUT_FOLDER, name), "OUTPUT_FOLDER")
-    seed = "" if is_classifier else f", seed {config.SEED}"
+    system.make_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER")
+    for name in ("predictions.tsv",) if config.MODE == "classify" else INDEX_NAMES:
+        system.check_writable(os.path.join(config.OUTPUT_FOLDER, name), "OUTPUT_FOLDER")
+    seed = "" if config.MODE == "classify" else f", seed {config.SEED}"
     print(f"{config.MODE} with {config.INFERENCE_WEIGHTS_PATH}: {dtype} on {device}{seed}")
-    with utils.delayed_signals(impatient=True) as stop_signal:
+    # two runs at once would take each other's places, in the names of files and in the index
+    with devices.memory_errors(), system.delayed_signals(impatient=True) as stop_signal, locked_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER"):
 
         def check_stop():
             if stop_signal():
-                raise KeyboardInterrupt if stop_signal() == signal.SIGINT else SystemExit(128 + stop_signal())
+                raise KeyboardInterrupt(stop_signal())
 
-        # two runs at once would take each other's places, in the names of files and in the index
-        with utils.locked_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER"):
-            if is_classifier:
-                labels = utils.label_list(checkpoint, f"INFERENCE_WEIGHTS_PATH: {config.INFERENCE_WEIGHTS_PATH!r}")
-                return classify_files(model.to(device).eval(), labels, files, dtype, check_stop)
-            return write_files(model.to(device, dtype).eval(), files, check_stop)
+        if config.MODE == "classify":
+            labels = checkpoint.label_list(loaded, f"INFERENCE_WEIGHTS_PATH: {config.INFERENCE_WEIGHTS_PATH!r}")
+            return classify_files(model.to(device).eval(), labels, files, dtype, check_stop)
+        return write_files(model.to(device, dtype).eval(), files, check_stop)
 
 
 if __name__ == "__main__":
-    utils.run_main(main, config.override)
+    system.run(main)

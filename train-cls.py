@@ -7,19 +7,32 @@ The label of `Business_1.txt` is `Business.txt`. The best model so far is kept a
 same command goes on from the latest.
 """
 
-import signal
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell ignores it
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the modules below load ends the script, without a traceback
+import config
+import system
+
+
+def check_settings():
+    """Raises UserError for what can be told without PyTorch."""
+    if config.CONVERSION_MODE is not None:
+        raise system.UserError(f"CONVERSION_MODE is {config.CONVERSION_MODE!r}, but must be None to train a classifier")
+    system.check_training_paths(config.as_dict())
+
+
+if __name__ == "__main__":
+    system.start(config.override, check_settings)  # here, so that mistakes are answered before the seconds that PyTorch takes to load
 
 import dataclasses
-import sys
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import config
+import checkpoint
+import devices
+import evaluation
+import listing
+import training
 import utils
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -28,41 +41,68 @@ import utils
 
 
 def find_examples():
-    """Returns the training and the evaluation Examples, and {label: index} of the labels in sorted order.
+    """Returns the training Examples, their label indices int64 (n,), the same of evaluation, and {label: index}, sorted.
 
     Raises:
         UserError: there are too few, they cannot be listed, or an evaluation file has a label that no training file has.
     """
-    if config.CONVERSION_MODE is not None:
-        raise utils.UserError(f"CONVERSION_MODE is {config.CONVERSION_MODE!r}, but must be None to train a classifier")
-    train = utils.Examples.of(utils.list_files(config.TRAIN_FOLDERS, "TRAIN_FOLDERS"))
+    train = utils.Examples.of(listing.list_files(config.TRAIN_FOLDERS, "TRAIN_FOLDERS"))
     if not train:
-        raise utils.UserError(f"TRAIN_FOLDERS: no files to train on in {', '.join(config.TRAIN_FOLDERS)}")
-    of_all = [utils.label_of(path) for path, in train]
-    labels = {label: index for index, label in enumerate(sorted(set(of_all)))}
+        raise system.UserError(f"TRAIN_FOLDERS: no files to train on in {', '.join(config.TRAIN_FOLDERS)}")
+    found = {}  # {label: index in the order of the files}
+    truth = np.fromiter((found.setdefault(evaluation.label_of(path), len(found)) for path, in train), np.int64, len(train))
+    labels = {label: index for index, label in enumerate(sorted(found))}
+    truth = np.array([labels[label] for label in found])[truth]
     if len(labels) < 2:
-        raise utils.UserError(
-            f"TRAIN_FOLDERS: the only label of its {len(train)} files is {of_all[0]!r}; there must be two or more. The label of "
-            "a file is its name up to the first '_', and its extension: Business_1.txt is Business.txt"
+        raise system.UserError(
+            f"TRAIN_FOLDERS: the only label of its {len(train)} files is {next(iter(labels))!r}; there must be two or more. The label "
+            "of a file is its name up to the first '_', and its extension: Business_1.txt is Business.txt"
         )
     if len(labels) > len(train) / 2:
         print(f"{len(labels)} labels for {len(train)} files: the label of a file is its name up to the first '_', and its extension")
-    held_out = utils.Examples.of(utils.list_files(config.EVAL_FOLDERS, "EVAL_FOLDERS"))
+    held_out = utils.Examples.of(listing.list_files(config.EVAL_FOLDERS, "EVAL_FOLDERS"))
     if held_out:
-        utils.count_shared(train, held_out)
-    else:  # one file of each label stays
-        first = {label: place for place, label in reversed(list(enumerate(of_all)))}
-        others = np.setdiff1d(np.arange(len(train)), list(first.values()))
-        train, held_out = utils.hold_out(train, config.EVAL_SPLIT, config.SEED, others)
-    for path, in held_out:
-        if utils.label_of(path) not in labels:
-            raise utils.UserError(f"EVAL_FOLDERS: {path!r} has the label {utils.label_of(path)!r}, which no training file has")
-    return train, held_out, labels
+        training.say_shared(train, held_out)
+        held_out_truth = np.empty(len(held_out), np.int64)
+        for index, (path,) in enumerate(held_out):
+            label = evaluation.label_of(path)
+            if label not in labels:
+                raise system.UserError(f"EVAL_FOLDERS: {path!r} has the label {label!r}, which no training file has")
+            held_out_truth[index] = labels[label]
+    else:  # the first file of each label stays in training
+        others = np.setdiff1d(np.arange(len(train)), np.unique(truth, return_index=True)[1])
+        kept, chosen = training.hold_out(len(train), config.EVAL_SPLIT, config.SEED, others)
+        train, held_out, truth, held_out_truth = train.select(kept), train.select(chosen), truth[kept], truth[chosen]
+    return train, torch.from_numpy(truth), held_out, torch.from_numpy(held_out_truth), labels
 
 
-def label_indices(examples, labels):
-    """Returns the indices of the Examples' labels, int64 (n,)."""
-    return torch.from_numpy(np.fromiter((labels[utils.label_of(path)] for path, in examples), np.int64, len(examples)))
+def load_pre_trained(model, sizes, labels, path, name):
+    """Loads a checkpoint's patch-level decoder into a classifier, and its head if it has the same labels; says which.
+
+    Args:
+        model: the bGPTForClassification.
+        sizes: its ModelSizes.
+        labels: its {label: index}.
+        path: a generative model's checkpoint or a classifier's.
+        name: the constant that holds the path, for messages.
+
+    Raises:
+        UserError: see `checkpoint.load_checkpoint`, `check_sizes` and `load_weights`.
+    """
+    loaded, where = checkpoint.load_checkpoint(path, name), f"{name}: {path!r}"
+    found = checkpoint.model_sizes(loaded["model"], where)
+    # what the two need not have in common
+    wanted = dataclasses.replace(sizes, BYTE_NUM_LAYERS=found.BYTE_NUM_LAYERS, num_labels=found.num_labels)
+    checkpoint.check_sizes(wanted, loaded["model"], where)
+    state = {key: value for key, value in loaded["model"].items() if not key.startswith(("byte_level_decoder.", "classifier."))}
+    keep_head = found.num_labels is not None and set(checkpoint.label_list(loaded, where)) == set(labels)
+    if keep_head:  # its rows in the order of `labels`
+        rows = [loaded["labels"][label] for label in sorted(labels, key=labels.get)]
+        state |= {key: loaded["model"][key][rows] for key in ("classifier.weight", "classifier.bias")}
+    else:
+        state |= {key: value for key, value in model.state_dict().items() if key.startswith("classifier.")}
+    checkpoint.load_weights(model, state, where)
+    print(f"a new run, from the patch-level decoder {'and the head ' if keep_head else ''}of {path}, a {found.kind}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,30 +143,27 @@ def train_epoch(run, engine, truth):
     Args:
         truth: int64 (n,), the indices of the labels of the n examples.
     """
-    totals = Totals(**run.totals)
+    totals = Totals(**run.state.totals)
     engine.train()
-    for batch, indices, count in run.training_steps():
+    for batch, indices, count in run.training_batches():
+        # The gradient is that of the mean over the files of all processes; theirs are averaged.
         micros = batch.split(config.ACCUMULATION_STEPS)
-        # a spare batch has no indices and counts nothing: any label will do
-        labels = truth[indices] if len(indices) else truth[: len(batch.masks)]
-        # the gradient is that of the mean over the files of all processes; theirs are averaged
-        weight = run.processes.count / count if len(indices) else 0
-        for i, (rows, micro) in enumerate(micros, 1):
-            part = labels[rows].to(run.processes.device, non_blocking=True)
-            with utils.gradients_stay(engine, i < len(micros)):
+        is_spare = not len(indices)  # a batch that only keeps this process in step with the others: it must not count
+        labels = truth[:1] if is_spare else truth[indices]  # any will do for a spare one
+        weight = 0 if is_spare else run.processes.count / count
+
+        for number, (rows, micro) in enumerate(micros, 1):
+            micro_labels = labels[rows].to(run.processes.device, non_blocking=True)
+            with devices.local_gradients(engine, local=number < len(micros)):
                 logits = predict(engine, micro, run)
-                nats = F.cross_entropy(logits, part, reduction="sum")
+                nats = F.cross_entropy(logits, micro_labels, reduction="sum")
                 run.scaler.scale(nats * weight).backward()
-            if len(indices):
-                totals.add(nats, logits, part)
-        run.bar.set_postfix(
-            loss=f"{totals.loss:.3f}",
-            acc=f"{totals.accuracy:.3f}",
-            lr=f"{run.scheduler.get_last_lr()[0]:.1e}",
-            refresh=False,
-        )
-        run.optimizer_step()
-        run.totals = dataclasses.asdict(totals)
+            if not is_spare:
+                totals.add(nats, logits, micro_labels)
+        run.clip_gradients()
+        run.update_weights()
+        # counts the step, and saves the run or stops it when it is time
+        run.step_done(count, dataclasses.asdict(totals), {"loss": f"{totals.loss:.3f}", "acc": f"{totals.accuracy:.3f}"})
     return run.sum_totals(totals)
 
 
@@ -138,19 +175,20 @@ def evaluate(run, truth):
     """
     totals, confusion = Totals(), np.zeros((len(run.labels), len(run.labels)))
     run.model.eval()
-    for batch, indices, _ in run.evaluation_steps():
-        labels = truth[indices].to(run.processes.device)
-        logits = predict(run.model, batch, run)
-        totals.add(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
-        np.add.at(confusion, (truth[indices].numpy(), logits.argmax(-1).cpu().numpy()), 1)
+    for batch, indices, count in run.evaluation_batches():
+        if len(indices):
+            labels = truth[indices].to(run.processes.device)
+            logits = predict(run.model, batch, run)
+            totals.add(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
+            np.add.at(confusion, (truth[indices].numpy(), logits.argmax(-1).cpu().numpy()), 1)
+        run.evaluation_step_done(count)
     return run.sum_totals(totals), run.processes.sum(confusion)
 
 
 def predict(model, batch, run):
     """Returns the model's logits, float32 (B, labels), for a Batch."""
-    device = run.processes.device
-    with utils.autocast(device, run.dtype):
-        return model(batch.patches.to(device, non_blocking=True).long(), batch.masks).float()
+    with devices.autocast(run.processes.device, run.dtype):
+        return model(batch.patches_on(run.processes.device), batch.masks).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,29 +196,35 @@ def predict(model, batch, run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def main():
-    processes = utils.start_processes()
-    with processes.together():  # a mistake that one of them finds is the end of all
-        dtype = utils.pick_dtype(config.PRECISION, processes.device)
-        train, held_out, labels = find_examples()
-        sizes = utils.ModelSizes(
-            config.PATCH_SIZE, config.PATCH_LENGTH, config.HIDDEN_SIZE, config.PATCH_NUM_LAYERS, num_labels=len(labels)
-        )
-        torch.manual_seed(config.SEED)
-        model, settings = sizes.build(config.DROPOUT).to(processes.device), config.as_dict(training_only=True)
-        run = utils.TrainingRun(
-            processes, model, sizes, dtype, settings, train, held_out, "max_eval_acc", dataclasses.asdict(Totals()), labels
-        )
-        if not run.resume():
-            if config.LOAD_FROM_PRE_CHECKPOINT:
-                utils.load_pre_trained(model, sizes, labels, config.PRE_WEIGHTS_PATH, "PRE_WEIGHTS_PATH")
-            else:
-                print("a new run, from random weights; pre-training is strongly recommended (LOAD_FROM_PRE_CHECKPOINT)")
+def make_run(processes):
+    """Returns (the Run of config.py's settings with new weights, label indices of its training and evaluation examples)."""
+    dtype = devices.pick_dtype(config.PRECISION, processes.device)
+    train, truth, held_out, held_out_truth, labels = find_examples()
+    sizes = utils.ModelSizes(
+        config.PATCH_SIZE, config.PATCH_LENGTH, config.HIDDEN_SIZE, config.PATCH_NUM_LAYERS, num_labels=len(labels)
+    )
+    torch.manual_seed(config.SEED)
+    model, settings = sizes.build(config.DROPOUT).to(processes.device), config.as_dict(training_only=True)
+    run = training.Run(
+        processes, model, sizes, dtype, settings, train, held_out, "max_eval_acc", higher_is_better=True,
+        no_totals=dataclasses.asdict(Totals()), labels=labels,
+    )  # fmt: skip
+    return run, truth, held_out_truth
 
-    truth, held_out_truth = label_indices(train, labels), label_indices(held_out, labels)
-    engine = run.start()
-    with run.stoppable():
-        while run.epoch < config.NUM_EPOCHS:
+
+def train(processes):
+    """Trains until NUM_EPOCHS, from the latest state if there is one."""
+    with processes.agreeing():
+        run, truth, held_out_truth = make_run(processes)
+    with run:
+        with processes.agreeing():
+            if not run.resume():
+                if config.LOAD_FROM_PRE_CHECKPOINT:
+                    load_pre_trained(run.model, run.sizes, run.labels, config.PRE_WEIGHTS_PATH, "PRE_WEIGHTS_PATH")
+                else:
+                    print("a new run, from random weights; pre-training is strongly recommended (LOAD_FROM_PRE_CHECKPOINT)")
+        engine = run.begin()
+        while run.state.epoch < config.NUM_EPOCHS:
             train_totals = train_epoch(run, engine, truth)
             eval_totals, confusion = evaluate(run, held_out_truth)
             figures = {
@@ -189,9 +233,15 @@ def main():
                 "eval_loss": eval_totals.loss,
                 "eval_acc": eval_totals.accuracy,
             }
-            run.end_epoch(figures, eval_totals.accuracy, utils.classification_report(confusion, list(labels)))
-    run.finish()
+            report = evaluation.classification_report(confusion, list(run.labels))
+            run.epoch_done(figures, value=eval_totals.accuracy, report=report)
+        run.finish()
+
+
+def main():
+    with devices.connected_processes() as processes:
+        train(processes)  # what it holds of the processes' connection is gone before that ends
 
 
 if __name__ == "__main__":
-    utils.run_main(main, config.override)
+    system.run(main)

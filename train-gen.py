@@ -6,20 +6,35 @@
 The best model so far is kept at WEIGHTS_PATH, the latest state beside it; the same command goes on from the latest.
 """
 
-import signal
+import os
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell ignores it
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the modules below load ends the script, without a traceback
+import config
+import system
+
+
+def check_settings():
+    """Raises UserError for what can be told without PyTorch."""
+    if config.TRAIN_FOLDERS == ["cpu_states/train"] and not os.path.isdir("cpu_states/train"):
+        raise system.UserError(
+            "TRAIN_FOLDERS: 'cpu_states/train' does not exist; make it with `python cpu-simulation.py --mode generate "
+            "--num_train_instance 20000 --num_test_instance 200`, or name folders of your own"
+        )
+    system.check_training_paths(config.as_dict())
+
+
+if __name__ == "__main__":
+    system.start(config.override, check_settings)  # here, so that mistakes are answered before the seconds that PyTorch takes to load
 
 import dataclasses
-import math
-import os
-import sys
 import time
 
 import torch
 
-import config
+import checkpoint
+import devices
+import evaluation
+import listing
+import training
 import utils
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -33,30 +48,26 @@ def find_examples():
     Raises:
         UserError: there are none, or they cannot be listed.
     """
-    if config.TRAIN_FOLDERS == ["cpu_states/train"] and not os.path.isdir("cpu_states/train"):
-        raise utils.UserError(
-            "TRAIN_FOLDERS: 'cpu_states/train' does not exist; make it with `python cpu-simulation.py --mode generate "
-            "--num_train_instance 20000 --num_test_instance 200`, or name folders of your own"
-        )
     train = group_files(config.TRAIN_FOLDERS, "TRAIN_FOLDERS")
     if not train:
-        raise utils.UserError(f"TRAIN_FOLDERS: no files to train on in {', '.join(config.TRAIN_FOLDERS)}")
+        raise system.UserError(f"TRAIN_FOLDERS: no files to train on in {', '.join(config.TRAIN_FOLDERS)}")
     held_out = group_files(config.EVAL_FOLDERS, "EVAL_FOLDERS")
     if held_out:
-        utils.count_shared(train, held_out)
+        training.say_shared(train, held_out)
     else:
-        train, held_out = utils.hold_out(train, config.EVAL_SPLIT, config.SEED)
+        kept, chosen = training.hold_out(len(train), config.EVAL_SPLIT, config.SEED)
+        train, held_out = train.select(kept), train.select(chosen)
     return directed(train), directed(held_out)
 
 
 def group_files(folders, name):
     """Returns the files of folders as Examples; in a CONVERSION_MODE, the pairs that fit in a sequence."""
-    files = utils.list_files(folders, name)
+    files = listing.list_files(folders, name)
     if config.CONVERSION_MODE is None:
         return utils.Examples.of(files)
     pairs = utils.pair_files(files, config.CONVERSION_MODE)
     if files and not pairs:
-        raise utils.UserError(
+        raise system.UserError(
             f"{name}: CONVERSION_MODE is {config.CONVERSION_MODE!r}, but among {len(files)} files no two of those "
             "extensions share a folder and a stem"
         )
@@ -70,7 +81,7 @@ def group_files(folders, name):
             f"and are left out; PATCH_LENGTH {longest} would keep them all"
         )
         if not fitting:
-            raise utils.UserError(message)
+            raise system.UserError(message)
         print(message)
     return fitting
 
@@ -82,88 +93,78 @@ def directed(examples):
     return examples
 
 
+def sample_targets(masks, most, rng):
+    """Draws which target patches of a micro-batch go through the byte-level decoder in training.
+
+    Args:
+        masks: integers (B, P), 1 at real patches.
+        most: how many at most; 0 = all.
+        rng: numpy Generator.
+
+    Returns:
+        bool (B, P-1).
+    """
+    targets = masks[:, 1:] == 1
+    where = targets.nonzero()  # (N, 2)
+    if most == 0 or len(where) <= most:
+        return targets
+    kept = where[rng.permutation(len(where))[:most]]
+    targets = torch.zeros_like(targets)
+    targets[kept[:, 0], kept[:, 1]] = True
+    return targets
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One epoch
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Totals:
-    """Sums over an epoch, and the figures that are made of them."""
-
-    nats: float = 0.0
-    symbols: float = 0.0
-    counted_nats: float = 0.0
-    bytes: float = 0.0
-
-    def add(self, output, batch, targets):
-        """Adds a BytePrediction for the `targets` (bool (B, P-1)) of a Batch."""
-        nats = output.nats.detach()  # (N, S)
-        counted = batch.counted[:, 1:][targets]  # (B, P-1, S) -> (N, S)
-        counted_bytes = counted & (batch.patches[:, 1:][targets] != utils.END)
-        counted_nats = torch.where(counted.to(nats.device), nats, 0).sum()
-        both = torch.stack((nats.sum(), counted_nats)).tolist()  # the one wait for the device
-        self.nats += both[0]
-        self.symbols += nats.numel()
-        self.counted_nats += both[1]
-        self.bytes += int(counted_bytes.sum())
-
-    @property
-    def loss(self):
-        """Mean cross-entropy over all symbols of all targets, nats per symbol: the published measure."""
-        return self.nats / max(self.symbols, 1)
-
-    @property
-    def bits_per_byte(self):
-        """Bits of the content, its end-of-file symbol included and the padding after it not, per content byte."""
-        return self.counted_nats / math.log(2) / max(self.bytes, 1)
-
-
 def train_epoch(run, engine):
-    """Trains on what is left of the epoch in hand; returns the Totals of all processes over the whole of it."""
-    processes, totals, start = run.processes, Totals(**run.totals), time.perf_counter()
-    bytes_before = totals.bytes
+    """Trains on what is left of the epoch in hand; returns the SymbolTotals of all processes over the whole of it."""
+    processes, totals = run.processes, evaluation.SymbolTotals(**run.state.totals)
+    began, bytes_before = time.perf_counter(), totals.bytes
     engine.train()
-    for batch, indices, _ in run.training_steps():
+    for batch, indices, count in run.training_batches():
+        # The gradient is that of the mean over all symbols of all target patches of all processes; theirs are averaged.
         micros, rng = [micro for _, micro in batch.split(config.ACCUMULATION_STEPS)], run.step_rng()
-        targets = [utils.sample_targets(micro.masks, config.PATCH_SAMPLING_BATCH_SIZE, rng) for micro in micros]
-        num_targets = sum(int(chosen.sum()) for chosen in targets) if len(indices) else 0
-        # the gradient is that of the mean over all symbols of all target patches of all processes; theirs are averaged
+        targets = [sample_targets(micro.masks, config.PATCH_SAMPLING_BATCH_SIZE, rng) for micro in micros]
+        is_spare = not len(indices)  # a batch that only keeps this process in step with the others: it must not count
+        num_targets = 0 if is_spare else sum(int(chosen.sum()) for chosen in targets)
         num_symbols = processes.sum([num_targets])[0] * config.PATCH_SIZE
-        weight = processes.count / num_symbols if len(indices) else 0
-        for i, (micro, chosen) in enumerate(zip(micros, targets), 1):
-            with utils.gradients_stay(engine, i < len(micros)):
+        weight = 0 if is_spare else processes.count / num_symbols
+
+        for number, (micro, chosen) in enumerate(zip(micros, targets), 1):
+            with devices.local_gradients(engine, local=number < len(micros)):
                 output = predict(engine, micro, chosen, run)
                 run.scaler.scale(output.nats.sum() * weight).backward()
-            if len(indices):
+            if not is_spare:
                 totals.add(output, micro, chosen)
-        run.bar.set_postfix(
-            bpb=f"{totals.bits_per_byte:.3f}",
-            lr=f"{run.scheduler.get_last_lr()[0]:.1e}",
-            KBps=f"{(totals.bytes - bytes_before) / 1000 / (time.perf_counter() - start):.1f}",
-            refresh=False,
-        )
-        run.optimizer_step()
-        run.totals = dataclasses.asdict(totals)
+        run.clip_gradients()
+        run.update_weights()
+
+        rate = (totals.bytes - bytes_before) / 1000 / (time.perf_counter() - began)
+        # counts the step, and saves the run or stops it when it is time
+        run.step_done(count, dataclasses.asdict(totals), {"bpb": f"{totals.bits_per_byte:.3f}", "KBps": f"{rate:.1f}"})
     return run.sum_totals(totals)
 
 
 @torch.inference_mode()
 def evaluate(run):
-    """Returns the Totals of all processes over every evaluation example, each once; of longer files, over the head."""
-    totals = Totals()
+    """Returns the SymbolTotals of all processes over every evaluation example, each once; of longer files, over the head."""
+    totals = evaluation.SymbolTotals()
     run.model.eval()
-    for batch, _, _ in run.evaluation_steps():
-        targets = batch.masks[:, 1:] == 1
-        totals.add(predict(run.model, batch, targets, run), batch, targets)
+    for batch, indices, count in run.evaluation_batches():
+        if len(indices):
+            targets = batch.masks[:, 1:] == 1
+            totals.add(predict(run.model, batch, targets, run), batch, targets)
+        run.evaluation_step_done(count)
     return run.sum_totals(totals)
 
 
 def predict(model, batch, targets, run):
     """Returns the model's BytePrediction for the `targets` of a Batch."""
-    device = run.processes.device
-    with utils.autocast(device, run.dtype):
-        return model(batch.patches.to(device, non_blocking=True).long(), batch.masks, targets)
+    with devices.autocast(run.processes.device, run.dtype):
+        return model(batch.patches_on(run.processes.device), batch.masks, targets)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,27 +172,33 @@ def predict(model, batch, targets, run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def main():
-    processes = utils.start_processes()
-    with processes.together():  # a mistake that one of them finds is the end of all
-        dtype = utils.pick_dtype(config.PRECISION, processes.device)
-        train, held_out = find_examples()
-        sizes = utils.ModelSizes(
-            config.PATCH_SIZE, config.PATCH_LENGTH, config.HIDDEN_SIZE, config.PATCH_NUM_LAYERS, config.BYTE_NUM_LAYERS
-        )
-        torch.manual_seed(config.SEED)
-        model, settings = sizes.build(config.DROPOUT).to(processes.device), config.as_dict(training_only=True)
-        run = utils.TrainingRun(
-            processes, model, sizes, dtype, settings, train, held_out, "min_eval_loss", dataclasses.asdict(Totals())
-        )
-        if not run.resume():
-            if config.LOAD_FROM_PRE_CHECKPOINT:
-                utils.load_sized_weights(model, sizes, config.PRE_WEIGHTS_PATH, "PRE_WEIGHTS_PATH")
-            print(f"a new run, from {config.PRE_WEIGHTS_PATH if config.LOAD_FROM_PRE_CHECKPOINT else 'random weights'}")
+def make_run(processes):
+    """Returns the Run of config.py's settings, with new weights."""
+    dtype = devices.pick_dtype(config.PRECISION, processes.device)
+    train, held_out = find_examples()
+    sizes = utils.ModelSizes(
+        config.PATCH_SIZE, config.PATCH_LENGTH, config.HIDDEN_SIZE, config.PATCH_NUM_LAYERS, config.BYTE_NUM_LAYERS
+    )
+    torch.manual_seed(config.SEED)
+    model, settings = sizes.build(config.DROPOUT).to(processes.device), config.as_dict(training_only=True)
+    no_totals = dataclasses.asdict(evaluation.SymbolTotals())
+    return training.Run(
+        processes, model, sizes, dtype, settings, train, held_out, "min_eval_loss", higher_is_better=False, no_totals=no_totals
+    )
 
-    engine = run.start()
-    with run.stoppable():
-        while run.epoch < config.NUM_EPOCHS:
+
+def train(processes):
+    """Trains until NUM_EPOCHS, from the latest state if there is one."""
+    with processes.agreeing():
+        run = make_run(processes)
+    with run:
+        with processes.agreeing():
+            if not run.resume():
+                if config.LOAD_FROM_PRE_CHECKPOINT:
+                    checkpoint.load_sized_weights(run.model, run.sizes, config.PRE_WEIGHTS_PATH, "PRE_WEIGHTS_PATH")
+                print(f"a new run, from {config.PRE_WEIGHTS_PATH if config.LOAD_FROM_PRE_CHECKPOINT else 'random weights'}")
+        engine = run.begin()
+        while run.state.epoch < config.NUM_EPOCHS:
             train_totals = train_epoch(run, engine)
             eval_totals = evaluate(run)
             figures = {
@@ -200,9 +207,14 @@ def main():
                 "train_bits_per_byte": train_totals.bits_per_byte,
                 "eval_bits_per_byte": eval_totals.bits_per_byte,
             }
-            run.end_epoch(figures, eval_totals.loss)
-    run.finish()
+            run.epoch_done(figures, value=eval_totals.loss)
+        run.finish()
+
+
+def main():
+    with devices.connected_processes() as processes:
+        train(processes)  # what it holds of the processes' connection is gone before that ends
 
 
 if __name__ == "__main__":
-    utils.run_main(main, config.override)
+    system.run(main)

@@ -17,6 +17,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import torch
 
+import devices
+import listing
 import utils
 
 PATCH_SIZE, PATCH_LENGTH = 16, 512
@@ -58,9 +60,9 @@ def plain_batch(paths):
 
 def training_step(sequences):
     """Returns the seconds of a training step at paper size, in auto precision, median of 3."""
-    device = utils.pick_device()
-    dtype = utils.pick_dtype("auto", device)
-    utils.tune_memory()
+    device = devices.pick_device()
+    dtype = devices.pick_dtype("auto", device)
+    devices.tune_memory()
     model = utils.ModelSizes(PATCH_SIZE, PATCH_LENGTH, 768, 12, 3).build().to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     patches = torch.randint(0, 256, (sequences, PATCH_LENGTH, PATCH_SIZE), device=device)
@@ -68,7 +70,7 @@ def training_step(sequences):
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        with utils.autocast(device, dtype):
+        with devices.autocast(device, dtype):
             loss = model(patches, masks).loss
         loss.backward()
         optimizer.step()
@@ -95,7 +97,7 @@ def main():
         rng = np.random.default_rng(0)
         for i in range(options.files):
             rng.integers(0, 256, options.bytes, dtype=np.uint8).tofile(os.path.join(folder, f"{i}.bin"))
-        files = utils.list_files([folder], "folder")
+        files = listing.list_files([folder], "folder")
         dataset = utils.ByteDataset(utils.Examples(files, np.arange(len(files))[:, None]), PATCH_SIZE, PATCH_LENGTH, [0, 1])
         index_batches = np.array_split(np.arange(len(files)), -(-len(files) // options.batch))
 

@@ -32,6 +32,8 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import devices  # noqa: E402
+import generation  # noqa: E402
 import utils  # noqa: E402
 
 SIZES = {"PATCH_SIZE": 16, "PATCH_LENGTH": 512, "HIDDEN_SIZE": 768, "PATCH_NUM_LAYERS": 12, "BYTE_NUM_LAYERS": 3}
@@ -95,7 +97,7 @@ def write_plainly(model, prefix):
 
 def filled_writer(model, batch_size):
     """Returns a PatchWriter whose rows hold full contexts of random symbols, keys and values."""
-    writer = utils.PatchWriter(model, batch_size, utils.Sampling())
+    writer = generation.PatchWriter(model, batch_size, generation.Sampling())
     for state in (writer.patch_cache.keys, writer.patch_cache.values):
         state.normal_()
     writer.newest.random_(256)
@@ -169,8 +171,8 @@ def silence_end(model):
 def generation_rate(model, prompts, batch_size):
     """Returns (bytes/s, how many bytes each sample got) of a whole run."""
     lengths = []
-    prompts = [utils.Prompt(i, symbols, [0, i]) for i, symbols in enumerate(prompts)]
-    seconds = timed(lambda: lengths.extend(len(c.symbols) for c in utils.generate(model, prompts, batch_size, utils.Sampling())))
+    prompts = [generation.Prompt(i, symbols, [0, i]) for i, symbols in enumerate(prompts)]
+    seconds = timed(lambda: lengths.extend(len(c.symbols) for c in generation.generate(model, prompts, batch_size, generation.Sampling())))
     return sum(lengths) / seconds, lengths
 
 
@@ -230,7 +232,7 @@ def main():
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    device = utils.pick_device()
+    device = devices.pick_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, {_processor()}"
     print(f"{name}; {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}; 110,084,352 parameters")
     if len(args.parts) == 1:

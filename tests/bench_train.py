@@ -1,13 +1,17 @@
-"""How fast a step of training is at paper size, against a naive baseline: float32, eager attention with a mask, one-hot patch
-embedding, GPT-2's unfused GELU, AdamW parameter by parameter. Each variant has a process of its own, in which it takes its
-steps as train-gen.py would; the variants take turns. Prints the medians, each one's peak memory, the share of the device's
-own matrix rate, measured between the steps, and the median over the rounds of the speed against the first variant's.
+"""How fast a step of training is, against a naive baseline: float32, eager attention with a mask, one-hot patch embedding,
+GPT-2's unfused GELU, AdamW parameter by parameter. Each variant has a process of its own, in which it takes its steps as
+train-gen.py would; the variants take turns. Prints the medians, each one's peak memory, the share of the device's own matrix
+rate, measured between the steps, and the median over the rounds of the speed against the first variant's.
 
-    python tests/bench_train.py [--batch 1] [--rounds 5] [--variants naive fp32 bf16] [--dropout 0.1]
+    python tests/bench_train.py [--size paper] [--batch 1] [--rounds 5] [--variants naive fp32 bf16] [--dropout 0.1]
+    python tests/bench_train.py --files abc_midi/train --batch 16 --variants padded-fp32 fp32 ideal-fp32
 
 Variants: naive, fp32, bf16, fp16 (CUDA only), with -compile for COMPILE (bf16-compile); megabyte-fp32 and megabyte-bf16 are
 MEGABYTE-pytorch of about the same size, if it is installed (`pip install MEGABYTE-pytorch==0.3.6`), with the same dropout of
 attention weights and within its feed-forward layers; megabyte-fp32-default leaves its dropout at its default, 0.
+
+With --files, the sequences are those of files drawn at random, the same in all variants. padded-fp32 lets the patch-level
+decoder work on their padding too, as it did before; ideal-fp32 has as many real patches in as many sequences of one length.
 """
 
 import argparse
@@ -21,30 +25,39 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers import GPT2LMHeadModel, GPT2Model
 
+import devices
+import listing
+import training
 import utils
 
-SIZES = utils.ModelSizes(PATCH_SIZE=16, PATCH_LENGTH=512, HIDDEN_SIZE=768, PATCH_NUM_LAYERS=12, BYTE_NUM_LAYERS=3)
+SIZES = {  # 0.9, 5.5 and 110 million parameters
+    "quick": utils.ModelSizes(PATCH_SIZE=2, PATCH_LENGTH=32, HIDDEN_SIZE=128, PATCH_NUM_LAYERS=3, BYTE_NUM_LAYERS=1),
+    "small": utils.ModelSizes(PATCH_SIZE=16, PATCH_LENGTH=512, HIDDEN_SIZE=256, PATCH_NUM_LAYERS=3, BYTE_NUM_LAYERS=2),
+    "paper": utils.ModelSizes(PATCH_SIZE=16, PATCH_LENGTH=512, HIDDEN_SIZE=768, PATCH_NUM_LAYERS=12, BYTE_NUM_LAYERS=3),
+}
 
 
 class Naive(nn.Module):
     """The same model in the plain way; its weights would be ours."""
 
-    def __init__(self, dropout):
+    def __init__(self, sizes, dropout):
         super().__init__()
-        self.configs = utils.make_configs(16, 512, 768, 12, 3, dropout)
+        shape = sizes.PATCH_SIZE, sizes.PATCH_LENGTH, sizes.HIDDEN_SIZE, sizes.PATCH_NUM_LAYERS, sizes.BYTE_NUM_LAYERS
+        self.configs = utils.make_configs(*shape, dropout)
         for config in self.configs:
             config._attn_implementation = "eager"
-        self.embedding = nn.Linear(16 * utils.NUM_SYMBOLS, 768)
+        self.embedding = nn.Linear(sizes.PATCH_SIZE * utils.NUM_SYMBOLS, sizes.HIDDEN_SIZE)
         self.patch_level = GPT2Model(self.configs[0])
         self.byte_level = GPT2LMHeadModel(self.configs[1])
 
-    def forward(self, patches, masks):
+    def forward(self, patches, masks, targets=None):
         one_hot = F.one_hot(patches, utils.NUM_SYMBOLS).float().flatten(2)  # (B, P, S·V)
         encoded = self.patch_level(inputs_embeds=self.embedding(one_hot), attention_mask=masks.long()).last_hidden_state
         chosen = masks[:, 1:] == 1
@@ -55,12 +68,40 @@ class Naive(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def step_flops(batch):
+def step_flops(sizes, lengths):
     """Returns the floating-point operations of the matrix products in a step of ours, the attention's left out: 6 for
-    each weight and each position that it is used at."""
-    patch_level = 512 * 12 * 12 * 768**2
-    byte_level = 511 * 16 * (3 * 12 * 768**2 + 768 * utils.NUM_SYMBOLS)
-    return 6 * batch * (patch_level + byte_level)
+    each weight and each position that it is used at.
+
+    Args:
+        sizes: the ModelSizes.
+        lengths: real patches of each sequence.
+    """
+    block = 12 * sizes.HIDDEN_SIZE**2
+    patch_level = sum(lengths) * sizes.PATCH_NUM_LAYERS * block
+    symbols = (sum(lengths) - len(lengths)) * sizes.PATCH_SIZE
+    byte_level = symbols * (sizes.BYTE_NUM_LAYERS * block + sizes.HIDDEN_SIZE * utils.NUM_SYMBOLS)
+    return 6 * (patch_level + byte_level)
+
+
+def make_batches(sizes, batch, files, kind, count):
+    """Yields (patches int64 (B, P, S), masks, targets or None) of `count` steps, then the same again.
+
+    Args:
+        files: folder to draw files from; None = full sequences of random bytes.
+        kind: "", "padded" or "ideal", see above.
+    """
+    random = np.random.default_rng(0)
+    lengths = np.full(batch, sizes.PATCH_LENGTH)
+    found = files and listing.list_files([files], "--files")
+    for _ in range(count):
+        if files:
+            chosen = utils.Examples.of(found).select(random.permutation(len(found))[:batch])
+            lengths = chosen.lengths(sizes.PATCH_SIZE, sizes.PATCH_LENGTH)
+            if kind == "ideal":
+                lengths = np.array([len(part) for part in np.array_split(np.arange(lengths.sum()), batch)])
+        patches = torch.from_numpy(random.integers(0, 256, (batch, lengths.max(), sizes.PATCH_SIZE)))
+        masks = (torch.arange(lengths.max()) < torch.from_numpy(lengths)[:, None]).to(torch.uint8)
+        yield (patches, torch.ones_like(masks), masks[:, 1:] == 1) if kind == "padded" else (patches, masks, None)
 
 
 def matrix_rate(device, dtype):
@@ -81,9 +122,9 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def make_loss(variant, dropout, device):
-    """Returns (module, function of patches and masks that returns the loss) of a variant."""
-    name, _, option = variant.partition("-")
+def make_loss(variant, sizes, dropout, device):
+    """Returns (module, function of patches, masks and targets that returns the loss) of a variant."""
+    name, _, option = variant.removeprefix("padded-").removeprefix("ideal-").partition("-")
     if name == "megabyte":
         from MEGABYTE_pytorch import MEGABYTE
 
@@ -92,46 +133,47 @@ def make_loss(variant, dropout, device):
             num_tokens=utils.NUM_SYMBOLS, dim=768, depth=(12, 3), max_seq_len=(512, 16), pad_id=utils.END,
             attn_dropout=0.0 if default else dropout, ff_dropout=0.0 if default else dropout,
         ).to(device).train()  # fmt: skip
-        dtype = utils.pick_dtype(precision, device)
+        dtype = devices.pick_dtype(precision, device)
 
-        def loss(patches, masks):
-            with utils.autocast(device, dtype):
+        def loss(patches, masks, targets):
+            with devices.autocast(device, dtype):
                 return model(patches.flatten(1), return_loss=True)
 
         return model, loss
     if name == "naive":
-        model = Naive(dropout).to(device).train()
+        model = Naive(sizes, dropout).to(device).train()
         return model, model
-    utils.tune_memory()
-    model = SIZES.build(dropout).to(device).train()
+    devices.tune_memory()
+    model = sizes.build(dropout).to(device).train()
     if option == "compile":
-        utils.compile_model(model)
-    dtype = utils.pick_dtype(name, device)
+        training.compile_model(model)
+    dtype = devices.pick_dtype(name, device)
 
-    def loss(patches, masks):
-        with utils.autocast(device, dtype):
-            return model(patches, masks).loss
+    def loss(patches, masks, targets):
+        with devices.autocast(device, dtype):
+            return model(patches, masks, targets).loss
 
     return model, loss
 
 
-def run_variant(variant, batch, dropout, pipe):
+def run_variant(variant, sizes, options, pipe):
     """The main function of a variant's process: answers every message with the times of a step and the peak memory."""
-    device = utils.pick_device()
+    device = devices.pick_device()
     torch.manual_seed(0)
-    model, loss_of = make_loss(variant, dropout, device)
+    model, loss_of = make_loss(variant, sizes, options.dropout, device)
     fused = None if variant == "naive" else True
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused, foreach=False if variant == "naive" else None)
-    patches = torch.randint(0, 256, (batch, 512, 16)).to(device)
-    masks = torch.ones(batch, 512, dtype=torch.uint8, device=device)
-    while pipe.recv():
+    kind = variant.partition("-")[0] if variant.startswith(("padded-", "ideal-")) else ""
+    for patches, masks, targets in make_batches(sizes, options.batch, options.files, kind, options.warm_up + options.rounds):
+        pipe.recv()
+        patches = patches.to(device)
         times = [time.perf_counter()]
 
         def lap():
             synchronize(device)
             times.append(time.perf_counter())
 
-        loss = loss_of(patches, masks)
+        loss = loss_of(patches, masks, targets)
         lap()
         loss.backward()
         lap()
@@ -145,26 +187,30 @@ def run_variant(variant, batch, dropout, pipe):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("--batch", type=int, default=1, help="sequences of 8 KB in a step")
+    parser.add_argument("--size", choices=SIZES, default="paper")
+    parser.add_argument("--batch", type=int, default=1, help="sequences in a step")
+    parser.add_argument("--files", help="folder of files to draw the sequences from; else full ones of random bytes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2, help="steps before those that count")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--variants", nargs="+", default=["naive", "fp32", "bf16"])
     options = parser.parse_args()
-    device = utils.pick_device()
+    sizes, device = SIZES[options.size], devices.pick_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
-        f"{name}, {platform.machine()}; torch {torch.__version__}, transformers {transformers.__version__}; paper size, "
-        f"{options.batch} sequences of 512 x 16 bytes, dropout {options.dropout}, median of {options.rounds}"
+        f"{name}, {platform.machine()}; torch {torch.__version__}, transformers {transformers.__version__}; {options.size} size, "
+        f"{options.batch} sequences of {options.files or f'{sizes.PATCH_LENGTH} x {sizes.PATCH_SIZE} bytes'}, dropout {options.dropout}, "
+        f"median of {options.rounds}"
     )
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for variant in options.variants:
         pipes[variant], theirs = context.Pipe()
-        arguments = (variant, options.batch, options.dropout, theirs)
+        arguments = (variant, sizes, options, theirs)
         context.Process(target=run_variant, args=arguments, daemon=True).start()
     found = {variant: [] for variant in options.variants}
-    rates = {dtype: [] for dtype in (torch.float32, torch.bfloat16)}
+    dtypes = {variant: torch.bfloat16 if "16" in variant else torch.float32 for variant in options.variants}
+    rates = {dtype: [] for dtype in set(dtypes.values())}
     for number in range(options.warm_up + options.rounds):
         for variant, pipe in pipes.items():
             pipe.send(True)
@@ -180,18 +226,19 @@ def main():
     print(f"{'variant':<22} {'forward':>8} {'backward':>8} {'optimizer':>9} {'step s':>8} {'(min-max)':>15} {'KB/s':>8} "
           f"{'of the rate':>11} {'peak GB':>8} {'speed':>6} {'memory':>6}")
     first_steps, first_peak = None, None
+    lengths = [m.sum(1).tolist() for _, m, _ in make_batches(sizes, options.batch, options.files, "", options.warm_up + options.rounds)]
+    flops = [step_flops(sizes, each) for each in lengths[options.warm_up :]]
+    kilobytes = [sum(each) * sizes.PATCH_SIZE / 1000 for each in lengths[options.warm_up :]]
     for variant, results in found.items():
         parts = [statistics.median(times) for times in zip(*(times for times, _, _ in results))]
         steps = [sum(times) for times, _, _ in results]
         step, peak = statistics.median(steps), max(peak for _, peak, _ in results)
         first_steps, first_peak = first_steps or steps, first_peak or peak
         speed = statistics.median(before / after for before, after in zip(first_steps, steps))  # within each round
-        rate = rates[torch.bfloat16 if "16" in variant else torch.float32]
-        share = f"{step_flops(options.batch) / step / rate:.0%}" if "megabyte" not in variant else ""
+        rate = rates[dtypes[variant]]
+        share = f"{statistics.median(f / s for f, s in zip(flops, steps)) / rate:.0%}" if "megabyte" not in variant else ""
         print(f"{variant:<22} {parts[0]:8.3f} {parts[1]:8.3f} {parts[2]:9.3f} {step:8.3f} {f'{min(steps):.3f}-{max(steps):.3f}':>15} "
-              f"{options.batch * 511 * 16 / 1000 / step:8.2f} {share:>11} {peak / 1e9:8.2f} {speed:5.2f}x {peak / first_peak:5.0%}")
-    for pipe in pipes.values():
-        pipe.send(False)
+              f"{statistics.median(k / s for k, s in zip(kilobytes, steps)):8.2f} {share:>11} {peak / 1e9:8.2f} {speed:5.2f}x {peak / first_peak:5.0%}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import checkpoint  # noqa: E402
 import utils  # noqa: E402
 
 # a shell has Ctrl-C ignored in what it runs in the background, and the scripts under test would inherit that
@@ -180,7 +181,7 @@ def golden_sequences(golden):
 
 def as_batch(sequences):
     """Returns the Batch of sequences of patches, int16 (P, S) each."""
-    return utils.collate([(patches, patches != utils.END) for patches in sequences])
+    return utils.Batch((patches, patches != utils.END) for patches in sequences)
 
 
 @pytest.fixture()
@@ -192,5 +193,5 @@ def tiny_model():
 def tiny_checkpoint(tmp_path, tiny_model):
     """A generative checkpoint of the TINY sizes, as inference.py needs it."""
     path = tmp_path / "weights.pth"
-    utils.save_checkpoint(path, {"model": tiny_model.state_dict()})
+    checkpoint.save_checkpoint(path, {"model": tiny_model.state_dict()})
     return path

@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import TINY, fill_by_recipe, one_message, options, run_script
 
+import checkpoint
+import system
 import utils
 
 
@@ -42,14 +44,14 @@ def published_checkpoint(golden, model):
 
 
 def test_published_layout_loads(tmp_path, golden, golden_model):
-    checkpoint = published_checkpoint(golden, golden_model)
-    assert sum(name.endswith(".attn.bias") for name in checkpoint["model"]) == 4
-    torch.save(checkpoint, tmp_path / "weights.pth")
-    model, loaded = utils.load_model(str(tmp_path / "weights.pth"), "WEIGHTS_PATH")
+    published = published_checkpoint(golden, golden_model)
+    assert sum(name.endswith(".attn.bias") for name in published["model"]) == 4
+    torch.save(published, tmp_path / "weights.pth")
+    model, loaded = checkpoint.load_model(str(tmp_path / "weights.pth"), "WEIGHTS_PATH")
     for name, tensor in golden_model.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     assert loaded["min_eval_loss"] == 5.5
-    assert utils.model_sizes(loaded["model"], "x") == utils.ModelSizes(**golden["recipe"]["sizes"])
+    assert checkpoint.model_sizes(loaded["model"], "x") == utils.ModelSizes(**golden["recipe"]["sizes"])
 
 
 def test_training_goes_on_from_the_published_layout(tmp_path, golden, golden_model):
@@ -68,8 +70,8 @@ def test_training_goes_on_from_the_published_layout(tmp_path, golden, golden_mod
 
 def test_classifier_checkpoint(tmp_path):
     model = fill_by_recipe(utils.bGPTForClassification(utils.make_configs(4, 16, 64, 2, 1)[0], 3))
-    utils.save_checkpoint(tmp_path / "cls.pth", {"model": model.state_dict(), "labels": {"a.x": 0, "b.x": 1, "c.x": 2}})
-    loaded, _ = utils.load_model(str(tmp_path / "cls.pth"), "WEIGHTS_PATH")
+    checkpoint.save_checkpoint(tmp_path / "cls.pth", {"model": model.state_dict(), "labels": {"a.x": 0, "b.x": 1, "c.x": 2}})
+    loaded, _ = checkpoint.load_model(str(tmp_path / "cls.pth"), "WEIGHTS_PATH")
     assert isinstance(loaded, utils.bGPTForClassification)
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
 
@@ -134,8 +136,8 @@ def broken_checkpoints(folder, model):
 
 def test_broken_and_hostile_checkpoints_are_refused(tmp_path, tiny_model):
     for name, words in broken_checkpoints(tmp_path, tiny_model):
-        with pytest.raises(utils.UserError, match=words) as caught:
-            utils.load_model(str(tmp_path / name), "WEIGHTS_PATH")
+        with pytest.raises(system.UserError, match=words) as caught:
+            checkpoint.load_model(str(tmp_path / name), "WEIGHTS_PATH")
         assert str(caught.value).startswith("WEIGHTS_PATH: ") and name in str(caught.value)
     assert not (tmp_path / "hacked").exists()  # no code of a checkpoint ran
 
@@ -145,44 +147,44 @@ def test_missing_and_unknown_layers_are_all_listed(tiny_model):
     for key in list(state):
         if ".h.0.ln_1." in key:
             state["x." + key] = state.pop(key)
-    with pytest.raises(utils.UserError) as caught:
-        utils.load_weights(tiny_model, state, "here")
+    with pytest.raises(system.UserError) as caught:
+        checkpoint.load_weights(tiny_model, state, "here")
     assert str(caught.value).count("is missing") == 4 and str(caught.value).count("is unknown") == 4
 
 
 def test_tied_weight_may_be_left_out(tiny_model):
     state = {k: v.clone() for k, v in tiny_model.state_dict().items() if not k.endswith("lm_head.weight")}
     other = utils.ModelSizes(**TINY).build()
-    utils.load_weights(other, state, "here")
+    checkpoint.load_weights(other, state, "here")
     assert torch.equal(other.byte_level_decoder.base.lm_head.weight, state["byte_level_decoder.base.transformer.wte.weight"])
 
 
 def test_other_sizes_name_the_constants_to_change(tiny_model):
-    with pytest.raises(utils.UserError, match=r"set PATCH_SIZE = 4 \(now 16\), PATCH_LENGTH = 16 \(now 512\), or"):
-        utils.check_sizes(utils.ModelSizes(16, 512, 64, 2, 1), tiny_model.state_dict(), "here")
-    with pytest.raises(utils.UserError, match="is a generative model; here a classifier is needed"):
-        utils.check_sizes(utils.ModelSizes(4, 16, 64, 2, None, 3), tiny_model.state_dict(), "here")
+    with pytest.raises(system.UserError, match=r"set PATCH_SIZE = 4 \(now 16\), PATCH_LENGTH = 16 \(now 512\), or"):
+        checkpoint.check_sizes(utils.ModelSizes(16, 512, 64, 2, 1), tiny_model.state_dict(), "here")
+    with pytest.raises(system.UserError, match="is a generative model; here a classifier is needed"):
+        checkpoint.check_sizes(utils.ModelSizes(4, 16, 64, 2, None, 3), tiny_model.state_dict(), "here")
 
 
 def test_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "weights.pth"
-    utils.save_checkpoint(path, {"model": {}, "epoch": 1})
+    checkpoint.save_checkpoint(path, {"model": {}, "epoch": 1})
     before = path.read_bytes()
     with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
-        utils.save_checkpoint(path, {"model": {}, "epoch": lambda: None})
+        checkpoint.save_checkpoint(path, {"model": {}, "epoch": lambda: None})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["weights.pth"]
 
 
 def test_full_disk_is_an_oserror_that_names_the_file(tmp_path):
     """A limit on the size of files stands in for a full disk."""
     path = tmp_path / "weights.pth"
-    utils.save_checkpoint(path, {"epoch": 1})
+    checkpoint.save_checkpoint(path, {"epoch": 1})
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
         with pytest.raises(OSError, match="weights.pth"):
-            utils.save_checkpoint(path, {"model": torch.zeros(1 << 20)})
+            checkpoint.save_checkpoint(path, {"model": torch.zeros(1 << 20)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["weights.pth"]
@@ -190,7 +192,7 @@ def test_full_disk_is_an_oserror_that_names_the_file(tmp_path):
 
 def test_saved_files_have_the_usual_permissions(tmp_path):
     (tmp_path / "plain").write_bytes(b"")
-    utils.save_checkpoint(tmp_path / "weights.pth", {})
+    checkpoint.save_checkpoint(tmp_path / "weights.pth", {})
     assert (tmp_path / "weights.pth").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
@@ -198,7 +200,7 @@ def test_backups_never_replace_each_other(tmp_path):
     path = tmp_path / "weights.pth"
     for i in range(3):
         path.write_text(str(i))
-        utils.keep_backup(str(path))
+        system.keep_backup(str(path))
         assert path.read_text() == str(i)
         path.unlink()
     assert [(tmp_path / f"weights.pth.bak{n}").read_text() for n in ("", "2", "3")] == ["0", "1", "2"]

@@ -98,12 +98,12 @@ def test_help_lists_every_constant_with_its_comment_and_value():
 
 def test_every_constant_is_used_by_a_script():
     """A constant that nothing reads would be a setting without effect."""
-    scripts = "".join(path.read_text() for path in (*ROOT.glob("*-*.py"), ROOT / "inference.py", ROOT / "utils.py"))
+    scripts = "".join(path.read_text() for path in ROOT.glob("*.py") if path.name != "config.py")
     unused = [name for name in config.as_dict() if not re.search(rf"config\.{name}\b|settings\[.{name}.\]", scripts)]
     assert unused == []
 
 
-@pytest.mark.parametrize("module", ["config", "utils", "train-gen", "train-cls", "inference", "cpu-simulation"])
+@pytest.mark.parametrize("module", sorted(path.stem for path in ROOT.glob("*.py")))
 def test_importing_does_nothing(module, tmp_path):
     """No file is touched, nothing printed, no argument parsed, the random numbers are left alone."""
     code = (
@@ -122,9 +122,36 @@ def test_importing_does_nothing(module, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["train-gen.py", "train-cls.py", "inference.py", "cpu-simulation.py"])
+SCRIPTS = {"train-gen.py": [], "train-cls.py": [], "inference.py": [], "cpu-simulation.py": ["--mode", "generate"]}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_ctrl_c_while_modules_load_shows_no_traceback(script, tmp_path):
     """Stands in for numpy, the first large module of every script, and presses Ctrl-C in its place."""
+    for part in ("train", "test"):
+        (tmp_path / "cpu_states" / part).mkdir(parents=True)
+    (tmp_path / "weights.pth").write_bytes(b"")
     (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    done = run_fresh(script, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    done = run_fresh(script, *SCRIPTS[script], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.parametrize(
+    "script, arguments, words",
+    [
+        ("train-gen.py", "--help", "usage"),
+        ("train-gen.py", "--BATCHSIZE 4", "BATCH_SIZE"),
+        ("train-gen.py", "", "cpu-simulation.py --mode generate"),
+        ("train-gen.py", "--TRAIN_FOLDERS gone", "TRAIN_FOLDERS: 'gone' does not exist"),
+        ("train-cls.py", "--TRAIN_FOLDERS . --EVAL_FOLDERS gone", "EVAL_FOLDERS: 'gone' does not exist"),
+        ("train-cls.py", "--TRAIN_FOLDERS . --EVAL_FOLDERS --LOAD_FROM_PRE_CHECKPOINT True", "PRE_WEIGHTS_PATH: 'weights-pre.pth'"),
+        ("train-cls.py", "--HIDDEN_SIZE 100", "multiple of 64"),
+        ("inference.py", "--help", "usage"),
+        ("inference.py", "", "INFERENCE_WEIGHTS_PATH: 'weights.pth' does not exist"),
+    ],
+)
+def test_answers_come_before_pytorch_is_loaded(script, arguments, words, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('PyTorch was loaded')")
+    done = run_fresh(script, *arguments.split(), cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert words in done.stdout + done.stderr and "PyTorch was loaded" not in done.stderr
+    assert done.returncode == (0 if arguments == "--help" else 2 if "SIZE" in arguments else 1)

@@ -12,19 +12,23 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fill_by_recipe, one_message, options, run_script
+from conftest import ROOT, fill_by_recipe, load_script, one_message, options, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 
+import listing
+import generation
+import system
 import utils
 
-GREEDY = utils.Sampling(temperature=0)
+inference = load_script("inference")
+GREEDY = generation.Sampling(temperature=0)
 
 
 def continue_all(model, prompts, batch_size, sampling=GREEDY, seed=0):
     """Returns the Continuations of prompts (arrays of symbols), in the order of the prompts."""
-    stream = (utils.Prompt(i, symbols, [seed, i]) for i, symbols in enumerate(prompts))
-    done = {continuation.key: continuation for continuation in utils.generate(model, stream, batch_size, sampling)}
+    stream = (generation.Prompt(i, symbols, [seed, i]) for i, symbols in enumerate(prompts))
+    done = {continuation.key: continuation for continuation in generation.generate(model, stream, batch_size, sampling)}
     return [done[i] for i in range(len(prompts))]
 
 
@@ -66,25 +70,25 @@ def test_distribution_is_the_stated_one(top_k, top_p, temperature):
     logits[4:8] = np.round(logits[4:8])  # ties
     logits[8:, 100:] = -np.inf  # zeros
     logits[11] = 0.0
-    drawn = utils.filter_probabilities(torch.from_numpy(logits), utils.Sampling(top_k, top_p, temperature)).numpy()
+    drawn = generation.filter_probabilities(torch.from_numpy(logits), generation.Sampling(top_k, top_p, temperature)).numpy()
     for row, expected in zip(drawn, (stated_distribution(row, top_k, top_p, temperature) for row in logits)):
         np.testing.assert_allclose(row, expected, atol=1e-9)
 
 
 def test_temperature_zero_is_the_most_likely():
     logits = torch.randn(50, 257)
-    assert torch.equal(utils.sample_symbols(logits, GREEDY, torch.rand(50).double()), logits.argmax(-1))
-    filtered = utils.filter_probabilities(logits, GREEDY)
+    assert torch.equal(generation.sample_symbols(logits, GREEDY, torch.rand(50).double()), logits.argmax(-1))
+    filtered = generation.filter_probabilities(logits, GREEDY)
     assert torch.equal(filtered.argmax(-1), logits.argmax(-1)) and (filtered.sum(-1) == 1).all()
 
 
 def test_drawn_symbols_follow_the_distribution():
     """Chi-square with 10 symbols left: 9 degrees of freedom, 27.9 at one in a thousand."""
     logits = torch.randn(1, 257, generator=torch.Generator().manual_seed(1)) * 2
-    sampling = utils.Sampling(top_k=10, temperature=1.5)
-    expected = utils.filter_probabilities(logits, sampling)[0] * 20000
+    sampling = generation.Sampling(top_k=10, temperature=1.5)
+    expected = generation.filter_probabilities(logits, sampling)[0] * 20000
     uniforms = torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    counts = torch.bincount(utils.sample_symbols(logits.expand(20000, -1), sampling, uniforms), minlength=257)
+    counts = torch.bincount(generation.sample_symbols(logits.expand(20000, -1), sampling, uniforms), minlength=257)
     kept = expected > 0
     assert int(kept.sum()) == 10 and counts[~kept].sum() == 0
     assert float(((counts - expected)[kept] ** 2 / expected[kept]).sum()) < 27.9
@@ -93,7 +97,7 @@ def test_drawn_symbols_follow_the_distribution():
 def test_extreme_uniforms_never_draw_an_impossible_symbol():
     logits = torch.full((2, 257), -torch.inf)
     logits[:, 5], logits[:, 200] = 0.0, 0.0
-    drawn = utils.sample_symbols(logits, utils.Sampling(), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+    drawn = generation.sample_symbols(logits, generation.Sampling(), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
     assert drawn.tolist() == [5, 200]
 
 
@@ -159,7 +163,7 @@ def test_samples_do_not_depend_on_the_batch():
     """In float32 on a CPU even the last digits of the log-probabilities are the same, so no draw can come out otherwise."""
     model = fill_by_recipe(utils.ModelSizes(4, 40, 128, 2, 1).build())
     prompts = [*ragged_prompts(4), np.concatenate(ragged_prompts(4)[5:8])]
-    sampling = utils.Sampling(top_k=50, top_p=0.95, temperature=1.2)
+    sampling = generation.Sampling(top_k=50, top_p=0.95, temperature=1.2)
     runs = [continue_all(model, prompts, size, sampling) for size in (1, 3, 32)]
     for run in runs[1:]:
         assert [(c.symbols.tolist(), c.nats) for c in run] == [(c.symbols.tolist(), c.nats) for c in runs[0]]
@@ -179,7 +183,7 @@ def test_first_symbol_is_drawn_from_the_models_own_distribution(tiny_model):
     model = fill_by_recipe(utils.ModelSizes(4, 3, 64, 2, 1).build())  # room for two patches only, to be quick
     with torch.no_grad():
         model.load_state_dict({**tiny_model.state_dict(), "patch_level_decoder.base.wpe.weight": tiny_model.patch_level_decoder.base.wpe.weight[:3]})
-    for continuation in continue_all(model, [prompt] * 4000, 500, utils.Sampling()):
+    for continuation in continue_all(model, [prompt] * 4000, 500, generation.Sampling()):
         first = continuation.symbols[0] if len(continuation.symbols) else utils.END
         counts[groups[first]] += 1
     expected = np.bincount(groups, probabilities, 8) * 4000
@@ -188,9 +192,9 @@ def test_first_symbol_is_drawn_from_the_models_own_distribution(tiny_model):
 
 def test_fixed_shapes_change_nothing(tiny_model):
     """The shapes that CUDA graphs are captured with, more rows and positions than are in use, against the exact ones."""
-    sampling = utils.Sampling(top_p=0.9)
-    prompts = [utils.Prompt(i, symbols, [0, i]) for i, symbols in enumerate(ragged_prompts(4)[:5])]
-    writers = [utils.PatchWriter(tiny_model, 7, sampling, fixed_shapes=fixed) for fixed in (False, True)]
+    sampling = generation.Sampling(top_p=0.9)
+    prompts = [generation.Prompt(i, symbols, [0, i]) for i, symbols in enumerate(ragged_prompts(4)[:5])]
+    writers = [generation.PatchWriter(tiny_model, 7, sampling, fixed_shapes=fixed) for fixed in (False, True)]
     with torch.inference_mode():
         for writer in writers:
             writer.admit(list(range(5)), prompts)
@@ -203,7 +207,7 @@ def test_fixed_shapes_change_nothing(tiny_model):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_captured_graphs_change_nothing(tiny_model, monkeypatch):
-    class Uncaptured(utils.PatchWriter):
+    class Uncaptured(generation.PatchWriter):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             self.captures = False
@@ -219,7 +223,7 @@ def test_nats_are_the_models_own(tiny_model):
     with torch.no_grad():
         tiny_model.byte_level_decoder.base.transformer.wte.weight[256] *= 4
     prompts = ragged_prompts(4)
-    done = continue_all(tiny_model, prompts, 4, utils.Sampling(top_k=200, top_p=0.99, temperature=1.3))
+    done = continue_all(tiny_model, prompts, 4, generation.Sampling(top_k=200, top_p=0.99, temperature=1.3))
     assert {c.cut_off for c in done} == {True, False}
     for prompt, continuation in zip(prompts, done):
         drawn = [*continuation.symbols, *[utils.END] * (not continuation.cut_off)]
@@ -236,10 +240,10 @@ def test_nats_are_the_models_own(tiny_model):
 def test_bf16_generation_agrees_with_float32(golden_model, golden_sequences):
     """Steps of the cached bf16 model against the float32 reference, by the logits' size."""
     half = fill_by_recipe(utils.ModelSizes(16, 64, 128, 2, 2).build()).to(torch.bfloat16)
-    prompt = utils.Prompt(0, golden_sequences[1].reshape(-1)[: 6 * 16], [0])
+    prompt = generation.Prompt(0, golden_sequences[1].reshape(-1)[: 6 * 16], [0])
     outputs = []
     for model in (golden_model, half):
-        writer = utils.PatchWriter(model, 1, GREEDY)
+        writer = generation.PatchWriter(model, 1, GREEDY)
         writer.admit([0], [prompt])
         outputs.append(writer.step_patch_level(1, 16).float())
     error = (outputs[0] - outputs[1]).norm() / outputs[0].norm()
@@ -254,7 +258,7 @@ def test_bf16_generation_agrees_with_float32(golden_model, golden_sequences):
 def outputs_in(folder):
     """Returns the paths of all files in a folder, within it, but for the index; sorted."""
     paths = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    return sorted(path for path in paths if path not in utils.INDEX_NAMES)
+    return sorted(path for path in paths if path not in inference.INDEX_NAMES)
 
 
 def infer(folder, **constants):
@@ -294,7 +298,7 @@ def test_convert_and_complete(tmp_path, tiny_model, tiny_checkpoint):
     assert done.returncode == 0, done.stderr
     for name, content in files.items():
         given = content[:6]
-        prompt = np.concatenate((utils.extension_patch(utils.extension_of(name), 4), np.frombuffer(given, np.uint8)))
+        prompt = np.concatenate((utils.extension_patch(listing.extension_of(name), 4), np.frombuffer(given, np.uint8)))
         symbols, _ = recompute_greedy(tiny_model, prompt, 1000)
         assert (tmp_path / "completed" / name).read_bytes() == given + bytes(symbols), name
 
@@ -330,7 +334,6 @@ def test_what_was_wrong_with_each_input_is_told(tmp_path, tiny_checkpoint):
 )
 def test_mistakes(tmp_path, monkeypatch, tiny_checkpoint, constants, words):
     import config
-    from conftest import load_script
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "data").mkdir()
@@ -340,7 +343,7 @@ def test_mistakes(tmp_path, monkeypatch, tiny_checkpoint, constants, words):
     monkeypatch.chdir(tmp_path)
     for name, value in constants.items():
         monkeypatch.setattr(config, name, value)
-    with pytest.raises(utils.UserError, match=re.escape(words)):
+    with pytest.raises(system.UserError, match=re.escape(words)):
         load_script("inference").main()
     assert (tmp_path / "data" / "a.x").read_bytes() == b"abc" and not (tmp_path / "output").exists()
 
@@ -369,7 +372,7 @@ def test_what_others_put_in_the_output_folder_stays(tmp_path, tiny_checkpoint):
 
 def test_two_runs_never_share_a_folder(tmp_path, tiny_checkpoint):
     (tmp_path / "output").mkdir()
-    with utils.locked_folder(tmp_path / "output", "OUTPUT_FOLDER"):
+    with inference.locked_folder(tmp_path / "output", "OUTPUT_FOLDER"):
         message = one_message(infer(tmp_path))
     assert "OUTPUT_FOLDER: another run is at work" in message
     assert infer(tmp_path, NUM_SAMPLES=1).returncode == 0
@@ -378,7 +381,7 @@ def test_two_runs_never_share_a_folder(tmp_path, tiny_checkpoint):
 
 def test_a_lock_taken_away_by_the_run_before_is_taken_anew(tmp_path, tiny_checkpoint, monkeypatch):
     """A run can open the lock file of another that is just removing it: then its lock is on a file nobody else finds."""
-    lockf = utils.fcntl.lockf
+    lockf = system.fcntl.lockf
     removed = []
 
     def lockf_after_the_other_run_ended(lock, how):
@@ -386,9 +389,9 @@ def test_a_lock_taken_away_by_the_run_before_is_taken_anew(tmp_path, tiny_checkp
             removed.append(os.unlink(lock.name))
         lockf(lock, how)
 
-    monkeypatch.setattr(utils.fcntl, "lockf", lockf_after_the_other_run_ended)
+    monkeypatch.setattr(system.fcntl, "lockf", lockf_after_the_other_run_ended)
     (tmp_path / "output").mkdir()
-    with utils.locked_folder(tmp_path / "output", "OUTPUT_FOLDER"):
+    with inference.locked_folder(tmp_path / "output", "OUTPUT_FOLDER"):
         assert removed and "OUTPUT_FOLDER: another run is at work" in one_message(infer(tmp_path))
 
 
@@ -397,7 +400,7 @@ def test_a_closed_pipe_ends_nothing(tmp_path, tiny_checkpoint):
     command = f"{sys.executable} {ROOT / 'inference.py'} --NUM_SAMPLES 3 | true"
     done = subprocess.run(command, shell=True, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert "Traceback" not in done.stderr and "rror" not in done.stderr
-    assert len(utils.read_index(tmp_path / "output" / "index.tsv")) == 3
+    assert len(inference.read_index(tmp_path / "output" / "index.tsv")) == 3
 
 
 def test_a_mistake_is_one_line(tmp_path):
@@ -423,7 +426,7 @@ def test_ctrl_c_leaves_whole_files_only(tmp_path):
     assert process.returncode == 130 and "Traceback" not in stderr and "stopped by Ctrl-C" in stderr
     written = outputs_in(tmp_path / "output")
     assert f"{len(written)} files written" in stdout and all(name.endswith(".bin") for name in written)
-    assert set(utils.read_index(tmp_path / "output" / "index.tsv")) == set(written)
+    assert set(inference.read_index(tmp_path / "output" / "index.tsv")) == set(written)
 
 
 def test_candidates(tmp_path, tiny_model, tiny_checkpoint):
@@ -433,13 +436,13 @@ def test_candidates(tmp_path, tiny_model, tiny_checkpoint):
     for count, folder in ((1, "one"), (4, "four")):
         done = infer(tmp_path, MODE="complete", NUM_CANDIDATES=count, OUTPUT_FOLDER=folder, PRECISION="fp32", SEED=5)
         assert done.returncode == 0, done.stderr
-        listed = utils.read_index(tmp_path / folder / "index.tsv")
+        listed = inference.read_index(tmp_path / folder / "index.tsv")
         assert sorted(listed) == outputs_in(tmp_path / folder) == ["a.x", "b.x", "c.x"]
         for name, (_, source, size, bits, how, seed) in listed.items():
             prompt = np.concatenate((utils.extension_patch("x", 4), np.frombuffer(name.encode() * 3, np.uint8)))
             streams = [[5, zlib.crc32(name.encode())], *([5, zlib.crc32(name.encode()), i] for i in range(1, count))]
-            prompts = [utils.Prompt(i, prompt, stream) for i, stream in enumerate(streams)]
-            best = max(utils.generate(tiny_model, prompts, 1, utils.Sampling()), key=lambda c: c.mean_log_probability())
+            prompts = [generation.Prompt(i, prompt, stream) for i, stream in enumerate(streams)]
+            best = max(generation.generate(tiny_model, prompts, 1, generation.Sampling()), key=lambda c: c.mean_log_probability())
             content = name.encode() * 3 + bytes(best.symbols.tolist())
             assert (tmp_path / folder / name).read_bytes() == content
             assert [source, size, how, seed] == [f"input/{name}", str(len(content)), "cut off" if best.cut_off else "ended", "5"]
@@ -453,8 +456,8 @@ def test_candidates(tmp_path, tiny_model, tiny_checkpoint):
 
 @given(st.text(alphabet=st.characters(exclude_characters="/\0", exclude_categories=()), min_size=1))
 def test_names_survive_the_index(name):
-    escaped = utils.escape_name(name)
-    assert utils.unescape_name(escaped) == name and escaped.isprintable()
+    escaped = system.escape_name(name)
+    assert system.unescape_name(escaped) == name and escaped.isprintable()
 
 
 class Reader(html.parser.HTMLParser):
@@ -484,7 +487,7 @@ def test_page_holds_whatever_the_outputs_hold(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
         rows.append((name, "in<put>", len(content), None if not content else 1.5, "ended", 0))
-    utils.write_index(tmp_path, rows)
+    inference.write_index(tmp_path, rows)
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     read = Reader(page)
     shown = "html head meta title style body h1 p main article h2 pre img audio".split()
@@ -493,7 +496,7 @@ def test_page_holds_whatever_the_outputs_hold(tmp_path):
         assert words in read.text
     assert "… and 256 more bytes" in read.text and "data:image/bmp;base64,Qk08Pg==" in page and "data:audio/wav" in page
     lines = (tmp_path / "index.tsv").read_text(encoding="utf-8").splitlines()
-    assert lines[0].split("\t") == list(utils.INDEX_COLUMNS) and all(line.count("\t") == 5 for line in lines)
+    assert lines[0].split("\t") == list(inference.INDEX_COLUMNS) and all(line.count("\t") == 5 for line in lines)
     assert len(lines) == 1 + len(files) and "sub/empty.txt\tin<put>\t0\t\tended\t0" in lines
 
 
@@ -502,19 +505,19 @@ def test_index_goes_on_and_keeps_what_is_not_its_own(tmp_path):
         (tmp_path / name).write_bytes(b"abc")
     (tmp_path / "index.tsv").write_text("my own table")
     (tmp_path / "index.html").write_text("my own page")
-    utils.write_index(tmp_path, [("f-10.x", "", 3, 2.0, "ended", 0), ("gone.x", "", 3, 2.0, "ended", 0)])
+    inference.write_index(tmp_path, [("f-10.x", "", 3, 2.0, "ended", 0), ("gone.x", "", 3, 2.0, "ended", 0)])
     assert (tmp_path / "index.tsv.bak").read_text() == "my own table"
     assert (tmp_path / "index.html.bak").read_text() == "my own page"
-    utils.write_index(tmp_path, [("f-2.x", "", 3, 2.0, "cut off", 1)])
-    assert list(utils.read_index(tmp_path / "index.tsv")) == ["f-2.x", "f-10.x"]
+    inference.write_index(tmp_path, [("f-2.x", "", 3, 2.0, "cut off", 1)])
+    assert list(inference.read_index(tmp_path / "index.tsv")) == ["f-2.x", "f-10.x"]
     assert not (tmp_path / "index.tsv.bak2").exists()
 
 
 def test_page_stays_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "SHOWN_BYTES", 5)
+    monkeypatch.setattr(inference, "SHOWN_BYTES", 5)
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_bytes(b"word")
-    utils.write_index(tmp_path, [(name, "", 4, 1.0, "ended", 0) for name in ("a.txt", "b.txt")])
+    inference.write_index(tmp_path, [(name, "", 4, 1.0, "ended", 0) for name in ("a.txt", "b.txt")])
     text = Reader((tmp_path / "index.html").read_text(encoding="utf-8")).text
     assert text.count("word") == 1 and "b.txt" in text
 

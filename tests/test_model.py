@@ -5,10 +5,14 @@ import functools
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, as_batch, fill_by_recipe
+from conftest import TINY, as_batch, fill_by_recipe, load_script
 from transformers import GPT2Config
 
+import devices
+import training
 import utils
+
+train_gen = load_script("train-gen")
 
 
 def test_paper_size():
@@ -266,7 +270,7 @@ def test_compiled_blocks_compute_the_same(monkeypatch):
     batches = [as_batch([utils.to_patches(bytes(n), "x", 4) for n in sizes]) for sizes in ((3, 40, 17), (9, 9), (5, 30, 2, 2))]
     plain = [model(batch.patches.long(), batch.masks).nats for batch in batches]
     names = list(model.state_dict())
-    utils.compile_model(model)
+    training.compile_model(model)
     compiled = [model(batch.patches.long(), batch.masks).nats for batch in batches]
     for one, other in zip(plain, compiled, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
@@ -289,9 +293,9 @@ def test_dropout_of_the_model_is_for_training_and_follows_the_seed():
 def test_sampled_targets(tiny_model):
     batch = as_batch([utils.to_patches(bytes(n), "x", 4) for n in (3, 40, 17)])
     every = batch.masks[:, 1:] == 1
-    assert torch.equal(utils.sample_targets(batch.masks, 0, np.random.default_rng(0)), every)
-    assert torch.equal(utils.sample_targets(batch.masks, 1000, np.random.default_rng(0)), every)
-    drawn = [utils.sample_targets(batch.masks, 5, np.random.default_rng(i)) for i in range(50)]
+    assert torch.equal(train_gen.sample_targets(batch.masks, 0, np.random.default_rng(0)), every)
+    assert torch.equal(train_gen.sample_targets(batch.masks, 1000, np.random.default_rng(0)), every)
+    drawn = [train_gen.sample_targets(batch.masks, 5, np.random.default_rng(i)) for i in range(50)]
     assert all(int(targets.sum()) == 5 and not (targets & ~every).any() for targets in drawn)
     assert torch.equal(torch.stack(drawn).any(0), every)  # each has its chance
     with torch.no_grad():
@@ -303,7 +307,7 @@ def test_sampled_targets(tiny_model):
 @torch.no_grad()
 def test_bf16_agrees_with_float32(golden, golden_model, golden_sequences):
     batch = as_batch(golden_sequences)
-    with utils.autocast(torch.device("cpu"), torch.bfloat16):
+    with devices.autocast(torch.device("cpu"), torch.bfloat16):
         output = golden_model(batch.patches.long(), batch.masks)
     assert output.loss.item() == pytest.approx(golden["loss"], rel=0.01)
     assert output.loss.dtype == torch.float32

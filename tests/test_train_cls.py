@@ -9,6 +9,10 @@ import torch
 from conftest import TINY, Running, as_batch, fill_by_recipe, interrupt, load_script, one_message, options, run_script, torchrun_environments
 
 import config
+import checkpoint
+import evaluation
+import listing
+import system
 import utils
 
 SETTINGS = {
@@ -69,7 +73,7 @@ def trained(folder):
     ],
 )
 def test_label_of(path, label):
-    assert utils.label_of(path) == label
+    assert evaluation.label_of(path) == label
 
 
 def test_it_learns_reports_and_saves(folder, trained):
@@ -89,7 +93,7 @@ def test_it_learns_reports_and_saves(folder, trained):
 
 def test_the_report_says_what_the_predictions_are():
     confusion = np.array([[5, 1, 0], [2, 2, 0], [0, 0, 0]])
-    assert utils.classification_report(confusion, ["a.txt", "b.txt", "long.name"]).splitlines() == [
+    assert evaluation.classification_report(confusion, ["a.txt", "b.txt", "long.name"]).splitlines() == [
         "accuracy 0.7000 (7 of 10 files), balanced accuracy 0.6667",
         "label      precision  recall  files  predicted",
         "a.txt         0.7143  0.8333      6          7",
@@ -101,24 +105,24 @@ def test_the_report_says_what_the_predictions_are():
         "1 b.txt      2  2  0",
         "2 long.name  0  0  0",
     ]
-    many = utils.classification_report(np.eye(31), [str(i) for i in range(31)])
+    many = evaluation.classification_report(np.eye(31), [str(i) for i in range(31)])
     assert "column:" not in many and len(many.splitlines()) == 33
 
 
 def test_accuracy_and_loss_are_those_of_single_files(folder, trained):
     """What the run logs, stated once more: every evaluation file alone, without padding."""
-    model, checkpoint = utils.load_model(str(folder / f"{trained}.pth"), "WEIGHTS_PATH")
+    model, loaded = checkpoint.load_model(str(folder / f"{trained}.pth"), "WEIGHTS_PATH")
     nats = []
-    for path in utils.list_files([str(folder / "eval")], "EVAL_FOLDERS"):
+    for path in listing.list_files([str(folder / "eval")], "EVAL_FOLDERS"):
         patches, _ = utils.read_patches(path, 4, 16)
         with torch.no_grad():
             logits = model.eval()(torch.from_numpy(patches).long()[None])
-        nats.append(-logits.log_softmax(-1)[0, checkpoint["labels"][utils.label_of(path)]].item())
-    assert checkpoint["figures"]["eval_loss"] == pytest.approx(np.mean(nats), rel=1e-4)
+        nats.append(-logits.log_softmax(-1)[0, loaded["labels"][evaluation.label_of(path)]].item())
+    assert loaded["figures"]["eval_loss"] == pytest.approx(np.mean(nats), rel=1e-4)
 
 
 def test_logits_do_not_depend_on_the_batch(folder, trained):
-    model, _ = utils.load_model(str(folder / f"{trained}.pth"), "WEIGHTS_PATH")
+    model, _ = checkpoint.load_model(str(folder / f"{trained}.pth"), "WEIGHTS_PATH")
     random = np.random.default_rng(1)
     sequences = [utils.to_patches(random.integers(0, 256, n).astype(np.uint8), "bin", 4) for n in (0, 3, 20, 56)]
     batch = as_batch(sequences)
@@ -240,8 +244,10 @@ def test_mistakes(folder, monkeypatch, changes, words):
             (folder / name / file).write_bytes(b"x")
     for name, value in {**SETTINGS, "WEIGHTS_PATH": "mistake.pth", "LOGS_PATH": "mistake.txt", **changes}.items():
         monkeypatch.setattr(config, name, value)
-    with pytest.raises(utils.UserError, match=re.escape(words)):
-        load_script("train-cls").main()
+    with pytest.raises(system.UserError, match=re.escape(words)):
+        script = load_script("train-cls")
+        script.check_settings()
+        script.main()
     assert not list(folder.glob("mistake*.pth"))
 
 
@@ -266,13 +272,13 @@ def test_classify_agrees_with_the_evaluation_of_training(folder):
     header, *rows = read_predictions(folder)
     assert header == ["file", "label", "probability", "label 2", "probability 2", "label 3", "probability 3"]
     assert [row[0] for row in rows] == sorted(path.name for path in (folder / "eval").iterdir())
-    model, checkpoint = utils.load_model(str(folder / "half.pth"), "WEIGHTS_PATH")
+    model, loaded = checkpoint.load_model(str(folder / "half.pth"), "WEIGHTS_PATH")
     for name, *shown in rows:
         patches, _ = utils.read_patches(str(folder / "eval" / name), 4, 16)
         with torch.no_grad():
             probabilities = model.eval()(torch.from_numpy(patches).long()[None]).softmax(-1)[0]
         for label, probability in zip(shown[::2], shown[1::2]):
-            assert float(probability) == pytest.approx(probabilities[checkpoint["labels"][label]].item(), abs=1e-4)
+            assert float(probability) == pytest.approx(probabilities[loaded["labels"][label]].item(), abs=1e-4)
         assert list(map(float, shown[1::2])) == sorted(map(float, shown[1::2]), reverse=True)
 
 

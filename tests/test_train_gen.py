@@ -14,6 +14,10 @@ import torch
 from conftest import ROOT, TINY, as_batch, fill_by_recipe, load_script, one_message, options, run_fresh, run_script
 
 import config
+import checkpoint
+import listing
+import system
+import training
 import utils
 
 
@@ -70,9 +74,9 @@ def test_a_run_logs_and_saves_what_it_says(folder):
         assert f"epoch {entry['epoch']:.0f}  train_loss {entry['train_loss']:.4f}" in done.stdout
 
     # the figures of the best model, stated once more: nats over every symbol of every target, bits over the content
-    model, _ = utils.load_model(str(folder / "weights.pth"), "WEIGHTS_PATH")
+    model, _ = checkpoint.load_model(str(folder / "weights.pth"), "WEIGHTS_PATH")
     nats, bits, num_bytes = [], 0.0, 0
-    for path in utils.list_files([str(folder / "eval")], "EVAL_FOLDERS"):
+    for path in listing.list_files([str(folder / "eval")], "EVAL_FOLDERS"):
         with open(path, "rb") as file:
             content = file.read()
         patches = utils.to_patches(content, "bin", 4)[:16]
@@ -95,7 +99,7 @@ def test_learning_rate_moves_as_the_schedule_says(folder):
         assert load(folder / f"{schedule}-last.pth")["optimizer"]["param_groups"][0]["lr"] == pytest.approx(expected)
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([parameter], lr=config.LEARNING_RATE)
-    scheduler = utils.make_scheduler(optimizer, "cosine", config.LEARNING_RATE, 100, steps_done=0)
+    scheduler = training.make_scheduler(optimizer, "cosine", config.LEARNING_RATE, 100, steps_done=0)
     rates, sizes = [], []
     for _ in range(100):
         parameter.grad = torch.ones(1)
@@ -176,7 +180,7 @@ def test_conversion_trains_both_ways(tmp_path):
 
 def test_both_directions_of_a_pair_are_examples(monkeypatch):
     script = load_script("train-gen")
-    pairs = utils.pair_files(utils.Files([b"1.abc", b"1.mid"], [0, 0]), "abc->mid")
+    pairs = utils.pair_files(listing.Files([b"1.abc", b"1.mid"], [0, 0]), "abc->mid")
     monkeypatch.setattr(config, "CONVERSION_MODE", "abc&mid")
     assert list(script.directed(pairs)) == [("1.abc", "1.mid"), ("1.mid", "1.abc")]
     monkeypatch.setattr(config, "CONVERSION_MODE", "abc->mid")
@@ -260,8 +264,10 @@ def test_mistakes(folder, monkeypatch, changes, words):
         monkeypatch.setattr(config, name, value)
     if changes.get("PRECISION") == "fp16" and torch.cuda.is_available():
         pytest.skip("fp16 is allowed here")
-    with pytest.raises(utils.UserError, match=re.escape(words)):
-        load_script("train-gen").main()
+    with pytest.raises(system.UserError, match=re.escape(words)):
+        script = load_script("train-gen")
+        script.check_settings()
+        script.main()
     assert not list(folder.glob("*.pth"))
 
 

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, TINY, Running, interrupt, load_script, one_message, options, torchrun_environments
 
 import config
-import utils
+import system
 
 SETTINGS = {
     **TINY,
@@ -288,7 +288,7 @@ def test_what_cannot_be_said_on_a_full_disk_ends_nothing():
     with pytest.raises(OSError), full.open("w") as stream:
         stream.write("a line")
     stream = full.open("w")
-    print("a line" * 10000, file=utils.Unstoppable(stream), flush=True)
+    print("a line" * 10000, file=system.Unstoppable(stream), flush=True)
     with pytest.raises(OSError):
         stream.close()
 
@@ -395,5 +395,5 @@ def test_a_damaged_state_is_one_message(folder, monkeypatch, damage):
     torch.save({**load(folder, "damaged-last"), **damage}, folder / "hurt-last.pth")
     for name, value in {**SETTINGS, "WEIGHTS_PATH": "hurt.pth", "LOGS_PATH": "hurt.txt"}.items():
         monkeypatch.setattr(config, name, value)
-    with pytest.raises(utils.UserError, match="not the state of a run to go on from"):
+    with pytest.raises(system.UserError, match="not the state of a run to go on from"):
         load_script("train-gen").main()

@@ -1,0 +1,361 @@
+"""Checkpoints: `.pth` files, each a dict saved by torch.save, read without running any code they may hold.
+
+key            | type or shape                              | meaning
+---------------|--------------------------------------------|--------------------------------------------------------------
+model          | {name: tensor}, see below                  | the weights
+optimizer      | AdamW.state_dict()                         | its moments, by the order of the model's parameters
+lr_sched       | LambdaLR.state_dict()                      | where the learning rate's schedule was; laid anew on resuming
+epoch          | int                                        | finished epochs
+best_epoch     | int                                        | the epoch with the best evaluation so far; 0 = none yet
+min_eval_loss  | float                                      | its loss, nats per symbol; a generative model's only
+max_eval_acc   | float                                      | its accuracy, from 0 to 1; a classifier's only
+labels         | {str: int}                                 | index of each label ("Business.txt"); a classifier's only
+scaler         | GradScaler.state_dict()                    | * of PRECISION fp16; empty otherwise
+position       | int                                        | * examples of the epoch in hand that are done, all processes
+order          | "permutation"                              | * how the order of an epoch is drawn
+totals         | [{str: float}], one for each process       | * running sums of the epoch in hand
+random_states  | [{"cpu": uint8 (n,), "cuda": same or None}]| * PyTorch's generators of each process, for dropout
+figures        | {str: float}                               | * the last finished epoch's figures
+report         | str                                        | * the best epoch's report; a classifier's
+log_text       | str                                        | * what the last finished epoch logged
+log_start      | int                                        | * where that begins in the log, bytes
+run_id         | str                                        | * names the run; its files carry the same one
+data           | {"TRAIN_FOLDERS": hex, "EVAL_FOLDERS": hex}| * digests of the files' paths and sizes
+config         | {str: plain value}                         | * the constants that bear on training
+
+Published files hold the keys without *. The tensors of `model`, with S = PATCH_SIZE, D = HIDDEN_SIZE:
+
+    patch_level_decoder.patch_embedding.weight (D, S·257), .bias (D,)
+    patch_level_decoder.base.…                   a GPT2Model: wpe.weight (PATCH_LENGTH, D), h.0 …, ln_f
+    byte_level_decoder.base.…                    a GPT2LMHeadModel: transformer.wte.weight (257, D), transformer.wpe.weight
+                                                 (S + 1, D), transformer.h.0 …, lm_head.weight, tied to wte.weight
+    classifier.weight (labels, D), .bias         in a classifier, in place of the byte-level decoder
+
+Published files also hold buffers of old transformers, ….attn.bias and ….attn.masked_bias, which are dropped. A dict of the
+tensors alone, names that begin with "module." or "_orig_mod." (other wrappers of PyTorch), and .safetensors files load too.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import math
+import os
+import pickle
+import re
+import warnings
+
+import torch
+
+import system
+from utils import HEAD_SIZE, NUM_SYMBOLS, ModelSizes
+
+
+class DamagedCheckpoint(system.UserError):
+    """A file that is there, but cannot be read as a checkpoint."""
+
+
+def save_checkpoint(path, checkpoint):
+    """Saves a dict of plain types and tensors at `path`, whole or not at all, see `system.write_whole`."""
+
+    def write(file):
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # how torch.save ends when a write fails, on a full disk for instance
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+    system.write_whole(path, write)
+
+
+def load_checkpoint(path, name, mmap=False):
+    """Returns the dict in a checkpoint, its tensors on the CPU. No code that a file may hold is ever run.
+
+    Args:
+        path: the file.
+        name: the constant that holds the path, for messages.
+        mmap: leave the tensors in the file until they are used; only for files that torch.save wrote since 1.6.
+
+    Raises:
+        UserError: the file is missing, or cannot be opened.
+        DamagedCheckpoint: it is no checkpoint, or needs more than plain types and tensors.
+    """
+    system.check_checkpoint(path, name)
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            checkpoint = {"model": load_file(path)}
+        else:
+            with warnings.catch_warnings(action="ignore"):  # what the reader thinks of a file that is none
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # torch.load raises whatever its readers do: pickle, zip, end of file, key, type…
+        if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # that is a seek in a file cut short
+            raise system.UserError(f"{name}: cannot read {path!r}: {error.strerror}") from None
+        raise DamagedCheckpoint(f"{name}: cannot load {path!r}: {_what_it_is(path, error)}") from None
+    if isinstance(checkpoint, dict) and "model" not in checkpoint and checkpoint:
+        checkpoint = {"model": checkpoint}  # the tensors alone
+    state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(key, str) and _is_whole(state[key]) for key in state):
+        raise DamagedCheckpoint(f"{name}: {path!r} holds no bGPT checkpoint: its 'model' should be a dict of dense tensors")
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+    checkpoint["model"] = {key: value for key, value in state.items() if not re.search(r"\.attn\.(masked_)?bias$", key)}
+    return checkpoint
+
+
+def _what_it_is(path, error):
+    """Returns what a file is that could not be loaded because of `error`, and how to get the right one."""
+    with open(path, "rb") as file:
+        beginning = file.read(256)
+    if beginning.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, which names the weights but does not hold them; `git lfs pull` fetches them"
+    if beginning.lstrip()[:1] == b"<":
+        return "it is a web page, not the weights; download the file itself, on the page behind a button such as Download"
+    if isinstance(error, pickle.UnpicklingError) and beginning.startswith((b"PK", b"\x80")):  # how torch.save begins
+        return "it holds more than plain types and tensors, which could run code, so it is refused"
+    return "it is damaged, cut short, or no checkpoint at all"
+
+
+def _is_whole(value):
+    """Returns whether a value is a plain tensor whose numbers are all there; a few bytes can claim any shape."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return value.untyped_storage().nbytes() >= value.numel() * value.element_size() and not value.is_complex()
+
+
+def model_sizes(state, where):
+    """Returns the ModelSizes of a checkpoint's `model` dict.
+
+    Raises:
+        UserError: the tensors that tell the sizes are missing or do not fit each other.
+    """
+
+    def shape(key):
+        if key not in state or state[key].dim() != 2:
+            raise system.UserError(f"{where}: {key} is missing or not a matrix, so the model's sizes are unknown")
+        return state[key].shape
+
+    def layers(prefix):
+        found = {m[1] for m in (re.match(rf"{re.escape(prefix)}\.h\.(\d+)\.", key) for key in state) if m}
+        if not found or found != {str(layer) for layer in range(len(found))}:
+            raise system.UserError(f"{where}: its layers should be {prefix}.h.0, .h.1 and so on, without gaps")
+        return len(found)
+
+    width, inputs = shape("patch_level_decoder.patch_embedding.weight")
+    if inputs % NUM_SYMBOLS or inputs == 0 or width % HEAD_SIZE or width == 0:
+        raise system.UserError(
+            f"{where}: patch_embedding.weight is {width} x {inputs}; it should be a multiple of {HEAD_SIZE} x one of {NUM_SYMBOLS}"
+        )
+    sizes = ModelSizes(
+        PATCH_SIZE=inputs // NUM_SYMBOLS,
+        PATCH_LENGTH=shape("patch_level_decoder.base.wpe.weight")[0],
+        HIDDEN_SIZE=width,
+        PATCH_NUM_LAYERS=layers("patch_level_decoder.base"),
+    )
+    if "classifier.weight" in state:
+        sizes.num_labels = shape("classifier.weight")[0]
+    else:
+        sizes.BYTE_NUM_LAYERS = layers("byte_level_decoder.base.transformer")
+    if sizes.PATCH_LENGTH < 2 or sizes.num_labels == 0:
+        raise system.UserError(f"{where}: {sizes.PATCH_LENGTH} patch positions and {sizes.num_labels} labels make no model")
+    return sizes
+
+
+def load_weights(model, state, where):
+    """Copies a checkpoint's `model` dict into a model.
+
+    Raises:
+        UserError: lists every tensor that is missing, unknown or of another shape; the model is then unchanged.
+    """
+    own = model.state_dict()
+    tied, source = "byte_level_decoder.base.lm_head.weight", "byte_level_decoder.base.transformer.wte.weight"
+    if tied in own and source in state:
+        state = {tied: state[source], **state}  # files may leave out what is tied anyway
+        if state[tied].shape != state[source].shape or not torch.equal(state[tied], state[source]):
+            raise system.UserError(f"{where}: {tied} differs from {source}, to which it is tied")
+    wrong = [f"{key} is missing" for key in own if key not in state]
+    wrong += [f"{key} is unknown" for key in state if key not in own]
+    wrong += [
+        f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    wrong += [f"{key} holds values that are no numbers" for key in own if key in state and not state[key].isfinite().all()]
+    if wrong:
+        raise system.UserError(f"{where} does not fit the model:\n  " + "\n  ".join(wrong))
+    model.load_state_dict(state)
+
+
+def load_optimizer(optimizer, state):
+    """Loads an AdamW's moments; raises one of many errors if they are none for its parameters, before they are used.
+
+    The fused step trusts the shapes that it is given. Rates and other settings stay those of the optimizer.
+    """
+    groups, parameters = optimizer.state_dict()["param_groups"], [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in state["state"].items():
+        if set(values) != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"optimizer: it holds {sorted(map(str, values))}")
+        for name in ("exp_avg", "exp_avg_sq"):
+            if not _is_whole(values[name]) or values[name].shape != parameters[index].shape or not values[name].isfinite().all():
+                raise ValueError(f"optimizer: an {name} is not {tuple(parameters[index].shape)} numbers")
+        if torch.as_tensor(values["step"]).numel() != 1 or not math.isfinite(values["step"]):
+            raise ValueError("optimizer: a step is not one number")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+def load_model(path, name="path"):
+    """Returns (model, checkpoint) with the sizes and weights of a checkpoint, whatever config.py says; the model trains.
+
+    Args:
+        path: the file.
+        name: what an error calls the path: the constant that holds it.
+
+    Raises:
+        UserError: see `load_checkpoint`, `model_sizes` and `load_weights`.
+    """
+    checkpoint, where = load_checkpoint(path, name), f"{name}: {path!r}"
+    model = model_sizes(checkpoint["model"], where).build()
+    load_weights(model, checkpoint["model"], where)
+    return model, checkpoint
+
+
+def label_list(checkpoint, where):
+    """Returns the labels of a classifier's checkpoint, by their indices; raises UserError where they do not fit its head."""
+    labels, count = checkpoint.get("labels"), len(checkpoint["model"]["classifier.weight"])
+    indices = list(labels.values()) if isinstance(labels, dict) else []
+    if not all(type(index) is int for index in indices) or sorted(indices) != list(range(count)):
+        raise system.UserError(f"{where}: its 'labels' should be a dict of {count} labels and their indices, 0 to {count - 1}")
+    return [str(label) for label in sorted(labels, key=labels.get)]
+
+
+def check_sizes(wanted, state, where):
+    """Checks that a checkpoint's model has the sizes that config.py gives.
+
+    Args:
+        wanted: the ModelSizes that config.py gives.
+        state: the checkpoint's `model` dict.
+        where: the constant and the path, for messages.
+
+    Raises:
+        UserError: names the kind of model that was expected, or the constants to change.
+    """
+    found = model_sizes(state, where)
+    if found.kind != wanted.kind:
+        raise system.UserError(f"{where} is a {found.kind}; here a {wanted.kind} is needed")
+    if found.num_labels != wanted.num_labels:
+        raise system.UserError(
+            f"{where} has {found.num_labels} labels, but the files of TRAIN_FOLDERS have {wanted.num_labels}: give another path; "
+            "to start from its patch-level decoder, set PRE_WEIGHTS_PATH to it and LOAD_FROM_PRE_CHECKPOINT to True"
+        )
+    differing = [
+        field.name for field in dataclasses.fields(wanted) if getattr(wanted, field.name) != getattr(found, field.name)
+    ]
+    if differing:
+        changes = ", ".join(f"{name} = {getattr(found, name)} (now {getattr(wanted, name)})" for name in differing)
+        raise system.UserError(f"{where} is a model of other sizes: set {changes}, or give another path")
+
+
+def load_sized_weights(model, sizes, path, name):
+    """Loads a checkpoint's weights into a model of the ModelSizes that config.py gives; returns the checkpoint.
+
+    Raises:
+        UserError: see `load_checkpoint`, `check_sizes` and `load_weights`.
+    """
+    checkpoint = load_checkpoint(path, name)
+    check_sizes(sizes, checkpoint["model"], f"{name}: {path!r}")
+    load_weights(model, checkpoint["model"], f"{name}: {path!r}")
+    return checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class RunFiles:
+    """The files of a run: its best model, its latest state, its log. Only the first process writes them.
+
+    Args:
+        weights_path: WEIGHTS_PATH, the best model; the latest state lies beside it.
+        logs_path: LOGS_PATH.
+    """
+
+    def __init__(self, weights_path, logs_path):
+        self.best, self.latest, self.log = weights_path, system.latest_path(weights_path), logs_path
+        self._own = []  # those of the two that this run has written
+
+    def check(self, kind):
+        """Checks that the files can be written, and that no model of another kind would be lost.
+
+        Raises:
+            UserError: names the constant that holds the path, and why it cannot be used.
+        """
+        system.check_writable(self.log, "LOGS_PATH")
+        for path in (self.best, self.latest):
+            system.check_writable(path, "WEIGHTS_PATH")
+            if os.path.realpath(path) == os.path.realpath(self.log):
+                raise system.UserError(f"LOGS_PATH: {self.log!r} is where the run keeps its weights; it must be another file")
+            found = None
+            with contextlib.suppress(system.UserError):  # what is no checkpoint at all is kept as a backup
+                found = model_sizes(load_checkpoint(path, "WEIGHTS_PATH", mmap=True)["model"], path)
+            if found is not None and found.kind != kind:
+                raise system.UserError(f"WEIGHTS_PATH: {path!r} is a {found.kind}; here a {kind} is trained: give another path")
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Keeps other runs away from the files within the block, and removes what killed runs left unfinished."""
+        with system.locked(self.best, "WEIGHTS_PATH"):
+            for path in (self.best, self.latest):
+                system.remove_leftovers(path)
+            yield
+
+    def newest(self):
+        """Returns the path to go on from: the latest state, or where that is missing the best model; None without either."""
+        return next((path for path in (self.latest, self.best) if os.path.exists(path)), None)
+
+    def find_own(self, run_id):
+        """Finds out which of the files this run has written; returns whether its best model is there."""
+        self._own = []
+        for path in (self.best, self.latest):
+            with contextlib.suppress(system.UserError):
+                if load_checkpoint(path, "WEIGHTS_PATH", mmap=True).get("run_id") == run_id:
+                    self._own.append(path)
+        return self.best in self._own
+
+    def save(self, path, contents):
+        """Saves a checkpoint at one of the two paths; a file of another run is kept as a backup.
+
+        A full disk does not end the run: what was saved before is still there.
+
+        Returns:
+            why it could not be saved; None if it was.
+        """
+        try:
+            if path not in self._own:
+                system.keep_backup(path)
+                self._own.append(path)
+            save_checkpoint(path, contents)
+        except OSError as error:
+            print(f"cannot save {path}: {error.strerror}; it stays as it was, and the run goes on")
+            return error.strerror
+
+    def end_of_log(self):
+        """Returns the bytes in the log."""
+        return os.path.getsize(self.log) if os.path.exists(self.log) else 0
+
+    def complete_log(self, text, start):
+        """Adds the last finished epoch's `text` to the log at byte `start`, unless it stands there already.
+
+        That is once per epoch, also when the run was killed between its checkpoint and its log, or in the middle of it.
+        """
+        text = text.encode("utf-8", "backslashreplace")
+        try:
+            with open(self.log, "a+b") as log:
+                start = min(start, log.tell())
+                log.seek(start)
+                there = log.read(len(text))
+                if there != text and text.startswith(there):  # nothing of it, or a beginning that is all there is
+                    log.truncate(start)
+                    log.write(text)
+        except OSError as error:
+            print(f"cannot write {self.log}: {error.strerror}; the run goes on")

@@ -1,0 +1,410 @@
+"""What all scripts share and needs no PyTorch: errors, whole files, locks, signals, streams, how a script starts and ends."""
+
+import collections
+import contextlib
+import errno
+import fcntl
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # how writing fails when nothing more fits
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STALE_SECONDS = 3600  # an unfinished file that nobody has written to for so long is nobody's
+
+
+class UserError(ValueError):
+    """Something that the user can put right; its message says what is wrong and what would be right."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names and folders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def escape_name(name):
+    """Returns a name with backslashes and all that is not printable (tabs, newlines, broken UTF-8) as escapes: \\t, \\xff."""
+    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in name)
+
+
+def unescape_name(text):
+    """Returns the name that `escape_name` made a text of."""
+    escapes = r"\\(?:x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8}|[tnr\\])"
+    return re.sub(escapes, lambda match: match[0].encode().decode("unicode_escape"), text)
+
+
+def check_folders(folders, name):
+    """Raises UserError, which names the constant that holds the folders, if one is missing or is a file."""
+    for folder in folders:
+        if not os.path.isdir(folder):
+            what = "is a file" if os.path.exists(folder) else "does not exist"
+            raise UserError(f"{name}: {folder!r} {what}; it must be a folder")
+
+
+def check_checkpoint(path, name):
+    """Raises UserError, which names the constant that holds the path, if there is no file at the path of a checkpoint."""
+    if not os.path.isfile(path):
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise UserError(f"{name}: {path!r} {what}; it must be a checkpoint (.pth)")
+
+
+def latest_path(weights_path):
+    """Returns where the latest state of a run lies, beside its best: weights.pth -> weights-last.pth."""
+    stem, extension = os.path.splitext(weights_path)
+    return f"{stem}-last{extension}"
+
+
+def check_training_paths(settings):
+    """Raises UserError if a folder or a file that a trainer begins with is missing.
+
+    Args:
+        settings: the constants of config.py, as a dict.
+    """
+    for name in ("TRAIN_FOLDERS", "EVAL_FOLDERS"):
+        check_folders(settings[name], name)
+    own = settings["WEIGHTS_PATH"], latest_path(settings["WEIGHTS_PATH"])
+    goes_on = settings["LOAD_FROM_CHECKPOINT"] and any(map(os.path.exists, own))
+    if settings["LOAD_FROM_PRE_CHECKPOINT"] and not goes_on:
+        check_checkpoint(settings["PRE_WEIGHTS_PATH"], "PRE_WEIGHTS_PATH")
+
+
+def make_folder(folder, name):
+    """Makes a folder if it is missing, and checks that files can be written there.
+
+    Raises:
+        UserError: names the constant that holds the path, and why it cannot be used.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{name}: cannot write to the folder {folder!r}: {error.strerror}") from None
+
+
+def check_writable(path, name):
+    """Checks that a file can be written at `path`, and makes the folder that it is to lie in; see `make_folder`."""
+    make_folder(os.path.dirname(path) or ".", name)
+    if os.path.isdir(path):
+        raise UserError(f"{name}: {path!r} is a folder; it must be a file")
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        raise UserError(f"{name}: {path!r} is read-only")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_whole(path, content, temporary=None, synced=True):
+    """Writes a file beside `path` and moves it there: at any moment the path holds the whole old file or the whole new one.
+
+    After an error nothing is left beside it; after a kill, what `remove_leftovers` removes.
+
+    Args:
+        path: where the file is to be; a link stays one, and what it leads to is replaced.
+        content: bytes, or a function that writes them to the open binary file that it is given.
+        temporary: the file to write first, in the same folder; None = one of its own. With one, `path` must be no link.
+        synced: wait until all is on the disk, so that it outlasts a power cut.
+
+    Raises:
+        OSError: names `path`, not the temporary file.
+    """
+    if temporary is None:
+        path = os.path.realpath(path)
+        temporary = os.path.join(os.path.dirname(path), f"{_prefix(path)}{os.urandom(4).hex()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
+            if synced:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, path) from None
+        raise
+    if synced:  # the new name itself is on the disk only after its folder is synced
+        descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _prefix(path):
+    """Returns how the names of the files beside `path` begin; of fixed length, since names have a limit."""
+    return f".bgpt-{zlib.crc32(os.fsencode(os.path.basename(path))):08x}-"
+
+
+def remove_leftovers(path):
+    """Removes the unfinished files that runs killed in the middle of saving `path` left beside it."""
+    path = os.path.realpath(path)
+    for name in os.listdir(os.path.dirname(path)):
+        if name.startswith(_prefix(path)) and name.endswith(".tmp"):
+            os.unlink(os.path.join(os.path.dirname(path), name))
+
+
+def remove_stale_files(folder):
+    """Removes unfinished files below a folder that nobody has written to for an hour: another run may be saving there."""
+    for inner, _, names in os.walk(folder):
+        for leftover in (os.path.join(inner, name) for name in names if re.fullmatch(r"\.bgpt-[0-9a-f]{8}-.*\.tmp", name)):
+            with contextlib.suppress(FileNotFoundError):  # finished at this moment
+                if time.time() - os.lstat(leftover).st_mtime > _STALE_SECONDS:
+                    os.unlink(leftover)
+
+
+def keep_backup(path):
+    """Keeps the file at `path`, if there is one, as the first free of path.bak, path.bak2, …, and says so."""
+    if not os.path.exists(path):
+        return
+    backup, number = f"{path}.bak", 1
+    while os.path.lexists(backup):
+        number += 1
+        backup = f"{path}.bak{number}"
+    print(f"{path} was not made by this run: kept as {backup}")
+    try:
+        os.link(path, backup)  # the path itself is never without its file
+    except OSError:  # a file system without hard links
+        with open(path, "rb") as file:
+            write_whole(backup, lambda copy: shutil.copyfileobj(file, copy))
+
+
+@contextlib.contextmanager
+def locked(path, name):
+    """Keeps other runs away from the file at `path` within the block; its lock file is removed at the end.
+
+    Raises:
+        UserError: another run holds the lock; names the constant that holds the path.
+    """
+    path = os.path.realpath(path)
+    lock_path = os.path.join(os.path.dirname(path), f"{_prefix(path)}lock")
+    while True:
+        lock = open(lock_path, "w")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which worker processes would hold on to
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{name}: another run is at work at {path!r}; wait for its end, or give another path") from None
+        except OSError:
+            break  # a file system without locks
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(lock_path)):
+                break
+        lock.close()  # the run that held it ended in between, and took the file away: nobody else would find this lock
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(lock_path)
+        lock.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and signals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_first_process():
+    """Returns whether this is the only process of a run, or the first of those that torchrun started: the one that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_jobs(jobs, num_workers, keyed=False, method="spawn", initializer=None, initargs=()):
+    """Runs jobs (function, *arguments) in worker processes; yields their results in order.
+
+    Results come through pipes. At most a few jobs for each worker are under way, so that memory stays flat.
+
+    Args:
+        jobs: iterable of jobs; with `keyed`, of (key, function, *arguments).
+        num_workers: 1 or more.
+        keyed: jobs of the same key modulo `num_workers` run one after another, in one process.
+        method: how processes start, see multiprocessing.get_context.
+        initializer, initargs: called in each new process.
+
+    Raises:
+        concurrent.futures.process.BrokenProcessPool: a worker was killed.
+        Exception: what a job raised.
+    """
+    context, setup = multiprocessing.get_context(method), (initializer, *initargs)
+    shape = [1] * num_workers if keyed else [num_workers]
+    pools = [ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=setup) for count in shape]
+    pending = collections.deque()
+    try:
+        with held_back_signals():
+            for pool in pools:
+                pool.submit(os.getpid)  # starts its workers
+        for job in jobs:
+            key, function, *arguments = job if keyed else (0, *job)
+            pending.append(pools[key % len(pools)].submit(function, *arguments))
+            while pending and (pending[0].done() or len(pending) > 4 * num_workers):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(initializer, *initargs):
+    parent = multiprocessing.parent_process()  # a parent that was killed takes its workers along
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    if initializer is not None:
+        initializer(*initargs)
+
+
+@contextlib.contextmanager
+def delayed_signals(impatient):
+    """Lets the step in hand finish before Ctrl-C or SIGTERM takes effect.
+
+    Args:
+        impatient: whether a second Ctrl-C acts at once.
+
+    Yields a function that returns the number of the first such signal, 0 as long as there was none.
+    """
+    received = []
+
+    def remember(number, frame):
+        received.append(number)
+        if received.count(signal.SIGINT) > 1 and impatient:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
+    try:
+        yield lambda: received[0] if received else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def held_back_signals():
+    """Holds back Ctrl-C and SIGTERM until the end of the block; processes that start within it never get them."""
+    with delayed_signals(impatient=False) as received:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # is inherited; but here, another thread may take the signal
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    if received():
+        signal.raise_signal(received())
+
+
+def signal_name(number):
+    """Returns what a stop signal is called in a message."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scripts: how they start, speak and end
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Unstoppable:
+    """A text stream whose writing to a full disk or a closed pipe does not end the run: what it would have said is lost."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        with _nobody_listens():
+            return self._stream.write(text)
+
+    def flush(self):
+        with _nobody_listens():
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def _nobody_listens():
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*FULL_DISK, errno.EPIPE):
+            raise
+
+
+def start(*checks):
+    """Answers a script's options and the likeliest mistakes at once; called before the script imports PyTorch.
+
+    From here on, Ctrl-C ends the script without a traceback.
+
+    Args:
+        checks: functions of no arguments, called one after another: the first reads the command line, others raise UserError
+            for what can be told without PyTorch.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load, no Python code can catch it everywhere
+    with _messages(quiet=not is_first_process()):
+        for check in checks:
+            check()
+
+
+def run(main, unstoppable=("stdout", "stderr"), hint=""):
+    """Runs a script's main function and exits: a user's mistake is one message and status 1, a signal 128 and its number.
+
+    Args:
+        main: function of no arguments; what it returns is the exit status.
+        unstoppable: the streams whose reader may go away, see `Unstoppable`.
+        hint: what follows "stopped by Ctrl-C".
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):  # a notebook's has no such thing
+            stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that no terminal can show
+        setattr(sys, name, Unstoppable(stream) if name in unstoppable else stream)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # not where a shell has it ignored
+            signal.signal(number, _raise_once)
+    with _messages(hint=hint):
+        sys.exit(main())
+
+
+def _raise_once(number, frame):
+    """Handles the first Ctrl-C or SIGTERM; a second one does not keep the script from tidying up."""
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
+
+
+@contextlib.contextmanager
+def _messages(hint="", quiet=False):
+    try:
+        yield
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        sys.exit(explain(error, hint, quiet))
+
+
+def explain(error, hint="", quiet=False):
+    """Prints an error that the user can understand as one line on stderr; returns the exit status, None for other errors.
+
+    Args:
+        hint: what follows "stopped by Ctrl-C".
+        quiet: say nothing.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        number = error.args[0] if error.args else signal.SIGINT
+        message, status = f"stopped by {signal_name(number)}{hint}", 128 + number
+    elif isinstance(error, OSError) and error.filename and error.strerror:
+        message, status = f"error: {error.filename}: {error.strerror}", 1
+    elif isinstance(error, (UserError, OSError)):
+        message, status = f"error: {error}", 1
+    else:
+        return None
+    if not quiet:
+        print(message, file=sys.stderr, flush=True)
+    return status

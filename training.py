@@ -1,0 +1,579 @@
+"""The parts of a training run: its processes, batches, weight updates, state and files. The loop stands in the scripts."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import time
+import warnings
+import zlib
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+
+import checkpoint
+import system
+import utils
+
+ORDER = "permutation"  # how the order of an epoch is drawn, for checkpoints
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def hold_out(count, share, seed, candidates=None):
+    """Splits `count` examples in two at random: the rest, and `share` of them (at least one).
+
+    Args:
+        count: how many examples there are.
+        share: EVAL_SPLIT.
+        seed: SEED.
+        candidates: int64 (m,), the indices of those that may be held out; None = all.
+
+    Returns:
+        int64 (rest,) and (held out,), the indices of both, ascending.
+
+    Raises:
+        UserError: there are too few.
+    """
+    if candidates is None:
+        candidates = np.arange(count)
+    if count > 1 and not len(candidates):
+        raise system.UserError("EVAL_FOLDERS holds nothing, and every label has but one file, which stays in training: add files, or EVAL_FOLDERS")
+    if count < 2:
+        raise system.UserError(f"EVAL_FOLDERS holds nothing, and EVAL_SPLIT cannot hold out a part of {count}: add files")
+    num_chosen = min(max(1, round(share * count)), len(candidates), count - 1)
+    drawn = np.random.default_rng([seed, zlib.crc32(b"hold out")]).permutation(len(candidates))[:num_chosen]
+    chosen = np.sort(candidates[drawn])
+    print(f"EVAL_FOLDERS holds none: {num_chosen} of the training examples are held out for evaluation")
+    return np.setdiff1d(np.arange(count), chosen), chosen
+
+
+def say_shared(train, held_out):
+    """Prints how many evaluation Examples are training Examples too, by their first files."""
+    found = np.array([train.files.find(held_out.files.encoded(file)) for file in held_out.indices[:, 0].tolist()])
+    shared = int(np.isin(found, train.indices[:, 0]).sum())
+    if shared:
+        print(f"{shared} evaluation examples are training examples too: their figures say nothing about unseen files")
+
+
+def shared_batches(processes, dataset, lengths, order, batch_size, num_workers):
+    """Yields what each step of all processes reads: every example of `order` once, in one of them.
+
+    Args:
+        processes: the Processes.
+        dataset: a ByteDataset.
+        lengths: int (len(dataset),), patches of each example; the processes get nearly as many in each step.
+        order: int64 (n,), indices of examples; a step takes the next `batch_size` for each process.
+        batch_size: sequences per process, on average.
+        num_workers: see `utils.batches`.
+
+    Yields:
+        (batch, indices, count): this process's Batch; the examples in it; and how many examples all processes take in this
+        step. Where too few are left for every process, some get a spare batch and no indices: all must compute
+        something, but what comes of a spare batch must not count.
+
+    Raises:
+        UserError, SystemExit: a process could not read a file, see `Processes.agree`.
+    """
+    size = batch_size * processes.count
+    steps = [order[start : start + size] for start in range(0, len(order), size)]
+    mine = [step[utils.share_out(lengths[step], processes.count)[processes.rank]] for step in steps]
+    batches = utils.batches(dataset, [indices if len(indices) else step[:1] for indices, step in zip(mine, steps)], num_workers)
+    for step, indices in zip(steps, mine):
+        with processes.agreeing():
+            batch = next(batches)
+        yield batch, indices, len(step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedule, compilation, logging
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_scheduler(optimizer, name, learning_rate, num_steps, steps_done):
+    """Returns the schedule that sets an optimizer's learning rate, from a linear warm-up over the first tenth of all steps on.
+
+    Args:
+        name: "cosine" (to 0) or "constant".
+        learning_rate: at its peak.
+        num_steps: in all.
+        steps_done: how many of them are behind.
+    """
+    for group in optimizer.param_groups:
+        group["initial_lr"] = learning_rate  # also where the optimizer comes from a checkpoint with another
+    if name == "cosine":
+        return get_cosine_schedule_with_warmup(optimizer, num_steps // 10, num_steps, last_epoch=steps_done - 1)
+    return get_constant_schedule_with_warmup(optimizer, num_steps // 10, last_epoch=steps_done - 1)
+
+
+def compile_model(model):
+    """Has torch.compile fuse the operations of the blocks of a model's decoders; names and weights stay what they are.
+
+    Only what comes before and after the attention of a block is compiled, once for all layers of a decoder and for any
+    number of rows.
+    """
+    for decoder in model.children():
+        if isinstance(decoder, utils.ByteModel):
+            decoder.parts = tuple(torch.compile(part, dynamic=True) for part in decoder.parts)
+
+
+
+class NoLogger:
+    """A logger that does nothing, in place of Weights & Biases when WANDB_LOG is False."""
+
+    def log(self, values):
+        pass
+
+    def finish(self):
+        pass
+
+
+def make_logger(enabled, settings, run_id):
+    """Returns an object with log(dict) and finish(): a Weights & Biases run, or a NoLogger.
+
+    Without a login, and unless WANDB_MODE says otherwise, the run is kept on this machine, and a line says so.
+
+    Args:
+        enabled: whether to log there.
+        settings: dict of the run's constants.
+        run_id: names the run, so that one that goes on is one there too.
+    """
+    if not enabled:
+        return NoLogger()
+    import wandb  # here, so that nobody needs it who does not use it
+
+    start = functools.partial(wandb.init, project="bGPT", id=run_id, resume="allow", config=settings)
+    try:
+        if "WANDB_MODE" in os.environ or wandb.api.api_key:
+            return start()
+        why = "not logged in (`wandb login` does that)"
+    except (wandb.Error, ValueError) as error:  # no network, a wrong key, a WANDB_MODE that is none
+        why = f"cannot start ({' '.join(str(error).split())})"
+    print(f"wandb: {why}; this run is logged offline, in the folder wandb")
+    return start(mode="offline")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class State:
+    """How far a run is: plain data, the same in all processes but for `totals`. checkpoint.py says where it is kept."""
+
+    totals: dict  # running sums of the epoch in hand, of this process
+    run_id: str
+    epoch: int = 0  # finished epochs
+    position: int = 0  # examples that the epoch in hand has trained on, in all processes together
+    best_epoch: int = 0  # 0 = there is none yet
+    best: float | None = None  # the figure that decides, in the best epoch
+    report: str = ""  # what there is to say of the best epoch beside its figures
+    figures: dict = dataclasses.field(default_factory=dict)  # of the last finished epoch
+    log_text: str = ""  # what the last finished epoch logged
+    log_start: int = 0  # where that begins in the log, in bytes
+
+    def to_checkpoint(self):
+        """Returns the keys of a checkpoint that are the same in all processes, except that of `best`."""
+        names = ("epoch", "position", "best_epoch", "report", "figures", "log_text", "log_start", "run_id")
+        return {name: getattr(self, name) for name in names}
+
+    def take_over(self, found, best_name):
+        """Takes over the state in a checkpoint, but for its place within an epoch; raises one of many errors if it is none.
+
+        Args:
+            found: the checkpoint.
+            best_name: its key of `best`.
+        """
+        numbers = {name: found[name] for name in ("epoch", "best_epoch")}
+        numbers["log_start"] = found.get("log_start", 0)
+        if any(type(value) is not int or not 0 <= value < 2**63 for value in numbers.values()):
+            raise TypeError(f"these should be whole numbers: {numbers}")
+        if not isinstance(found[best_name], (int, float)) or math.isnan(found[best_name]):
+            raise TypeError(f"{best_name} is no number")
+        self.epoch, self.best_epoch, self.log_start = numbers.values()
+        self.best = float(found[best_name]) if self.best_epoch else None
+        self.run_id = str(found.get("run_id") or self.run_id)  # published checkpoints have none
+        self.figures, self.report = dict(found.get("figures", {})), str(found.get("report", ""))
+        self.log_text = str(found.get("log_text", ""))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def no_number(epoch):
+    """Returns the UserError for a loss or a weight that is no number."""
+    return system.UserError(
+        f"the loss is no number in epoch {epoch}, or the weights have become none. Nothing of that was saved: the same command "
+        "goes on from before. Try a lower LEARNING_RATE, MAX_GRAD_NORM 1.0 or PRECISION fp32"
+    )
+
+
+class Run:
+    """A run of training. Within `with run:` its files are locked, and Ctrl-C and SIGTERM stop it after the step in hand.
+
+    A script calls `resume` and `begin`; for each epoch it takes the batches of `training_batches`, and for each of them
+    computes gradients and calls `clip_gradients`, `update_weights` and `step_done`; then those of `evaluation_batches`, with
+    `evaluation_step_done`; then `epoch_done`. At last it calls `finish`. All processes call these together.
+
+    Args:
+        processes: the Processes.
+        model: a bGPTLMHeadModel or bGPTForClassification on their device.
+        sizes: its ModelSizes, those that config.py gives.
+        dtype: torch.dtype to compute in.
+        settings: the constants of config.py that bear on training, as a dict.
+        train, held_out: Examples to train and to evaluate on.
+        best_name: what checkpoints call the figure that decides which epoch is best: min_eval_loss or max_eval_acc.
+        higher_is_better: whether a higher figure is the better one.
+        no_totals: the running sums of an epoch that has not begun.
+        labels: a classifier's {label: index}.
+    """
+
+    def __init__(self, processes, model, sizes, dtype, settings, train, held_out, best_name, higher_is_better, no_totals, labels=None):
+        self.processes, self.model, self.sizes, self.dtype, self.settings = processes, model, sizes, dtype, settings
+        self.train, self.held_out, self.labels = train, held_out, labels
+        self.best_name, self.higher_is_better, self._no_totals = best_name, higher_is_better, no_totals
+        self.state = State(no_totals, processes.gather(os.urandom(8).hex())[0])
+        self.files = checkpoint.RunFiles(settings["WEIGHTS_PATH"], settings["LOGS_PATH"])
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings["LEARNING_RATE"], fused=True)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == torch.float16)
+        self.scheduler = self.bar = None  # see `begin`, `training_batches`
+        self._data = {"TRAIN_FOLDERS": train.fingerprint(), "EVAL_FOLDERS": held_out.fingerprint()}
+        self._random_state = None  # this process's, to be restored before the next step
+        self._saved_at, self._saved_position = time.monotonic(), None  # when, and at which (epoch, position), it was saved
+        self._is_saved = True  # whether the last try to save the latest state went well
+        self._epoch_began = time.monotonic()
+        self._logger, self._stop_signal, self._stack = NoLogger(), lambda: 0, contextlib.ExitStack()
+
+    def __enter__(self):
+        with self.processes.agreeing():
+            self.files.check(self.sizes.kind)
+            if self.processes.rank == 0:
+                self._stack.enter_context(self.files.locked())
+        return self
+
+    def __exit__(self, *error):
+        self._stack.close()
+
+    # ---- beginning -------------------------------------------------------------------------------------------------
+
+    def resume(self):
+        """Loads the run's latest state, or its best model where that is missing; returns whether there was one.
+
+        Raises:
+            UserError: the file holds another kind of model, or a state that does not fit: of other sizes, files or
+                CONVERSION_MODE.
+        """
+        path = self.files.newest()
+        if path is None or not self.settings["LOAD_FROM_CHECKPOINT"]:
+            return False
+        try:
+            found = checkpoint.load_sized_weights(self.model, self.sizes, path, "WEIGHTS_PATH")
+        except checkpoint.DamagedCheckpoint as error:
+            if path == self.files.latest and os.path.exists(self.files.best):
+                raise system.UserError(f"{error}. Without that file, the run goes on from its best model, {self.files.best}") from None
+            raise
+        try:
+            self._check_fits(found, path)
+            self.state.take_over(found, self.best_name)
+            checkpoint.load_optimizer(self.optimizer, found["optimizer"])
+            if found.get("scaler"):
+                self.scaler.load_state_dict(found["scaler"])
+            self._restore_position(found)
+            self._say_changes(found, path)
+        except system.UserError:
+            raise
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+            raise system.UserError(
+                f"WEIGHTS_PATH: {path!r} holds a model, but not the state of a run to go on from ({error!r}). To start from "
+                "its weights, set PRE_WEIGHTS_PATH to it, LOAD_FROM_PRE_CHECKPOINT to True and LOAD_FROM_CHECKPOINT to False"
+            ) from None
+        if not self.files.find_own(self.state.run_id) and self.state.best_epoch:
+            print(f"the best model of this run is not at {self.files.best}: the next epoch counts as the best so far")
+            self.state.best_epoch, self.state.best = 0, None
+        if self.processes.rank == 0:
+            self.files.complete_log(self.state.log_text, self.state.log_start)
+        return True
+
+    def _check_fits(self, found, path):
+        """Raises UserError if a checkpoint is of a run on other files, labels or pairs."""
+        before, data = found.get("config") or {}, found.get("data") or {}
+        anew = (
+            f"to start a new run from its weights, set WEIGHTS_PATH to another path, PRE_WEIGHTS_PATH to {path!r} and "
+            "LOAD_FROM_PRE_CHECKPOINT to True"
+        )
+        mode = self.settings["CONVERSION_MODE"]
+        if before.get("CONVERSION_MODE", mode) != mode:
+            raise system.UserError(
+                f"CONVERSION_MODE is {mode!r}, but the run at {path!r} trains with {before['CONVERSION_MODE']!r}: set that, or, {anew}"
+            )
+        if self.labels is not None and found.get("labels") != self.labels:
+            raise system.UserError(f"TRAIN_FOLDERS: the labels or their order are not those of {path!r}; {anew}")
+        changed = [name for name in ("SEED", "EVAL_SPLIT") if before.get(name, self.settings[name]) != self.settings[name]]
+        why = "".join(f"; {name} was {before[name]!r} and is now {self.settings[name]!r}" for name in changed)
+        for name, fingerprint in self._data.items():
+            if data.get(name, fingerprint) != fingerprint:
+                raise system.UserError(
+                    f"{name}: the files are not those that the run at {path!r} began with, by their paths and sizes{why}. It can "
+                    f"only go on with the same files; {anew}"
+                )
+
+    def _restore_position(self, found):
+        """Takes over where in an epoch a checkpoint is, its running sums and its random state."""
+        position, processes, state = found.get("position", 0), self.processes, self.state
+        if type(position) is not int or not 0 <= position <= len(self.train):
+            raise ValueError("its place in the epoch is none")
+        if position == 0:
+            return
+        totals = [{name: float(each[name]) for name in self._no_totals} for each in found["totals"]]
+        random_states = found["random_states"]
+        if not len(totals) == len(random_states) > 0:
+            raise ValueError("its place in the epoch is none")
+        anew = f"epoch {state.epoch + 1} begins anew"
+        if found.get("order") != ORDER:
+            print(f"the checkpoint is from a version that drew the order of an epoch in another way: {anew}")
+            return
+        if found["config"]["SEED"] != self.settings["SEED"]:
+            print(f"SEED has changed, so {anew}, in another order")
+            return
+        state.position = position
+        if len(totals) == processes.count:
+            state.totals, self._random_state = totals[processes.rank], random_states[processes.rank]
+            torch.Generator().set_state(self._random_state["cpu"])  # raises an error if it is none
+            return
+        print(f"{len(totals)} processes have become {processes.count}: dropout is drawn anew from here on")
+        if processes.rank == 0:  # the others begin at 0
+            state.totals = {name: sum(each[name] for each in totals) for name in self._no_totals}
+
+    def _say_changes(self, found, path):
+        """Prints where the run goes on, and which constants are not what they were."""
+        state = self.state
+        within = f" and {state.position} examples of the next" if state.position else ""
+        so_far = f"; {self.best_name} so far {state.best:.4f}" if state.best_epoch else ""
+        print(f"goes on from {path} after epoch {state.epoch}{within}{so_far}")
+        before = found.get("config") or {}
+        for name, value in self.settings.items():
+            if name in before and before[name] != value:
+                note = ": the schedule is laid anew" if name == "NUM_EPOCHS" else ""
+                print(f"{name} was {before[name]!r} and is now {value!r}{note}")
+
+    def begin(self):
+        """Makes the run ready for its next step; returns what trains the model, see `Processes.distribute`.
+
+        Raises:
+            UserError, SystemExit: the processes see different files or states.
+        """
+        settings, processes, state = self.settings, self.processes, self.state
+        views = processes.gather((state.epoch, state.position, state.run_id, self._data))
+        if any(view != views[0] for view in views):
+            processes.agree(
+                system.UserError("the processes see different files: TRAIN_FOLDERS, EVAL_FOLDERS and WEIGHTS_PATH must lie on a disk that all share")
+            )
+        size = settings["BATCH_SIZE"] * processes.count
+        steps_per_epoch = -(-len(self.train) // size)
+        # by epochs, not by the steps that were counted: another BATCH_SIZE has other steps in an epoch
+        done = state.epoch * steps_per_epoch + -(-state.position // size)
+        steps = settings["NUM_EPOCHS"] * steps_per_epoch
+        self.scheduler = make_scheduler(self.optimizer, settings["LR_SCHEDULE"], settings["LEARNING_RATE"], steps, done)
+        print(
+            f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.dtype} on {processes.count} x "
+            f"{processes.device.type}, seed {settings['SEED']}; {len(self.train)} training and {len(self.held_out)} "
+            f"evaluation examples, {steps_per_epoch} steps an epoch"
+        )
+        self._logger = make_logger(settings["WANDB_LOG"] and processes.rank == 0, settings, state.run_id)
+        if settings["COMPILE"]:
+            compile_model(self.model)
+        self._stop_signal = self._stack.enter_context(system.delayed_signals(impatient=processes.count == 1))
+        self._epoch_began = time.monotonic()
+        return processes.distribute(self.model)
+
+    # ---- steps -----------------------------------------------------------------------------------------------------
+
+    def training_batches(self):
+        """Returns an iterator over (batch, indices, count) of every step that is left of the epoch; see `shared_batches`.
+
+        Order and crops depend on SEED, the epoch and the files alone.
+        """
+        random_state, device = self._random_state, self.processes.device
+        if random_state is None or (random_state["cuda"] is None) != (device.type != "cuda"):
+            torch.manual_seed(int(self.step_rng().integers(2**63)))
+        else:  # dropout goes on where it was
+            torch.set_rng_state(random_state["cpu"])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(random_state["cuda"], device)
+        self._random_state = None
+        seeds = [self.settings["SEED"], self.state.epoch + 1]
+        order = np.random.default_rng(seeds).permutation(len(self.train))[self.state.position :]
+        return self._batches("train", self.train, order, self.settings["BATCH_SIZE"], crop_seed=seeds)
+
+    def evaluation_batches(self):
+        """Returns an iterator like that of `training_batches` over every evaluation example once, without spare batches."""
+        lengths = self.held_out.lengths(self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH)
+        size = self.settings["BATCH_SIZE"] // self.settings["ACCUMULATION_STEPS"]
+        return self._batches("eval", self.held_out, np.argsort(lengths, kind="stable"), size)
+
+    def _batches(self, what, examples, order, batch_size, crop_seed=None):
+        dataset = utils.ByteDataset(examples, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH, crop_seed)
+        lengths = examples.lengths(dataset.patch_size, dataset.patch_length)
+        self.bar = tqdm(
+            desc=f"epoch {self.state.epoch + 1} {what}", total=len(examples), initial=len(examples) - len(order), unit="file",
+            dynamic_ncols=True, disable=self.processes.rank > 0, leave=what == "train",
+        )  # fmt: skip
+        with self.bar:
+            yield from shared_batches(self.processes, dataset, lengths, order, batch_size, self.settings["NUM_WORKERS"])
+
+    def step_rng(self):
+        """Returns a numpy Generator for this step and process alone."""
+        return np.random.default_rng([self.settings["SEED"], self.state.epoch + 1, self.state.position, self.processes.rank])
+
+    def clip_gradients(self):
+        """Scales the gradients down to the norm MAX_GRAD_NORM if theirs is larger, unless that is 0."""
+        if self.settings["MAX_GRAD_NORM"]:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings["MAX_GRAD_NORM"])
+
+    def update_weights(self):
+        """Updates the weights by the gradients, which are then none, and the learning rate by the schedule."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        with warnings.catch_warnings(action="ignore"):  # fp16's first steps may be skipped, which the schedule remarks on
+            self.scheduler.step()
+
+    def step_done(self, count, totals, shown):
+        """Counts a step of training; saves the latest state when it is time, and stops the run when it was told to.
+
+        Args:
+            count: examples that all processes have trained on in it.
+            totals: this process's running sums of the epoch, a dict.
+            shown: {name: text} for the progress bar.
+
+        Raises:
+            UserError, SystemExit: the run has stopped.
+        """
+        self.state.position += count
+        self.state.totals = totals
+        self.bar.set_postfix(shown, lr=f"{self.scheduler.get_last_lr()[0]:.1e}", refresh=False)
+        self.bar.update(count)
+        self._save_or_stop()
+
+    def evaluation_step_done(self, count):
+        """Counts a step of evaluation; see `step_done`."""
+        self.bar.update(count)
+        self._save_or_stop()
+
+    def _save_or_stop(self):
+        state, processes = self.state, self.processes
+        is_broken = not all(map(math.isfinite, state.totals.values()))
+        number = self._stop_signal()
+        # the first process's clock decides, so that all save together
+        is_due = processes.rank == 0 and time.monotonic() - self._saved_at >= 60 * self.settings["SAVE_MINUTES"]
+        num_broken, num_signals, num_due = processes.sum([is_broken, number > 0, is_due])
+        if num_broken:
+            processes.agree(no_number(state.epoch + 1))
+        if num_signals or (num_due and self._saved_position != (state.epoch, state.position)):
+            self._save()
+        if num_signals:
+            number = max(processes.gather(number))
+            again = "the same command" + (" with LOAD_FROM_CHECKPOINT True" if not self.settings["LOAD_FROM_CHECKPOINT"] else "")
+            again = f"{again} goes on from there" if self._is_saved else "the latest state could not be saved"
+            where = f"epoch {state.epoch + 1} after {state.position} examples"
+            processes.leave(f"stopped by {system.signal_name(number)} in {where}: {again}", 128 + number)
+
+    # ---- ends ------------------------------------------------------------------------------------------------------
+
+    def sum_totals(self, totals):
+        """Returns a dataclass of running sums, added up over all processes."""
+        return type(totals)(*self.processes.sum(dataclasses.astuple(totals)))
+
+    def epoch_done(self, figures, value, report=""):
+        """Counts the epoch in hand as finished; saves, logs and prints it.
+
+        Args:
+            figures: {name: number} to log.
+            value: that of figures which decides what is best.
+            report: more lines, logged if the epoch is the best so far.
+        """
+        state = self.state
+        if not all(map(math.isfinite, figures.values())):
+            self.processes.agree(no_number(state.epoch + 1))
+        state.epoch, state.position, state.totals, state.figures = state.epoch + 1, 0, self._no_totals, figures
+        line = f"epoch {state.epoch}  " + "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
+        state.log_text, state.log_start = f"{line}\n", self.files.end_of_log()
+        before = state.best_epoch, state.best, state.report
+        is_best = state.best is None or (value > state.best if self.higher_is_better else value < state.best)
+        if is_best:
+            state.best_epoch, state.best, state.report = state.epoch, value, report
+            state.log_text += report
+            is_best = self._save(best=True)
+            if not is_best:
+                state.best_epoch, state.best, state.report = before  # what the file holds
+        self._save()
+        if self.processes.rank == 0:
+            self.files.complete_log(state.log_text, state.log_start)
+        print(f"{line}{'  best' if is_best else ''}  {time.monotonic() - self._epoch_began:.0f} s")
+        self._epoch_began = time.monotonic()
+        self._logger.log({"epoch": state.epoch, **figures})
+
+    def finish(self):
+        """Ends a run that has done all its epochs, with a word on its best model.
+
+        Raises:
+            UserError, SystemExit: its latest state is not on the disk.
+        """
+        state = self.state
+        self._logger.finish()
+        print(f"finished {state.epoch} of NUM_EPOCHS {self.settings['NUM_EPOCHS']} (raise NUM_EPOCHS to go on)")
+        if state.best_epoch:
+            print(f"best: epoch {state.best_epoch}, {self.best_name} {state.best:.4f}, in {self.files.best}\n{state.report}", end="")
+        error = system.UserError(
+            f"the latest state could not be saved at {self.files.latest!r}: once there is room, the same command repeats what is lost"
+        )
+        self.processes.agree(None if self._is_saved else error)
+
+    def _save(self, best=False):
+        """Saves the latest state, or the best model; returns whether it could be saved.
+
+        Raises:
+            UserError, SystemExit: the weights hold values that are no numbers; that is never saved.
+        """
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            self.processes.agree(no_number(self.state.epoch + 1))
+        device, problem = self.processes.device, None
+        random_state = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
+        everyone = self.processes.gather((self.state.totals, random_state))
+        if self.processes.rank == 0:
+            problem = self.files.save(self.files.best if best else self.files.latest, self._contents(everyone))
+        is_saved = self.processes.sum([problem is not None]) == [0]
+        if not best:
+            self._is_saved, self._saved_at, self._saved_position = is_saved, time.monotonic(), (self.state.epoch, self.state.position)
+        return is_saved
+
+    def _contents(self, everyone):
+        """Returns the checkpoint, as checkpoint.py describes it; `everyone` is [(totals, random state)] of all processes."""
+        worst = -math.inf if self.higher_is_better else math.inf
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_sched": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            self.best_name: worst if self.state.best is None else self.state.best,
+            **({} if self.labels is None else {"labels": self.labels}),
+            **self.state.to_checkpoint(),
+            "order": ORDER,
+            "totals": [totals for totals, _ in everyone],
+            "random_states": [random_state for _, random_state in everyone],
+            "data": self._data,
+            "config": self.settings,
+        }
