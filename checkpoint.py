@@ -7,8 +7,8 @@ optimizer      | AdamW.state_dict()                         | its moments, by th
 lr_sched       | LambdaLR.state_dict()                      | where the learning rate's schedule was; laid anew on resuming
 epoch          | int                                        | finished epochs
 best_epoch     | int                                        | the epoch with the best evaluation so far; 0 = none yet
-min_eval_loss  | float                                      | its loss, nats per symbol; a generative model's only
-max_eval_acc   | float                                      | its accuracy, from 0 to 1; a classifier's only
+min_eval_loss  | float                                      | that epoch's loss, nats per symbol, or inf; a generative model's only
+max_eval_acc   | float                                      | that epoch's accuracy, from 0 to 1, or -inf; a classifier's only
 labels         | {str: int}                                 | index of each label ("Business.txt"); a classifier's only
 scaler         | GradScaler.state_dict()                    | * of PRECISION fp16; empty otherwise
 position       | int                                        | * examples of the epoch in hand that are done, all processes
@@ -96,7 +96,7 @@ def load_checkpoint(path, name, mmap=False):
     if isinstance(checkpoint, dict) and "model" not in checkpoint and checkpoint:
         checkpoint = {"model": checkpoint}  # the tensors alone
     state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(key, str) and _is_whole(state[key]) for key in state):
+    if not isinstance(state, dict) or not all(isinstance(key, str) and _is_plain_tensor(state[key]) for key in state):
         raise DamagedCheckpoint(f"{name}: {path!r} holds no bGPT checkpoint: its 'model' should be a dict of dense tensors")
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
     checkpoint["model"] = {key: value for key, value in state.items() if not re.search(r"\.attn\.(masked_)?bias$", key)}
@@ -116,7 +116,7 @@ def _what_it_is(path, error):
     return "it is damaged, cut short, or no checkpoint at all"
 
 
-def _is_whole(value):
+def _is_plain_tensor(value):
     """Returns whether a value is a plain tensor whose numbers are all there; a few bytes can claim any shape."""
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         return False
@@ -187,16 +187,19 @@ def load_weights(model, state, where):
 
 
 def load_optimizer(optimizer, state):
-    """Loads an AdamW's moments; raises one of many errors if they are none for its parameters, before they are used.
+    """Checks and loads an AdamW's moments; learning rates and other settings stay those of the optimizer.
 
-    The fused step trusts the shapes that it is given. Rates and other settings stay those of the optimizer.
+    The fused step does not check shapes: moments of a wrong one would have it read foreign memory.
+
+    Raises:
+        ValueError, KeyError, TypeError, IndexError, AttributeError: they are no moments of the optimizer's parameters.
     """
     groups, parameters = optimizer.state_dict()["param_groups"], [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
         if set(values) != {"step", "exp_avg", "exp_avg_sq"}:
             raise ValueError(f"optimizer: it holds {sorted(map(str, values))}")
         for name in ("exp_avg", "exp_avg_sq"):
-            if not _is_whole(values[name]) or values[name].shape != parameters[index].shape or not values[name].isfinite().all():
+            if not _is_plain_tensor(values[name]) or values[name].shape != parameters[index].shape or not values[name].isfinite().all():
                 raise ValueError(f"optimizer: an {name} is not {tuple(parameters[index].shape)} numbers")
         if torch.as_tensor(values["step"]).numel() != 1 or not math.isfinite(values["step"]):
             raise ValueError("optimizer: a step is not one number")
@@ -204,7 +207,7 @@ def load_optimizer(optimizer, state):
 
 
 def load_model(path, name="path"):
-    """Returns (model, checkpoint) with the sizes and weights of a checkpoint, whatever config.py says; the model trains.
+    """Returns (model, checkpoint) with the sizes and weights of a checkpoint, whatever config.py says; the model is in training mode.
 
     Args:
         path: the file.
@@ -337,7 +340,7 @@ class RunFiles:
             save_checkpoint(path, contents)
         except OSError as error:
             print(f"cannot save {path}: {error.strerror}; it stays as it was, and the run goes on")
-            return error.strerror
+            return error.strerror or str(error)
 
     def end_of_log(self):
         """Returns the bytes in the log."""

@@ -1,7 +1,7 @@
 """Every setting of bGPT. Edit the values here, or override them for one run: `python train-gen.py --BATCH_SIZE 4`.
 
 Each constant has a type, a default, and one comment: meaning, unit, legal values. The scripts `import config`, read
-`config.NAME`, and call `config.override(sys.argv[1:])` when they are run as programs.
+`config.NAME`, and call `config.override()` when they are run as programs.
 """
 
 import argparse
@@ -59,6 +59,10 @@ ACCUMULATION_STEPS: int = 1
 SAVE_MINUTES: float = 10
 # Most target patches per micro-batch that go through the byte-level decoder in training, drawn at random. 0 = all.
 PATCH_SAMPLING_BATCH_SIZE: int = 0
+# How the patch embedding starts and learns. "published" (normally distributed, like all else), or "smooth" (close byte values
+# have close vectors, which learn at a tenth of LEARNING_RATE: where bytes are amounts, as in images and sounds). With
+# pre-trained weights only the rate applies.
+EMBEDDING_START: str = "published"
 # Gradients are scaled down to this norm when theirs is larger. 0 = off.
 MAX_GRAD_NORM: float = 1.0
 # Dropout in training: embeddings, attention, residual branches. From 0 to below 1.
@@ -118,6 +122,7 @@ TEMPERATURE: float = 1.0
 
 _MODES = ("generate", "convert", "complete", "classify")
 _SCHEDULES = ("cosine", "constant")
+_STARTS = ("published", "smooth")
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 _AT_LEAST = {
@@ -149,6 +154,7 @@ def _legal_values():
         "LEARNING_RATE": (lambda v: v > 0, "above 0"),
         "LR_SCHEDULE": _one_of(_SCHEDULES),
         "DROPOUT": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+        "EMBEDDING_START": _one_of(_STARTS),
         "PRECISION": _one_of(_PRECISIONS),
         "CONVERSION_MODE": (
             lambda v: v is None or re.fullmatch(r"([^.&>/\\\s-]+)(->|&)(?!\1$)[^.&>/\\\s-]+", v) is not None,

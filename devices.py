@@ -21,6 +21,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # options of glibc's mallopt
 
 def pick_device():
     """Returns the torch.device to run on: a CUDA GPU if there is one, else the CPU."""
+    if torch.backends.mps.is_available():
+        print("the Apple GPU is not used: this runs on the CPU")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -63,14 +65,14 @@ def memory_errors():
 
 
 def tune_memory():
-    """Sets how this process uses memory on a CPU; called before the first product, by whatever trains or classifies.
+    """Sets how this process uses memory on a CPU; called before the first product.
 
     glibc keeps the memory of freed tensors for the next ones, instead of handing it back to the system each time: a step of
     training allocates the same large tensors over and over, and getting their pages anew took a fifth of it.
 
     oneDNN keeps 128 of the kernels that it makes for each shape of a product, instead of 1024. Nearly every batch of files of
     different lengths brings new shapes, whose kernels are of no use again: a run of 1.7 million parameters peaked at 1.9
-    instead of 3.2 GB after 550 steps, at the same speed. A step has about 40; ONEDNN_PRIMITIVE_CACHE_CAPACITY in the
+    instead of 3.2 GB after 550 steps, at the same speed. A step needs about 40 kernels; ONEDNN_PRIMITIVE_CACHE_CAPACITY in the
     environment asks for another number.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")

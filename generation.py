@@ -157,7 +157,7 @@ def attend_once(queries, keys, values, mask=None):
 
     Args:
         queries: (B, H, 64).
-        keys, values: (B, H, T, 64); T must be a multiple of 16, if it depends on other rows.
+        keys, values: (B, H, T, 64); where T is the longest row's, it must be a multiple of 16, or a row's rounding would depend on that.
         mask: (B, 1, 1, T), added to the scores.
     """
     scores = torch.matmul((queries * HEAD_SIZE**-0.5).unsqueeze(2), keys.transpose(2, 3))  # (B, H, 1, T)
@@ -215,11 +215,11 @@ class PatchWriter:
         self.symbol_vectors, self.symbol_positions = gpt2.wte, gpt2.wpe.weight
         self.head = PackedLinear(model.byte_level_decoder.base.lm_head.weight)
         self.patch_cache, self.byte_cache = KVCache(patch_level.base, batch_size), KVCache(gpt2, batch_size)
-        whole = functools.partial(torch.zeros, dtype=torch.int64, device=self.device)
-        self.newest = whole(batch_size, self.size)  # (B, S), the newest whole patch of each row
-        self.positions = whole(batch_size)  # (B,), where it stands
-        self.given = whole(batch_size, self.size)  # (B, S), the beginning of the patch after it, if a prompt ends within
-        self.num_given = whole(batch_size)  # (B,), how many symbols of that are given
+        zeros = functools.partial(torch.zeros, dtype=torch.int64, device=self.device)
+        self.newest = zeros(batch_size, self.size)  # (B, S), the newest whole patch of each row
+        self.positions = zeros(batch_size)  # (B,), where it stands
+        self.given = zeros(batch_size, self.size)  # (B, S), the beginning of the patch after it, if a prompt ends within
+        self.num_given = zeros(batch_size)  # (B,), how many symbols of that are given
         self.uniforms = torch.zeros(batch_size, self.length, self.size, dtype=torch.float64, device=self.device)
 
     def admit(self, places, prompts):
@@ -295,7 +295,7 @@ class PatchWriter:
             longest = min(1 << (max(longest, 64) - 1).bit_length(), self.patch_cache.keys.shape[3])
         patches, nats = (self._replay if self.captures else self._write)(rows, longest)
         self.newest[:rows] = patches
-        self.positions[:rows] = (self.positions[:rows] + 1).clamp(max=self.length - 2)  # rows in use stay below
+        self.positions[:rows] = (self.positions[:rows] + 1).clamp(max=self.length - 2)  # clamps idle rows only
         self.num_given[:rows] = 0
         results = torch.cat((patches.double(), nats.unsqueeze(1)), dim=1)[:num_rows].cpu().numpy()  # one copy: (B, S + 1)
         return results[:, :-1].astype(np.int64), results[:, -1]

@@ -25,8 +25,9 @@ def check_folders():
         raise system.UserError('INPUT_EXT is None; to convert, it must be the extension of the input files, such as "abc"')
     system.check_folders([config.INPUT_FOLDER], "INPUT_FOLDER")
     inputs, outputs = (os.path.realpath(folder) for folder in (config.INPUT_FOLDER, config.OUTPUT_FOLDER))
-    if os.path.commonpath([inputs, outputs]) in (inputs, outputs):
-        inner, outer = ("OUTPUT_FOLDER", "INPUT_FOLDER") if os.path.commonpath([inputs, outputs]) == inputs else ("INPUT_FOLDER", "OUTPUT_FOLDER")
+    shared = os.path.commonpath([inputs, outputs])
+    if shared in (inputs, outputs):
+        inner, outer = ("OUTPUT_FOLDER", "INPUT_FOLDER") if shared == inputs else ("INPUT_FOLDER", "OUTPUT_FOLDER")
         raise system.UserError(
             f"{inner}: {getattr(config, inner)!r} lies in {outer} {getattr(config, outer)!r}, so results would mix with inputs, or take "
             "their places; it must be a folder apart from it"
@@ -107,7 +108,7 @@ def input_prompts(files, patch_size, patch_length, failed):
         name = os.path.relpath(path, config.INPUT_FOLDER)
         output = os.path.join(config.OUTPUT_FOLDER, name)
         try:
-            # no more is read than tells that it is too much
+            # reads at most as many bytes as fill the context: enough to notice a file that is too long
             given = config.PROMPT_BYTES if config.MODE == "complete" and config.PROMPT_BYTES else patch_size * patch_length
             content = np.fromfile(path, dtype=np.uint8, count=min(given, patch_size * patch_length))
         except OSError as error:
@@ -311,7 +312,7 @@ def write_files(model, files, check_stop):
     Args:
         model: bGPTLMHeadModel.
         files: the input files; None = none, to generate.
-        check_stop: called between steps; raises KeyboardInterrupt or SystemExit to stop.
+        check_stop: called between steps; raises KeyboardInterrupt to stop.
     """
     patch_size, patch_length = model.patch_size, model.patch_length
     rows, cut_off, failed = [], [], []  # rows: of the index
@@ -324,7 +325,7 @@ def write_files(model, files, check_stop):
     batch_size = min(config.INFERENCE_BATCH_SIZE, num_outputs * num_candidates)
     sampling = generation.Sampling(config.TOP_K, config.TOP_P, config.TEMPERATURE)
     try:
-        with tqdm(unit="B", unit_scale=True, desc=config.MODE, dynamic_ncols=True) as bar:
+        with tqdm(unit="B", unit_scale=True, desc=config.MODE, **system.progress_options()) as bar:
 
             def progress(num_patches):
                 bar.update(num_patches * patch_size)
@@ -377,7 +378,7 @@ def classify_files(model, labels, files, dtype, check_stop):
     dataset = utils.ByteDataset(examples, model.patch_size, model.patch_length)
     order = np.argsort(examples.lengths(model.patch_size, model.patch_length), kind="stable").tolist()  # least padding
     found, failed = {}, []  # found: {index of a file: [(probability, index of a label), …]}, the likeliest first
-    with tqdm(total=len(files), unit="file", desc=config.MODE, dynamic_ncols=True) as bar:
+    with tqdm(total=len(files), unit="file", desc=config.MODE, **system.progress_options()) as bar:
         for start in range(0, len(order), config.INFERENCE_BATCH_SIZE):
             check_stop()
             chosen, sequences = order[start : start + config.INFERENCE_BATCH_SIZE], {}
@@ -431,7 +432,8 @@ def main():
     dtype = devices.pick_dtype(config.PRECISION, device)
     files = None if config.MODE == "generate" else find_inputs()
     model, loaded = checkpoint.load_model(config.INFERENCE_WEIGHTS_PATH, "INFERENCE_WEIGHTS_PATH")
-    kind, wanted = checkpoint.model_sizes(loaded["model"], "").kind, "classifier" if config.MODE == "classify" else "generative model"
+    kind = checkpoint.model_sizes(loaded["model"], "").kind
+    wanted = "classifier" if config.MODE == "classify" else "generative model"
     if kind != wanted:
         raise system.UserError(
             f"INFERENCE_WEIGHTS_PATH: {config.INFERENCE_WEIGHTS_PATH!r} is a {kind}; MODE {config.MODE!r} needs a {wanted}, from "
@@ -443,7 +445,8 @@ def main():
     seed = "" if config.MODE == "classify" else f", seed {config.SEED}"
     print(f"{config.MODE} with {config.INFERENCE_WEIGHTS_PATH}: {dtype} on {device}{seed}")
     # two runs at once would take each other's places, in the names of files and in the index
-    with devices.memory_errors(), system.delayed_signals(impatient=True) as stop_signal, locked_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER"):
+    locked = locked_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER")
+    with devices.memory_errors(), system.delayed_signals(impatient=True) as stop_signal, locked:
 
         def check_stop():
             if stop_signal():

@@ -1,6 +1,7 @@
 """What all scripts share and needs no PyTorch: errors, whole files, locks, signals, streams, how a script starts and ends."""
 
 import collections
+import concurrent.futures
 import contextlib
 import errno
 import fcntl
@@ -137,7 +138,7 @@ def write_whole(path, content, temporary=None, synced=True):
             raise OSError(error.errno, error.strerror, path) from None
         raise
     if synced:  # the new name itself is on the disk only after its folder is synced
-        descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+        descriptor = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -221,38 +222,48 @@ def is_first_process():
     return os.environ.get("RANK", "0") == "0"
 
 
-def run_jobs(jobs, num_workers, keyed=False, method="spawn", initializer=None, initargs=()):
-    """Runs jobs (function, *arguments) in worker processes; yields their results in order.
+def run_jobs(jobs, num_workers, method="spawn", initializer=None, initargs=(), expendable=False, while_waiting=None):
+    """Runs jobs (key, function, *arguments) in worker processes; yields their results in order.
 
-    Results come through pipes. At most a few jobs for each worker are under way, so that memory stays flat.
+    Jobs of the same key modulo `num_workers` run one after another, in one process. Results come through pipes. At most a few
+    jobs for each worker are under way, so that memory stays flat.
 
     Args:
-        jobs: iterable of jobs; with `keyed`, of (key, function, *arguments).
+        jobs: iterable of jobs.
         num_workers: 1 or more.
-        keyed: jobs of the same key modulo `num_workers` run one after another, in one process.
         method: how processes start, see multiprocessing.get_context.
         initializer, initargs: called in each new process.
+        expendable: kill the workers at the end rather than wait for what they are doing.
+        while_waiting: called about twice a second while a result is not there yet; it may raise an error.
 
     Raises:
         concurrent.futures.process.BrokenProcessPool: a worker was killed.
         Exception: what a job raised.
     """
     context, setup = multiprocessing.get_context(method), (initializer, *initargs)
-    shape = [1] * num_workers if keyed else [num_workers]
-    pools = [ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=setup) for count in shape]
-    pending = collections.deque()
+    # a pool for each worker: where one of several in a pool dies, Python sends the others a signal that they hold back
+    pools = [ProcessPoolExecutor(1, context, initializer=_start_worker, initargs=setup) for _ in range(num_workers)]
+    others, pending = multiprocessing.active_children(), collections.deque()
+
+    def result():
+        while while_waiting is not None and not concurrent.futures.wait([pending[0]], timeout=0.5).done:
+            while_waiting()
+        return pending.popleft().result()
+
     try:
         with held_back_signals():
             for pool in pools:
-                pool.submit(os.getpid)  # starts its workers
-        for job in jobs:
-            key, function, *arguments = job if keyed else (0, *job)
-            pending.append(pools[key % len(pools)].submit(function, *arguments))
+                pool.submit(os.getpid)  # starts its worker
+        for key, function, *arguments in jobs:
+            pending.append(pools[key % num_workers].submit(function, *arguments))
             while pending and (pending[0].done() or len(pending) > 4 * num_workers):
-                yield pending.popleft().result()
+                yield result()
         while pending:
-            yield pending.popleft().result()
+            yield result()
     finally:
+        for worker in multiprocessing.active_children() if expendable else ():
+            if worker not in others:
+                worker.kill()
         for pool in pools:
             pool.shutdown(cancel_futures=True)
 
@@ -336,6 +347,13 @@ def _nobody_listens():
     except OSError as error:
         if error.errno not in (*FULL_DISK, errno.EPIPE):
             raise
+
+
+def progress_options():
+    """Returns how tqdm shows progress: as wide as the terminal is; in a file, one line a minute, not ten a second."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        return {"dynamic_ncols": True}
+    return {"ncols": 120, "mininterval": 60, "maxinterval": 60}
 
 
 def start(*checks):

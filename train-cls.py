@@ -62,7 +62,7 @@ def find_examples():
         print(f"{len(labels)} labels for {len(train)} files: the label of a file is its name up to the first '_', and its extension")
     held_out = utils.Examples.of(listing.list_files(config.EVAL_FOLDERS, "EVAL_FOLDERS"))
     if held_out:
-        training.say_shared(train, held_out)
+        training.print_overlap(train, held_out)
         held_out_truth = np.empty(len(held_out), np.int64)
         for index, (path,) in enumerate(held_out):
             label = evaluation.label_of(path)
@@ -146,7 +146,8 @@ def train_epoch(run, engine, truth):
     totals = Totals(**run.state.totals)
     engine.train()
     for batch, indices, count in run.training_batches():
-        # The gradient is that of the mean over the files of all processes; theirs are averaged.
+        # The gradient is that of the mean over the files of all processes. PyTorch averages the processes' gradients, hence
+        # the factor `processes.count`.
         micros = batch.split(config.ACCUMULATION_STEPS)
         is_spare = not len(indices)  # a batch that only keeps this process in step with the others: it must not count
         labels = truth[:1] if is_spare else truth[indices]  # any will do for a spare one
@@ -204,7 +205,7 @@ def make_run(processes):
         config.PATCH_SIZE, config.PATCH_LENGTH, config.HIDDEN_SIZE, config.PATCH_NUM_LAYERS, num_labels=len(labels)
     )
     torch.manual_seed(config.SEED)
-    model, settings = sizes.build(config.DROPOUT).to(processes.device), config.as_dict(training_only=True)
+    model, settings = sizes.build(config.DROPOUT, config.EMBEDDING_START).to(processes.device), config.as_dict(training_only=True)
     run = training.Run(
         processes, model, sizes, dtype, settings, train, held_out, "max_eval_acc", higher_is_better=True,
         no_totals=dataclasses.asdict(Totals()), labels=labels,
@@ -240,7 +241,7 @@ def train(processes):
 
 def main():
     with devices.connected_processes() as processes:
-        train(processes)  # what it holds of the processes' connection is gone before that ends
+        train(processes)  # a function of its own: the wrapper that trains the model is freed before the connection ends
 
 
 if __name__ == "__main__":

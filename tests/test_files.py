@@ -185,15 +185,15 @@ def test_parts_have_nearly_the_same_number_of_patches():
     random = np.random.default_rng(0)
     for count, n in ((1, 5), (2, 16), (8, 64), (3, 2), (4, 0)):
         lengths = random.integers(2, 513, n)
-        parts = utils.share_out(lengths, count)
+        parts = utils.balanced_parts(lengths, count)
         assert len(parts) == count and sorted(np.concatenate(parts).tolist()) == list(range(n))
         assert all(part.dtype == np.int64 and (np.diff(part) > 0).all() for part in parts)
-        assert [part.tolist() for part in parts] == [part.tolist() for part in utils.share_out(lengths, count)]
+        assert [part.tolist() for part in parts] == [part.tolist() for part in utils.balanced_parts(lengths, count)]
         sums = [lengths[part].sum() for part in parts]
         if n >= 2 * count:
             assert max(sums) < 1.03 * min(sums)
         assert all(map(len, parts[:n]))  # nobody is without work while there is some
-    assert [part.tolist() for part in utils.share_out([1, 9, 5, 4], 2)] == [[0, 1], [2, 3]]
+    assert [part.tolist() for part in utils.balanced_parts([1, 9, 5, 4], 2)] == [[0, 1], [2, 3]]
 
 
 @pytest.fixture()

@@ -311,3 +311,22 @@ def test_bf16_agrees_with_float32(golden, golden_model, golden_sequences):
         output = golden_model(batch.patches.long(), batch.masks)
     assert output.loss.item() == pytest.approx(golden["loss"], rel=0.01)
     assert output.loss.dtype == torch.float32
+
+
+def test_a_smooth_start_of_the_patch_embedding():
+    torch.manual_seed(0)
+    model = utils.ModelSizes(**{**TINY, "HIDDEN_SIZE": 256}).build(embedding_start="smooth")
+    weight = model.patch_level_decoder.patch_embedding.weight
+    assert weight.shape == (256, 4 * 257) and weight.t().is_contiguous() and weight.requires_grad
+    vectors = weight.detach().t().view(4, 257, 256)  # (S, V, D)
+    assert vectors.std().item() == pytest.approx(0.12, rel=0.05)
+    steps = (vectors[:, 1:256] - vectors[:, :255]).norm(dim=-1)
+    far = (vectors[:, 128:256] - vectors[:, :128]).norm(dim=-1)
+    assert steps.max() < 0.5 * far.min()  # close values have close vectors, distant ones do not
+    assert (vectors[:, :256] - vectors[:, 256:]).norm(dim=-1).min() > 2 * steps.max()  # 256 is close to none
+    groups = training.parameter_groups(model, "smooth")
+    assert [group["lr_factor"] for group in groups] == [0.1, 1.0] and groups[0]["params"] == [weight]
+    assert [p for group in groups for p in group["params"]] == list(model.parameters())  # as checkpoints count them
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    scheduler = training.make_scheduler(optimizer, "constant", 2e-3, 10, steps_done=5)
+    assert scheduler.get_last_lr() == [pytest.approx(2e-4), 2e-3]

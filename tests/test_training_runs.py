@@ -1,5 +1,6 @@
 """Training runs that are stopped, killed, moved to more processes or changed, and what they end with."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -397,3 +398,37 @@ def test_a_damaged_state_is_one_message(folder, monkeypatch, damage):
         monkeypatch.setattr(config, name, value)
     with pytest.raises(system.UserError, match="not the state of a run to go on from"):
         load_script("train-gen").main()
+
+
+def children_of(process):
+    """Returns the process numbers of a running process's children."""
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGKILL, 1), (signal.SIGSTOP, 143)])
+def test_a_reader_that_dies_or_hangs_ends_a_run_and_hangs_none(folder, number, status):
+    """A reader is killed, as when memory is short; or it hangs, as on a network disk, and the run gets SIGTERM."""
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        pytest.skip("this system does not tell the children of a process")
+    name, left_by_others = f"reader{status}", set(folder.glob(".bgpt-*"))
+    running = start(folder, name, NUM_WORKERS=1, NUM_EPOCHS=10000, TRAIN_FOLDERS=["train", "many"])[0]
+    while not (folder / f"{name}-last.pth").exists():
+        time.sleep(0.01)
+    readers, deadline = [], time.monotonic() + 60
+    while not readers and time.monotonic() < deadline:
+        readers = children_of(running.process)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended with its epoch
+        os.kill(int(readers[0]), number)
+    if number == signal.SIGSTOP:
+        time.sleep(1)
+        running.send(signal.SIGTERM)
+    done = running.wait(60)
+    assert done.returncode == status, done.stderr
+    assert ("a reading process was killed" if status == 1 else "stopped by SIGTERM in epoch") in one_message(done, status)
+    assert set(folder.glob(".bgpt-*")) == left_by_others
+
+
+def test_progress_in_a_file_is_short(folder):
+    """As with `2> log`: a line a minute, not ten a second."""
+    done = train(folder, "quiet", TRAIN_FOLDERS=["train", "many"], NUM_EPOCHS=2)
+    assert 0 < len(done.stderr) < 4000 and "epoch 2 train" in done.stderr
