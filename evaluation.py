@@ -48,23 +48,26 @@ def ratio_interval(numerators, denominators, lowest=0.0, highest=math.inf):
     """Returns (ratio of the sums, lower end, upper end of its 95 % interval) over files, which are what is drawn at random.
 
     The files' bytes are not drawn one by one, so a mean over bytes would look far more certain than it is. The variance is
-    that of the ratio estimator, the interval Student's t.
+    that of the jackknife (how much the ratio changes as each file in turn is left out), which is large where one file holds
+    most of the bytes; the interval is Student's t.
 
     Args:
         numerators, denominators: (n,), such as each file's bits and bytes.
         lowest, highest: what the ratio can be at all.
 
     Returns:
-        floats; the ends are None with one file, and all three where the denominators add up to 0.
+        floats; the ends are None where one file has all there is, and all three where the denominators add up to 0.
     """
     numerators, denominators = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     count, total = len(numerators), denominators.sum()
     if total == 0:
         return None, None, None
     ratio = numerators.sum() / total
-    if count < 2:
+    rest = total - denominators  # (n,), of the others, as each is left out
+    if rest.min() <= 0:
         return float(ratio), None, None
-    error = math.sqrt(count / (count - 1) * ((numerators - ratio * denominators) ** 2).sum()) / total
+    without = (numerators.sum() - numerators) / rest  # (n,), the ratio then
+    error = math.sqrt((count - 1) / count * ((without - ratio) ** 2).sum())
     margin = _quantile(count - 1) * error
     return float(ratio), float(max(ratio - margin, lowest)), float(min(ratio + margin, highest))
 
@@ -230,13 +233,12 @@ def predict(model, sequences, contexts, dtype, num_likeliest=1):
 NUM_STRETCHES, LONGEST_STRETCH = 10, 16  # how many of a file are told; bytes
 PROFILE_BINS = 200  # points of the line of bits along a file
 
-COMPRESSORS = {
+_XZ = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
+COMPRESSORS = {  # {name: function of a file's bytes}
     "gzip -9": lambda content: gzip.compress(content, 9, mtime=0),
     "bz2 -9": lambda content: bz2.compress(content, 9),
     # a dictionary larger than the file changes no byte of the result, but takes 0.7 GB
-    "xz -9e": lambda content: lzma.compress(
-        content, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": min(max(len(content), 2**12), 2**26)}]
-    ),
+    "xz -9e": lambda content: lzma.compress(content, filters=[{**_XZ, "dict_size": min(max(len(content), 2**12), 2**26)}]),
 }
 
 
@@ -390,23 +392,21 @@ def score_symbols(model, windows, index, parts, dtype, num_likeliest=3):
     Raises:
         OSError, UserError: see `Windows.read`.
     """
-    shown = [
-        [np.zeros((stop - start, *shape), dtype) for shape, dtype in (((), np.int16), ((), np.float32), ((num_likeliest,), int), ((num_likeliest,), np.float32))]
-        for start, stop in parts
-    ]
+    pieces = [[] for _ in parts]
     for window in windows.of(index):
         scored = windows.scored_symbols(index, window)
-        if not any(start < scored.stop and scored.start < stop for start, stop in parts):
+        shared = [(max(start, scored.start), min(stop, scored.stop)) for start, stop in parts]
+        if not any(low < high for low, high in shared):
             continue
         sequence, context = windows.read(index, window), window[2] - window[0]
-        [(nats, likeliest, probabilities)] = predict(model, [sequence], [context], dtype, num_likeliest)
-        columns = sequence[0][context:], nats / math.log(2), likeliest, probabilities  # (n patches, S) or (n, S, k) each
-        for (start, stop), arrays in zip(parts, shown):
-            low, high = max(start, scored.start), min(stop, scored.stop)
-            for array, column in zip(arrays, columns):
-                if low < high:
-                    array[low - start : high - start] = column.reshape(-1, *column.shape[2:])[low - scored.start : high - scored.start]
-    return shown
+        [predicted] = predict(model, [sequence], [context], dtype, num_likeliest)
+        # (n patches, S) or (n patches, S, k) -> (n·S,) or (n·S, k)
+        columns = [each.reshape(-1, *each.shape[2:]) for each in (sequence[0][context:], *predicted)]
+        columns[1] = columns[1] / math.log(2)
+        for piece, (low, high) in zip(pieces, shared):
+            if low < high:
+                piece.append([column[low - scored.start : high - scored.start] for column in columns])
+    return [[np.concatenate(column) for column in zip(*piece)] for piece in pieces]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

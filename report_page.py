@@ -1,8 +1,8 @@
 """The report of an evaluation: figures of many files as a table, for machines, and as a page.
 
-The page shows a chart, and files whose bytes are coloured by their bits. It is one HTML file, which runs no script and loads nothing, whatever the files' names and contents are. The colours are those of
-ColorBrewer's YlGnBu, which people who are colour-blind can tell apart: on a light page the more surprising is darker, on a
-dark page brighter.
+The page shows a chart, and files whose bytes are coloured by their bits. It is one HTML file, which runs no script and
+loads nothing, whatever the files' names and contents are. The colours are those of ColorBrewer's YlGnBu, which people who
+are colour-blind can tell apart: on a light page the more surprising is darker, on a dark page brighter.
 """
 
 import hashlib
@@ -93,8 +93,10 @@ def sum_up(scores):
 
 def sum_up_groups(scores):
     """Returns {group: its figures}, "all" first, then the groups by name; see `sum_up`."""
-    groups = {group: [score for score in scores if score.group == group] for group in sorted({score.group for score in scores})}
-    return {"all": sum_up(scores), **{group: sum_up(members) for group, members in groups.items()}}
+    groups = {}
+    for score in scores:
+        groups.setdefault(score.group, []).append(score)
+    return {"all": sum_up(scores), **{group: sum_up(groups[group]) for group in sorted(groups)}}
 
 
 def with_interval(figure, digits):
@@ -137,13 +139,14 @@ def comparison(gains):
 
 def table_of_files(scores):
     """Returns evaluation.tsv as text: a line for each FileScore."""
-    lines = [["file", "group", "bytes", "bits per byte", "bits", "nats per symbol", "top-1", "exact", *evaluation.COMPRESSORS, "stretches (offset+bytes: bits)"]]
+    head = ["file", "group", "bytes", "bits per byte", "bits", "nats per symbol", "top-1", "exact"]
+    lines = [[*head, *evaluation.COMPRESSORS, "stretches (offset+bytes: bits)"]]
     for score in scores:
         by_bytes = [f"{bits / score.bytes:.4f}" if score.bytes else "" for bits in (score.bits, *score.compressed.values())]
         stretches = "; ".join(f"{offset}+{count}: {bits:.2f}" for offset, count, bits in score.stretches)
         names, share = [system.escape_name(each) for each in (score.name, score.group)], score.top1 / (score.bytes + 1)
-        figures = [str(score.bytes), by_bytes[0], f"{score.bits:.3f}", f"{score.loss:.5f}", f"{share:.4f}", "yes" if score.exact else "no"]
-        lines.append([*names, *figures, *by_bytes[1:], stretches])
+        exact, numbers = "yes" if score.exact else "no", (f"{score.bits:.3f}", f"{score.loss:.5f}", f"{share:.4f}")
+        lines.append([*names, str(score.bytes), by_bytes[0], *numbers, exact, *by_bytes[1:], stretches])
     return "".join("\t".join(line) + "\n" for line in lines)
 
 
@@ -333,7 +336,10 @@ def _chart(groups):
 
 def _table(rows):
     """Returns a table of rows of texts; the first row is its head."""
-    lines = [f"<{tag}>" + f"</{tag}><{tag}>".join(map(html.escape, row)) + f"</{tag}>" for row, tag in zip(rows, ["th"] + ["td"] * len(rows))]
+    lines = []
+    for number, row in enumerate(rows):
+        tag = "td" if number else "th"
+        lines.append("".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row))
     return "<div><table><tr>" + "</tr><tr>".join(lines) + "</tr></table></div>"
 
 
@@ -391,7 +397,8 @@ def write_report(folder, model, windows, scores, dtype, settings, unfit, failed)
         unfit: (name, patches) of the pairs that were left out.
         failed: (path, reason) of the files that could not be read; gets those that have become unreadable since.
     """
-    groups, paths, weights = sum_up_groups(scores), [os.path.join(folder, name) for name in NAMES], settings["INFERENCE_WEIGHTS_PATH"]
+    groups, weights = sum_up_groups(scores), settings["INFERENCE_WEIGHTS_PATH"]
+    paths = [os.path.join(folder, name) for name in NAMES]
     table, verdict = figures_table(groups), comparison(groups["all"]["gains"])
     with open(weights, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
