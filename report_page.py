@@ -35,10 +35,10 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>bGPT: evaluation</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <style>
-:root {{ color-scheme: light dark; --page: #fff; --ink: #222; --faint: #666; --line: #bbb; }}
+:root {{ color-scheme: light dark; --page: #fff; --ink: #222; --faint: #666; --line: #bbb; --mean: #0072b2; }}
 {light}
 @media (prefers-color-scheme: dark) {{
-:root {{ --page: #16181c; --ink: #ddd; --faint: #999; --line: #555; }}
+:root {{ --page: #16181c; --ink: #ddd; --faint: #999; --line: #555; --mean: #56b4e9; }}
 {dark}
 }}
 body {{ font: 15px/1.4 sans-serif; margin: 1.5em; background: var(--page); color: var(--ink); }}
@@ -55,7 +55,7 @@ section {{ content-visibility: auto; contain-intrinsic-size: auto 40em; }}
 i {{ font-style: normal; }}
 svg {{ display: block; max-width: 100%; }}
 svg text {{ font: 12px sans-serif; fill: var(--ink); }}
-.mean {{ fill: none; stroke: #0072b2; }}
+.mean {{ fill: none; stroke: var(--mean); stroke-width: 1.5; }}
 .peak {{ fill: var(--line); }}
 {bars}
 </style></head><body><h1>bGPT: evaluation</h1>
@@ -127,8 +127,10 @@ def comparison(gains):
     for name, (gain, low, high) in gains.items():
         if gain is None:
             return "There are no bytes to compare the compressors by."
-        low, high = (gain, gain) if low is None else (low, high)
-        by = with_interval((abs(gain), *sorted((abs(low), abs(high)))), 2)
+        if low is None:  # a single file is what it is
+            by, low, high = f"{abs(gain):.2f}", gain, gain
+        else:
+            by = with_interval((abs(gain), *sorted((abs(low), abs(high)))), 2)
         if low > 0 or high < 0:
             verdicts["beats" if low > 0 else "is beaten by"].append(f"{name} by {by}")
         else:
@@ -243,25 +245,23 @@ def _titles(start, symbols, bits, likeliest, probabilities):
 
 
 def _characters(symbols):
-    """Returns how each symbol (n,) of a text is shown, and whether the text is one: valid UTF-8 without control characters.
+    """Returns how each symbol (n,) of a text is shown, and whether the symbols are one: UTF-8, but for one byte in twenty.
 
     The first byte of a longer character shows it, the others a dot.
     """
     content = bytes(symbol for symbol in symbols.tolist() if symbol != END)
-    shown, place, is_text = [], 0, True
+    shown, place, odd = [], 0, 0
     while place < len(content):
         length = next((n for n, low in ((4, 0xF0), (3, 0xE0), (2, 0xC0)) if content[place] >= low), 1)
-        part = content[place : place + length]
         try:
-            character = part.decode()
-        except UnicodeDecodeError:  # a part may begin or end within a character, a text must not otherwise
-            is_text = is_text and (place < 3 or place + length > len(content))
+            character = content[place : place + length].decode()
+        except UnicodeDecodeError:
             character, length = "\ufffd", 1
-        names = {"\n": "↵\n", "\t": "→\t", "\r": "␍", "\ufffd": "\ufffd"}
-        is_text = is_text and (character in names or character.isprintable())
-        shown += [names.get(character, character), *"·" * (length - 1)]
+        character = {"\n": "↵\n", "\t": "→\t", "\r": "␍"}.get(character) or (character if character.isprintable() else "\ufffd")
+        odd += character == "\ufffd"
+        shown += [character, *"·" * (length - 1)]
         place += length
-    return shown + ["⏹"] * (len(symbols) - len(content)), is_text
+    return shown + ["⏹"] * (len(symbols) - len(content)), 20 * odd <= len(content)
 
 
 def _cell(text, bits, title=None):
@@ -269,12 +269,13 @@ def _cell(text, bits, title=None):
     return f'<i class="c{_level(bits)}"{hover}>{html.escape(text)}</i>'
 
 
-def _map(parts, symbols):
+def _map(parts, symbols, total):
     """Returns the surprisal map of a file: text as text, else hexadecimal beside characters.
 
     Args:
         parts: [(start, stop)], see `shown_parts`.
         symbols: what `evaluation.score_symbols` returns for them.
+        total: bytes of the file.
     """
     characters, are_text = zip(*(_characters(each[0]) for each in symbols))
     shown, reached = [], 0
@@ -292,6 +293,8 @@ def _map(parts, symbols):
             names = "".join(_cell(chr(symbol) if 32 <= symbol < 127 else ".", cost) for symbol, cost, _ in row if symbol != END)
             lines.append(f"{start + first:08x}  {values}{' ' * 3 * (16 - len(row))}  {names}")
         shown.append('<pre class="hex">' + "\n".join(lines) + "</pre>")
+    if total > reached:
+        shown.append(f"<p>… {total - reached:,} bytes that surprised it less</p>")
     return "".join(shown)
 
 
@@ -350,7 +353,7 @@ def _section(score, title, parts, symbols):
     note = "" if shown == score.bytes + 1 else f"; shown: {shown:,} around its most surprising stretches"
     return (
         f"<section><h3>{html.escape(system.escape_name(score.name))}</h3><p>{title}: {figures}{score.bits:,.1f} bits, "
-        f"{score.bytes:,} bytes{note}</p>{_line(score)}{_map(parts, symbols)}</section>"
+        f"{score.bytes:,} bytes{note}</p>{_line(score)}{_map(parts, symbols, score.bytes)}</section>"
     )
 
 

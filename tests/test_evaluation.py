@@ -385,6 +385,20 @@ def test_the_page_of_large_files_is_bounded(tmp_path, tiny_model, monkeypatch):
     assert len(page) < 70_000 and b"more files would not fit on the page" in page
 
 
+def test_text_is_shown_as_text_even_with_a_damaged_byte(tmp_path, tiny_model):
+    contents = {"a.abc": LINES + b"\xff" + LINES, "b.abc": "naïve ☕ 字\r\n".encode(), "c.abc": bytes(range(64)), "d.abc": b"a\xe2\x80\xae" + LINES * 2}
+    windows = evaluation.Windows(utils.Examples.of(write_files(tmp_path, contents)), 4, 16)
+    texts = {}
+    for name, each in score(tiny_model, windows.examples, tmp_path).items():
+        parts = report_page.shown_parts(each, 4000)
+        shown = [(each, "", parts, evaluation.score_symbols(tiny_model, windows, each.index, parts, torch.float32))]
+        page = report_page.build_page([], [[""]], report_page.sum_up_groups([each]), shown).decode()
+        texts[name] = re.sub("<[^>]*>", "", re.search("<pre[^>]*>(.*?)</pre>", page, re.DOTALL)[1])
+    line = LINES.decode().replace("\n", "↵\n")
+    assert texts["a.abc"] == line + "\ufffd" + line + "⏹" and texts["b.abc"] == "naï·ve ☕·· 字··␍↵\n⏹"
+    assert texts["c.abc"].startswith("00000000  00 01 02") and "\u202e" not in texts["d.abc"]
+
+
 def test_the_worst_the_median_and_the_best_are_shown():
     scores = [evaluation.FileScore(name=str(i), counted_nats=i, bytes=1) for i in range(20)] + [evaluation.FileScore(name="empty", bytes=0)]
     chosen = report_page.choose_files(scores)
@@ -399,3 +413,4 @@ def test_what_the_model_beats_is_told_with_its_uncertainty():
         "In bits per byte, the model beats gzip -9 by 1.00 (0.50 to 1.50); it does not clearly differ from bz2 -9; "
         "it is beaten by xz -9e by 1.00 (0.80 to 1.20)."
     )
+    assert report_page.comparison({"gzip -9": (0.5, None, None)}) == "In bits per byte, the model beats gzip -9 by 0.50."
