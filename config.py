@@ -90,15 +90,16 @@ WANDB_LOG: bool = False
 
 # Checkpoint that inference.py runs. The model's sizes are read from it.
 INFERENCE_WEIGHTS_PATH: str = "weights.pth"
-# Extension, without the dot, of the input files: needed to convert; to complete or classify, None = files of every one.
+# Extension, without the dot, of the input files: needed to convert; in the other modes, None = files of every one.
 INPUT_EXT: str | None = None
 # Extension, without the dot, of the files to generate or to convert to. "" = files without one.
 TARGET_EXT: str = "bin"
-# Folder of the files to convert, complete or classify, searched recursively.
+# Folder of the files to convert, complete, classify or evaluate, searched recursively.
 INPUT_FOLDER: str = "input"
 # Folder that gets the results; made if it is missing.
 OUTPUT_FOLDER: str = "output"
-# "generate" (files from nothing), "convert" (INPUT_EXT to TARGET_EXT), "complete" (the rest of each file) or "classify".
+# "generate" (files from nothing), "convert" (INPUT_EXT to TARGET_EXT), "complete" (the rest of each file), "classify" or
+# "evaluate" (how well the model predicts each file; in a CONVERSION_MODE, the second file of each pair from the first).
 MODE: str = "generate"
 # Files to generate. 1 or more.
 NUM_SAMPLES: int = 100
@@ -120,7 +121,7 @@ TEMPERATURE: float = 1.0
 # Checks and the command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-_MODES = ("generate", "convert", "complete", "classify")
+_MODES = ("generate", "convert", "complete", "classify", "evaluate")
 _SCHEDULES = ("cosine", "constant")
 _STARTS = ("published", "smooth")
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")

@@ -1,13 +1,87 @@
-"""How good a model is: bits per byte of files, and a classifier's report."""
+"""How good a model is: bits per byte of files, which of their bytes surprise it, and a classifier's report.
 
+A file longer than L = PATCH_LENGTH patches is scored in windows of L patches; of each but the first, the beginning is
+context alone. Every symbol is thus scored once. With L = 8, and windows that advance by half, for a file of 15 patches:
+
+    window 0  | . = = = = = = = |                 . given, as a context
+    window 1          | . . . . = = = = |         = scored
+    window 2                | . . . . . = = = |   the last window ends with the end patch
+
+The symbols of a file that count for its bits per byte are its content and the first 256 after it; see `SymbolTotals`.
+"""
+
+import bz2
 import dataclasses
+import gzip
+import itertools
+import lzma
 import math
 import os
 
+import numpy as np
 import torch
 
+import devices
+import listing
 import system
+import utils
 from utils import END
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Intervals
+# ---------------------------------------------------------------------------------------------------------------------
+
+_Z = 1.959964  # the 97.5 % quantile of the normal distribution
+_T = (math.nan, 12.7062, 4.3027, 3.1824)  # that of Student's t, by its degrees of freedom; see `_quantile` for more
+
+
+def _quantile(freedom):
+    """Returns the 97.5 % quantile of Student's t with 1 degree of freedom or more, to within 0.3 %."""
+    if freedom < len(_T):
+        return _T[freedom]
+    z = _Z  # the expansion of Cornish and Fisher
+    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+
+
+def ratio_interval(numerators, denominators, lowest=0.0, highest=math.inf):
+    """Returns (ratio of the sums, lower end, upper end of its 95 % interval) over files, which are what is drawn at random.
+
+    The files' bytes are not drawn one by one, so a mean over bytes would look far more certain than it is. The variance is
+    that of the jackknife (how much the ratio changes as each file in turn is left out), which is large where one file holds
+    most of the bytes; the interval is Student's t.
+
+    Args:
+        numerators, denominators: (n,), such as each file's bits and bytes.
+        lowest, highest: what the ratio can be at all.
+
+    Returns:
+        floats; the ends are None where one file has all there is, and all three where the denominators add up to 0.
+    """
+    numerators, denominators = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    count, total = len(numerators), denominators.sum()
+    if total == 0:
+        return None, None, None
+    ratio = numerators.sum() / total
+    rest = total - denominators  # (n,), of the others, as each is left out
+    if rest.min() <= 0:
+        return float(ratio), None, None
+    without = (numerators.sum() - numerators) / rest  # (n,), the ratio then
+    error = math.sqrt((count - 1) / count * ((without - ratio) ** 2).sum())
+    margin = _quantile(count - 1) * error
+    return float(ratio), float(max(ratio - margin, lowest)), float(min(ratio + margin, highest))
+
+
+def wilson_interval(successes, count):
+    """Returns (share, lower end, upper end of its 95 % interval) of `successes` among `count`, by Wilson's formula.
+
+    Unlike the normal approximation it stays within 0 and 1, and is of use for few files, and for none or all right.
+    """
+    share, spread = successes / count, _Z**2 / count
+    middle, margin = share + spread / 2, _Z * math.sqrt(share * (1 - share) / count + spread / count / 4)
+    low, high = (middle - margin) / (1 + spread), (middle + margin) / (1 + spread)
+    return float(share), float(max(low, 0.0)), float(min(high, 1.0))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bits per byte
@@ -47,6 +121,295 @@ class SymbolTotals:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Windows
+# ---------------------------------------------------------------------------------------------------------------------
+
+ADVANCE = 0.5  # windows of a longer file advance by this share of PATCH_LENGTH; the rest of each is context
+
+
+def split_windows(total, length, given=1, advance=ADVANCE):
+    """Returns the windows that score the patches `given` to `total` - 1 of a sequence, each once.
+
+    Args:
+        total: patches of the sequence.
+        length: L, the most patches in a window, 2 or more.
+        given: patches at its beginning that are not scored.
+        advance: the share of `length` that a window advances by.
+
+    Returns:
+        list of (first patch, the one after the last, first scored patch). All but the first window have a context of at
+        least `length` less what they advance by.
+    """
+    step = max(int(length * advance), 1)
+    found = [(0, min(total, length), given)]
+    while found[-1][1] < total:
+        done = found[-1][1]
+        last = min(done + step, total)
+        found.append((last - length, last, done))
+    return found
+
+
+class Windows:
+    """Examples as windows: what of their sequences is scored, and how it is read. Of a pair, that is the target's content.
+
+    Args:
+        examples: Examples; pairs must fit in `patch_length`.
+        patch_size: S.
+        patch_length: L.
+
+    Attributes:
+        sizes: int64 (n,), bytes of each file that is scored.
+        given: int64 (n,), patches of each sequence that are not: the extension patch, or all of a pair up to the target's.
+    """
+
+    def __init__(self, examples, patch_size, patch_length):
+        self.examples, self.patch_size, self.patch_length = examples, patch_size, patch_length
+        self.sizes = examples.files.sizes[examples.indices[:, -1]].clip(min=0)
+        self.totals = examples.lengths(patch_size)  # int64 (n,), patches of each whole sequence
+        self.given = self.totals - utils.count_patches(self.sizes, patch_size) + 1
+
+    def of(self, index):
+        """Returns the windows of an example, see `split_windows`."""
+        return split_windows(int(self.totals[index]), self.patch_length, int(self.given[index]))
+
+    def by_length(self):
+        """Yields (index, first, last, scored) of all windows, the longest first, those of an example one after another."""
+        for index in np.argsort(-self.totals.clip(max=self.patch_length), kind="stable").tolist():
+            yield from ((index, *window) for window in self.of(index))
+
+    def scored_symbols(self, index, window):
+        """Returns the slice of a file's content and first 256, as an array of size + 1 symbols, that a window scores."""
+        start, stop = ((patch - int(self.given[index])) * self.patch_size for patch in (window[2], window[1]))
+        return slice(start, min(stop, int(self.sizes[index]) + 1))
+
+    def read(self, index, window):
+        """Returns (patches int16 (P, S), counted bool (P, S)) of a window of an example, reading no other bytes.
+
+        Raises:
+            OSError: a file cannot be read.
+            UserError: it has another size than when it was listed.
+        """
+        paths = self.examples[index]
+        if len(paths) == 1:
+            return utils.read_window(paths[0], self.patch_size, window[0], window[1], int(self.sizes[index]))
+        patches, counted = utils.ByteDataset(self.examples, self.patch_size, self.patch_length)[index]
+        if len(patches) != self.totals[index]:
+            raise system.UserError("has another size than when it was listed")
+        return patches, counted
+
+
+@torch.inference_mode()
+def predict(model, sequences, contexts, dtype, num_likeliest=1):
+    """Returns what a generative model holds of the patches of sequences that follow their contexts.
+
+    Args:
+        model: bGPTLMHeadModel in eval mode.
+        sequences: list of (patches int16 (P, S), counted bool (P, S)).
+        contexts: the number of patches at the beginning of each that are not predicted, 1 or more.
+        dtype: torch.dtype to compute in.
+        num_likeliest: k, of how many symbols the probabilities are wanted; 1 = only which is likeliest.
+
+    Returns:
+        for each sequence: nats float32 (n, S); the likeliest symbols int64 (n, S, k); with k > 1 their probabilities float32
+        (n, S, k), else None.
+    """
+    batch = utils.Batch(sequences)
+    place = torch.arange(1, batch.patches.shape[1])  # (P-1,), of each possible target
+    targets = (place >= torch.tensor(contexts)[:, None]) & (batch.masks[:, 1:] == 1)  # (B, P-1)
+    with devices.autocast(model.device, dtype):
+        output = model(batch.patches_on(model.device), batch.masks, targets)
+    found = [output.nats.float(), output.logits.argmax(-1, keepdim=True), None]  # (N, S), (N, S, k)
+    if num_likeliest > 1:
+        found[2], found[1] = output.logits.float().softmax(-1).topk(num_likeliest)
+    counts = targets.sum(1).tolist()
+    arrays = [[None] * len(counts) if each is None else [a.numpy() for a in each.cpu().split(counts)] for each in found]
+    return list(zip(*arrays))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores of files
+# ---------------------------------------------------------------------------------------------------------------------
+
+NUM_STRETCHES, LONGEST_STRETCH = 10, 16  # how many of a file are told; bytes
+PROFILE_BINS = 200  # points of the line of bits along a file
+
+_XZ = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
+COMPRESSORS = {  # {name: function of a file's bytes}
+    "gzip -9": lambda content: gzip.compress(content, 9, mtime=0),
+    "bz2 -9": lambda content: bz2.compress(content, 9),
+    # a dictionary larger than the file changes no byte of the result, but takes 0.7 GB
+    "xz -9e": lambda content: lzma.compress(content, filters=[{**_XZ, "dict_size": min(max(len(content), 2**12), 2**26)}]),
+}
+
+
+@dataclasses.dataclass
+class FileScore(SymbolTotals):
+    """The figures of a file; of a pair, those of its target given its input."""
+
+    index: int = 0  # of the example
+    path: str = ""  # of the file that is scored
+    name: str = ""  # within the folder; "input -> target" of a pair
+    group: str = ""  # what it is summed up with: ".mid", or "abc->mid" of a pair
+    top1: int = 0  # symbols, among its bytes and the 256 that ends it, that the model held likeliest
+    exact: bool = False  # all of them, within PATCH_LENGTH: greedy decoding would write this very file
+    stretches: list = dataclasses.field(default_factory=list)  # (offset, bytes, bits), see surprising_stretches
+    profile: np.ndarray | None = None  # float32 (2, bins), mean and highest bits along the file
+    compressed: dict = dataclasses.field(default_factory=dict)  # {compressor: bits}
+
+    @property
+    def bits(self):
+        """Bits of the content and of the first 256 after it."""
+        return self.counted_nats / math.log(2)
+
+
+def surprising_stretches(bits, count=NUM_STRETCHES, longest=LONGEST_STRETCH):
+    """Returns the stretches of a file that a model expected least, those with the most surprising symbol first.
+
+    A stretch is the most surprising symbol that is in none yet, and those beside it with at least half as many bits.
+
+    Args:
+        bits: (n,), of each byte of a file and of the 256 that ends it.
+        count: how many stretches.
+        longest: symbols in a stretch, at most.
+
+    Returns:
+        list of (offset, symbols, bits in all).
+    """
+    left, found = np.array(bits, dtype=np.float64), []  # left: -1 at symbols that are in a stretch
+    while len(found) < count and left.max() >= 0:
+        first = int(left.argmax())
+        least, last = left[first] / 2 or math.inf, first + 1  # beside a symbol that costs nothing, none is surprising
+        while last - first < longest:
+            before, after = left[first - 1] if first else -1.0, left[last] if last < len(left) else -1.0
+            if max(before, after) < least:
+                break
+            first, last = (first - 1, last) if before > after else (first, last + 1)
+        found.append((first, last - first, float(left[first:last].sum())))
+        left[first:last] = -1.0
+    return found
+
+
+def _profile(bits):
+    """Returns the mean and the highest of bits (n,) in at most PROFILE_BINS equal parts, float32 (2, bins)."""
+    starts = np.unique(np.linspace(0, len(bits), min(len(bits), PROFILE_BINS), endpoint=False).astype(int))
+    lengths = np.diff(np.append(starts, len(bits)))
+    return np.stack((np.add.reduceat(bits, starts) / lengths, np.maximum.reduceat(bits, starts))).astype(np.float32)
+
+
+class _Partial:
+    """A file some of whose windows are scored."""
+
+    def __init__(self, size, num_windows):
+        self.nats = np.zeros(size + 1, dtype=np.float32)
+        self.is_top1 = np.zeros(size + 1, dtype=bool)
+        self.all_nats, self.symbols, self.missing = 0.0, 0, num_windows
+
+
+def score_files(model, windows, folder, batch_size, dtype, progress, failed):
+    """Yields the FileScore of every example, in the order in which they are finished.
+
+    Args:
+        model: bGPTLMHeadModel in eval mode.
+        windows: Windows.
+        folder: what names are relative to.
+        batch_size: most windows at once.
+        dtype: torch.dtype to compute in.
+        progress: called with the number of bytes scored, after each batch.
+        failed: gets (path, reason) for those that cannot be read.
+    """
+    waiting, partial, bad = windows.by_length(), {}, set()
+
+    def give_up(index, error):
+        failed.append((windows.examples[index][-1], getattr(error, "strerror", None) or str(error)))
+        bad.add(index)
+        partial.pop(index, None)
+
+    while chosen := list(itertools.islice(waiting, batch_size)):
+        read = []  # (index, window, sequence)
+        for index, *window in chosen:
+            try:
+                if index not in bad:
+                    read.append((index, window, windows.read(index, window)))
+            except (OSError, system.UserError) as error:
+                give_up(index, error)
+        read = [each for each in read if each[0] not in bad]
+        if read:
+            contexts = [window[2] - window[0] for _, window, _ in read]
+            predicted = predict(model, [sequence for *_, sequence in read], contexts, dtype)
+            for (index, window, (patches, _)), (nats, likeliest, _), context in zip(read, predicted, contexts):
+                if index not in partial:
+                    partial[index] = _Partial(int(windows.sizes[index]), len(windows.of(index)))
+                file, scored = partial[index], windows.scored_symbols(index, window)
+                count = max(scored.stop - scored.start, 0)  # none in an end patch behind a content that ends before it
+                file.nats[scored] = nats.reshape(-1)[:count]
+                file.is_top1[scored] = (likeliest[:, :, 0] == patches[context:]).reshape(-1)[:count]
+                file.all_nats += float(nats.sum(dtype=np.float64))
+                file.symbols += nats.size
+                file.missing -= 1
+        for index in [index for index, file in partial.items() if file.missing == 0]:
+            try:
+                yield _finish(windows, index, partial.pop(index), folder)
+            except OSError as error:
+                give_up(index, error)
+        slices = (windows.scored_symbols(index, window) for index, *window in chosen)
+        progress(sum(max(scored.stop - scored.start, 0) for scored in slices))
+
+
+def _finish(windows, index, file, folder):
+    """Returns the FileScore of an example whose windows are all scored; raises OSError if it can no longer be read."""
+    paths, size = windows.examples[index], int(windows.sizes[index])
+    with open(paths[-1], "rb") as opened:
+        content = opened.read()
+    extensions = [listing.extension_of(path) for path in paths]
+    bits = file.nats / math.log(2)
+    return FileScore(
+        nats=file.all_nats,
+        symbols=file.symbols,
+        counted_nats=float(file.nats.sum(dtype=np.float64)),
+        bytes=size,
+        index=index,
+        path=paths[-1],
+        name=" -> ".join(os.path.relpath(path, folder) for path in paths),
+        group="->".join(extensions) if len(paths) == 2 else f".{extensions[0]}" if extensions[0] else "no extension",
+        top1=int(file.is_top1.sum()),
+        exact=bool(file.is_top1.all()) and int(windows.given[index]) + size // windows.patch_size < windows.patch_length,
+        stretches=surprising_stretches(bits),
+        profile=_profile(bits),
+        compressed={name: 8 * len(compress(content)) for name, compress in COMPRESSORS.items()},
+    )
+
+
+def score_symbols(model, windows, index, parts, dtype, num_likeliest=3):
+    """Scores parts of an example once more, to tell what the model expected in place of each symbol.
+
+    Args:
+        parts: list of (start, stop) among the symbols of the file's content and the 256 after it.
+
+    Returns:
+        list with, for each part of n symbols: the symbols int16 (n,), their bits float32 (n,), the likeliest symbols int64
+        (n, k), and the probabilities of those, float32 (n, k).
+
+    Raises:
+        OSError, UserError: see `Windows.read`.
+    """
+    pieces = [[] for _ in parts]
+    for window in windows.of(index):
+        scored = windows.scored_symbols(index, window)
+        shared = [(max(start, scored.start), min(stop, scored.stop)) for start, stop in parts]
+        if not any(low < high for low, high in shared):
+            continue
+        sequence, context = windows.read(index, window), window[2] - window[0]
+        [predicted] = predict(model, [sequence], [context], dtype, num_likeliest)
+        # (n patches, S) or (n patches, S, k) -> (n·S,) or (n·S, k)
+        columns = [each.reshape(-1, *each.shape[2:]) for each in (sequence[0][context:], *predicted)]
+        columns[1] = columns[1] / math.log(2)
+        for piece, (low, high) in zip(pieces, shared):
+            if low < high:
+                piece.append([column[low - scored.start : high - scored.start] for column in columns])
+    return [[np.concatenate(column) for column in zip(*piece)] for piece in pieces]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Labels
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -77,22 +440,23 @@ def classification_report(confusion, labels, most=30):
     present = [recall for recall in recalls if recall is not None]
     lines = [
         f"accuracy {correct.sum() / files.sum():.4f} ({correct.sum():.0f} of {files.sum():.0f} files), "
-        f"balanced accuracy {sum(present) / len(present):.4f}"
+        f"balanced accuracy {sum(present) / len(present):.4f}",
+        "95 % interval of the accuracy: {1:.4f} to {2:.4f}".format(*wilson_interval(correct.sum(), files.sum())),
     ]
     table = [["label", "precision", "recall", "files", "predicted"]]
     for i, label in enumerate(labels):
         shares = ["-" if share is None else f"{share:.4f}" for share in (precisions[i], recalls[i])]
         table.append([label, *shares, f"{files[i]:.0f}", f"{predicted[i]:.0f}"])
-    lines += _aligned(table)
+    lines += aligned(table)
     if len(labels) <= most:
         lines.append("true label by row, predicted label by column:")
         table = [["", *(str(i) for i in range(len(labels)))]]
         table += [[f"{i} {label}", *(f"{count:.0f}" for count in confusion[i])] for i, label in enumerate(labels)]
-        lines += _aligned(table)
+        lines += aligned(table)
     return "\n".join(lines) + "\n"
 
 
-def _aligned(rows):
+def aligned(rows):
     """Returns the lines of a table, rows of texts: its first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]

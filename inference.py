@@ -1,9 +1,10 @@
-"""Generates, converts, completes or classifies files with a trained model; the settings are in config.py.
+"""Generates, converts, completes, classifies or evaluates files with a trained model; the settings are in config.py.
 
     python inference.py --MODE generate --TARGET_EXT mid --NUM_SAMPLES 10
     python inference.py --MODE convert --INPUT_EXT abc --TARGET_EXT mid --INPUT_FOLDER tunes
     python inference.py --MODE complete --INPUT_FOLDER tunes --PROMPT_BYTES 200
     python inference.py --MODE classify --INPUT_FOLDER news --INFERENCE_WEIGHTS_PATH news.pth
+    python inference.py --MODE evaluate --INPUT_FOLDER midi/test --INFERENCE_WEIGHTS_PATH midi.pth
 """
 
 import os
@@ -54,6 +55,7 @@ import devices
 import evaluation
 import generation
 import listing
+import report_page
 import utils
 
 INDEX_SECONDS = 60  # seconds after which the index is written anew, so that a killed run's outputs are listed, too
@@ -89,15 +91,16 @@ def new_prompts(patch_size):
 
 
 def find_inputs():
-    """Returns the input files of MODE convert, complete or classify.
+    """Returns the input files of every MODE but generate.
 
     Raises:
         UserError: there are none, or the settings do not allow to tell.
     """
     check_folders()
-    files = listing.list_files([config.INPUT_FOLDER], "INPUT_FOLDER", config.INPUT_EXT)
+    pairs = config.MODE == "evaluate" and config.CONVERSION_MODE is not None  # then INPUT_EXT is that of their inputs
+    files = listing.list_files([config.INPUT_FOLDER], "INPUT_FOLDER", None if pairs else config.INPUT_EXT)
     if not files:
-        kind = "files" if config.INPUT_EXT is None else f"files of INPUT_EXT {config.INPUT_EXT!r}"
+        kind = "files" if config.INPUT_EXT is None or pairs else f"files of INPUT_EXT {config.INPUT_EXT!r}"
         raise system.UserError(f"INPUT_FOLDER: no {kind} in {config.INPUT_FOLDER!r}")
     return files
 
@@ -426,6 +429,59 @@ def report(found, files, labels):
         print(evaluation.classification_report(confusion, labels), end="")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_examples(files, patch_size, patch_length):
+    """Returns (Examples to evaluate, the names of the pairs that do not fit in `patch_length` and their patches).
+
+    Raises:
+        UserError: CONVERSION_MODE and INPUT_EXT leave no pair that fits.
+    """
+    if config.CONVERSION_MODE is None:
+        return utils.Examples.of(files), []
+    pairs = utils.find_pairs(files, config.CONVERSION_MODE, "INPUT_FOLDER")
+    if utils.split_conversion_mode(config.CONVERSION_MODE)[2]:
+        pairs = pairs.both_ways()
+    if config.INPUT_EXT is not None:
+        pairs = pairs.select([i for i, (source, _) in enumerate(pairs) if listing.extension_of(source) == config.INPUT_EXT])
+        if not pairs:
+            raise system.UserError(f"INPUT_EXT: {config.INPUT_EXT!r} is not what CONVERSION_MODE {config.CONVERSION_MODE!r} converts from")
+    lengths = pairs.lengths(patch_size)
+    unfit = [(" -> ".join(pairs[i]), int(lengths[i])) for i in np.flatnonzero(lengths > patch_length)]
+    if len(unfit) == len(pairs):
+        raise system.UserError(f"INPUT_FOLDER: no pair fits in the model's {patch_length} patches (PATCH_LENGTH); the shortest has {min(lengths)}")
+    return pairs.select(lengths <= patch_length), unfit
+
+
+def evaluate_files(model, files, dtype, check_stop):
+    """Writes evaluation.tsv, .json and .html, and prints how well the model predicts the input files; returns the exit status.
+
+    The arguments are those of `classify_files`; the model is a bGPTLMHeadModel.
+    """
+    examples, unfit = find_examples(files, model.patch_size, model.patch_length)
+    windows, scores, failed = evaluation.Windows(examples, model.patch_size, model.patch_length), [], []
+    with tqdm(total=int(windows.sizes.sum() + len(examples)), unit="B", unit_scale=True, desc=config.MODE, dynamic_ncols=True) as bar:
+
+        def progress(num_symbols):
+            bar.update(num_symbols)
+            check_stop()
+
+        for score in evaluation.score_files(model, windows, config.INPUT_FOLDER, config.INFERENCE_BATCH_SIZE, dtype, progress, failed):
+            scores.append(score)
+            bar.set_postfix_str(f"{len(scores)}/{len(examples)} files", refresh=False)
+    if scores:
+        scores.sort(key=lambda score: score.index)
+        print(report_page.write_report(config.OUTPUT_FOLDER, model, windows, scores, dtype, config.as_dict(), unfit, failed))
+    if unfit:
+        print(f"{len(unfit)} pairs do not fit in the model's {model.patch_length} patches (PATCH_LENGTH) and are left out:")
+        print("\n".join(f"  {system.escape_name(name)}: {length} patches" for name, length in unfit))
+    list_failed(failed)
+    return 1 if failed else 0
+
+
 def main():
     devices.tune_memory()
     device = devices.pick_device()
@@ -438,11 +494,12 @@ def main():
         raise system.UserError(
             f"INFERENCE_WEIGHTS_PATH: {config.INFERENCE_WEIGHTS_PATH!r} is a {kind}; MODE {config.MODE!r} needs a {wanted}, from "
             f"{'train-cls.py' if config.MODE == 'classify' else 'train-gen.py'}"
+            + "; MODE 'classify' tells how good a classifier is" * (config.MODE == "evaluate")
         )
     system.make_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER")
-    for name in ("predictions.tsv",) if config.MODE == "classify" else INDEX_NAMES:
+    for name in {"classify": ("predictions.tsv",), "evaluate": report_page.NAMES}.get(config.MODE, INDEX_NAMES):
         system.check_writable(os.path.join(config.OUTPUT_FOLDER, name), "OUTPUT_FOLDER")
-    seed = "" if config.MODE == "classify" else f", seed {config.SEED}"
+    seed = "" if config.MODE in ("classify", "evaluate") else f", seed {config.SEED}"
     print(f"{config.MODE} with {config.INFERENCE_WEIGHTS_PATH}: {dtype} on {device}{seed}")
     # two runs at once would take each other's places, in the names of files and in the index
     locked = locked_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER")
@@ -455,6 +512,8 @@ def main():
         if config.MODE == "classify":
             labels = checkpoint.label_list(loaded, f"INFERENCE_WEIGHTS_PATH: {config.INFERENCE_WEIGHTS_PATH!r}")
             return classify_files(model.to(device).eval(), labels, files, dtype, check_stop)
+        if config.MODE == "evaluate":
+            return evaluate_files(model.to(device).eval(), files, dtype, check_stop)
         return write_files(model.to(device, dtype).eval(), files, check_stop)
 
 

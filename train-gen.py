@@ -65,15 +65,7 @@ def group_files(folders, name):
     files = listing.list_files(folders, name)
     if config.CONVERSION_MODE is None:
         return utils.Examples.of(files)
-    pairs = utils.pair_files(files, config.CONVERSION_MODE)
-    if files and not pairs:
-        raise system.UserError(
-            f"{name}: CONVERSION_MODE is {config.CONVERSION_MODE!r}, but among {len(files)} files no two of those "
-            "extensions share a folder and a stem"
-        )
-    unpaired = len(files) - 2 * len(pairs)
-    if unpaired:
-        print(f"{name}: {unpaired} of {len(files)} files are in no pair and are left out")
+    pairs = utils.find_pairs(files, config.CONVERSION_MODE, name)
     fitting, longest = utils.fitting_pairs(pairs, config.PATCH_SIZE, config.PATCH_LENGTH)
     if len(fitting) < len(pairs):
         message = (

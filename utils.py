@@ -98,17 +98,40 @@ def read_patches(path, patch_size, patch_length=None, rng=None):
     """
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        total = -(-size // patch_size) + 2
+        total = count_patches(size, patch_size)
         first, last = 0, total  # the patches that are kept
         if patch_length is not None and total > patch_length:
             first, last = _crop(total, patch_length, rng)
-        start, stop = (max(first, 1) - 1) * patch_size, min((last - 1) * patch_size, size)  # bytes of the content
-        content = np.fromfile(file, dtype=np.uint8, offset=start, count=max(stop - start, 0))
-    patches = to_patches(content, listing.extension_of(path), patch_size)
+        return _read_between(file, size, patch_size, first, last)
+
+
+def read_window(path, patch_size, first, last, size):
+    """Reads the patches `first` to `last` - 1 of a file of `size` bytes, and no other bytes of it; see `read_patches`.
+
+    Raises:
+        OSError: the file cannot be read.
+        UserError: it has another size by now.
+    """
+    with open(path, "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size != size:
+            raise system.UserError("has another size than when it was listed")
+        return _read_between(file, size, patch_size, first, last)
+
+
+def count_patches(size, patch_size):
+    """Returns the patches of a file of `size` bytes (an integer or an array), extension patch and end patch included."""
+    return -(-size // patch_size) + 2
+
+
+def _read_between(file, size, patch_size, first, last):
+    """Returns the patches `first` to `last` - 1 of an open file of `size` bytes, and their `counted`; see `read_patches`."""
+    start, stop = (max(first, 1) - 1) * patch_size, min((last - 1) * patch_size, size)  # bytes of the content
+    content = np.fromfile(file, dtype=np.uint8, offset=start, count=max(stop - start, 0))
+    patches = to_patches(content, listing.extension_of(file.name), patch_size)
     counted = np.zeros(patches.shape, dtype=bool)
     # (P, S) -> (P·S,): the content follows the extension patch, and one more symbol ends it
     counted.reshape(-1)[patch_size : patch_size + len(content) + 1] = True
-    kept = slice(0 if first == 0 else 1, len(patches) if last == total else -1)
+    kept = slice(0 if first == 0 else 1, len(patches) if last == count_patches(size, patch_size) else -1)
     return patches[kept], counted[kept]
 
 
@@ -162,11 +185,14 @@ class Examples:
         # (n, 2) -> (n, 2 directions, 2) -> (2·n, 2)
         return Examples(self.files, np.stack((self.indices, self.indices[:, ::-1]), axis=1).reshape(-1, 2))
 
-    def lengths(self, patch_size, patch_length):
-        """Returns the patches of each example's sequence, int64 (n,): of a file at most `patch_length`, of a pair all."""
+    def lengths(self, patch_size, patch_length=None):
+        """Returns the patches of each example's sequence, int64 (n,): of a pair all, of a file at most `patch_length`.
+
+        None: all of a file, too.
+        """
         content = -(-self.files.sizes[self.indices].clip(min=0) // patch_size)  # (n, 1) or (n, 2)
         lengths = content.sum(1) + self.indices.shape[1] + 1  # an extension patch for each file, one end patch
-        return lengths if self.indices.shape[1] == 2 else lengths.clip(max=patch_length)
+        return lengths if self.indices.shape[1] == 2 or patch_length is None else lengths.clip(max=patch_length)
 
     def fingerprint(self):
         """Returns a hex digest of the examples' paths and sizes, in order: other data, or another order, have another."""
@@ -192,6 +218,26 @@ def pair_files(files, mode):
             pairs.append((index, files.find(stem + target)))
     pairs = np.array(pairs, dtype=np.int64).reshape(-1, 2)
     return Examples(files, pairs[pairs[:, 1] >= 0])
+
+
+def find_pairs(files, mode, name):
+    """Returns the pairs among Files, see `pair_files`, and prints how many files are in none.
+
+    Args:
+        name: the constant that holds the files' folders, for messages.
+
+    Raises:
+        UserError: there are files, but no pairs.
+    """
+    pairs = pair_files(files, mode)
+    if files and not pairs:
+        raise system.UserError(
+            f"{name}: CONVERSION_MODE is {mode!r}, but among {len(files)} files no two of those extensions share a folder and a stem"
+        )
+    unpaired = len(files) - 2 * len(pairs)
+    if unpaired:
+        print(f"{name}: {unpaired} of {len(files)} files are in no pair and are left out")
+    return pairs
 
 
 def fitting_pairs(pairs, patch_size, patch_length):

@@ -15,10 +15,11 @@ IMPORTS = {  # arrows point down: {module: the modules of this repository that i
     "checkpoint": {"system", "utils"},
     "generation": {"system", "utils"},
     "evaluation": {"system", "listing", "utils", "devices", "checkpoint", "generation"},
+    "report_page": {"system", "utils", "evaluation"},
     "training": {"system", "listing", "utils", "devices", "checkpoint"},
     "train-gen": {"config", "system", "listing", "utils", "devices", "checkpoint", "evaluation", "training"},
     "train-cls": {"config", "system", "listing", "utils", "devices", "checkpoint", "evaluation", "training"},
-    "inference": {"config", "system", "listing", "utils", "devices", "checkpoint", "evaluation", "generation"},
+    "inference": {"config", "system", "listing", "utils", "devices", "checkpoint", "evaluation", "generation", "report_page"},
     "cpu-simulation": {"system", "listing"},
 }
 
