@@ -10,6 +10,8 @@ best_epoch     | int                                        | the epoch with the
 min_eval_loss  | float                                      | its loss, nats per symbol; a generative model's only
 max_eval_acc   | float                                      | its accuracy, from 0 to 1; a classifier's only
 labels         | {str: int}                                 | index of each label ("Business.txt"); a classifier's only
+label_mode     | "name", "prefix" or "folder"               | * what a file's label is, see LABELS; a classifier's only
+best_loss      | float                                      | * eval loss of the best epoch; decides between equal accuracies
 scaler         | GradScaler.state_dict()                    | * of PRECISION fp16; empty otherwise
 position       | int                                        | * examples of the epoch in hand that are done, all processes
 order          | "permutation"                              | * how the order of an epoch is drawn
@@ -226,6 +228,11 @@ def label_list(checkpoint, where):
     if not all(type(index) is int for index in indices) or sorted(indices) != list(range(count)):
         raise system.UserError(f"{where}: its 'labels' should be a dict of {count} labels and their indices, 0 to {count - 1}")
     return [str(label) for label in sorted(labels, key=labels.get)]
+
+
+def label_mode(checkpoint):
+    """Returns what the label of a file is to a classifier, see LABELS in config.py; checkpoints from before have no other."""
+    return checkpoint.get("label_mode", "name")
 
 
 def check_sizes(wanted, state, where):

@@ -77,6 +77,9 @@ LOAD_FROM_CHECKPOINT: bool = True
 LOAD_FROM_PRE_CHECKPOINT: bool = False
 # Train on pairs of files: "abc->mid" one direction, "abc&mid" both. None = on plain files.
 CONVERSION_MODE: str | None = None
+# The label of a file, to classify: "name" (its name up to the first "_", and its extension: Business_1.txt is Business.txt),
+# "prefix" (up to the last "_", and its extension) or "folder" (the folder that it lies in: Business/1.txt is Business).
+LABELS: str = "name"
 # Log to Weights & Biases. True or False; WANDB_MODE=offline in the environment keeps it on this machine.
 WANDB_LOG: bool = False
 
@@ -118,6 +121,7 @@ TEMPERATURE: float = 1.0
 
 _MODES = ("generate", "convert", "complete", "classify")
 _SCHEDULES = ("cosine", "constant")
+_LABELS = ("name", "prefix", "folder")
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 _AT_LEAST = {
@@ -154,6 +158,7 @@ def _legal_values():
             lambda v: v is None or re.fullmatch(r"([^.&>/\\\s-]+)(->|&)(?!\1$)[^.&>/\\\s-]+", v) is not None,
             'None, or two different extensions such as "abc->mid" (one direction) or "abc&mid" (both)',
         ),
+        "LABELS": _one_of(_LABELS),
         "MODE": _one_of(_MODES),
         "SEED": (lambda v: 0 <= v < 2**63, "from 0 to 2**63 - 1"),
         "TOP_K": (lambda v: 0 <= v <= 257, "from 0 (all) to 257"),

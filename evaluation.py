@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 
 import torch
 
@@ -49,15 +48,6 @@ class SymbolTotals:
 # ---------------------------------------------------------------------------------------------------------------------
 # Labels
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def label_of(path):
-    """Returns the label of a file for classification: "Business.txt" of news/Business_1.txt (paper, 3.3).
-
-    That is its name up to the first "_", without one its stem, and its extension.
-    """
-    stem, extension = os.path.splitext(os.path.basename(path))
-    return stem.split("_")[0] + extension
 
 
 def classification_report(confusion, labels, most=30):

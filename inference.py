@@ -52,6 +52,7 @@ import checkpoint
 import devices
 import evaluation
 import generation
+import labeling
 import listing
 import utils
 
@@ -361,7 +362,7 @@ def write_files(model, files, check_stop):
     return 1 if failed else 0
 
 
-def classify_files(model, labels, files, dtype, check_stop):
+def classify_files(model, labels, label_mode, files, dtype, check_stop):
     """Writes predictions.tsv: of each file the three likeliest labels with their probabilities; returns the exit status.
 
     Where the files' names carry labels that the model knows, prints how many predictions are right.
@@ -369,6 +370,7 @@ def classify_files(model, labels, files, dtype, check_stop):
     Args:
         model: bGPTForClassification.
         labels: list of its labels.
+        label_mode: what the label of a file is, see `labeling.label_of`.
         files: the input files.
         dtype: torch.dtype to compute in.
         check_stop: see `write_files`.
@@ -394,7 +396,7 @@ def classify_files(model, labels, files, dtype, check_stop):
                 found |= {i: list(zip(*each)) for i, *each in zip(sequences, likeliest.values.tolist(), likeliest.indices.tolist())}
             bar.update(len(chosen))
     write_predictions(found, files, labels)
-    report(found, files, labels)
+    report(found, files, labels, label_mode)
     list_failed(failed)
     return 1 if failed else 0
 
@@ -412,16 +414,16 @@ def write_predictions(found, files, labels):
     print(f"{len(found)} files classified in {path}")
 
 
-def report(found, files, labels):
-    """Prints how many predictions are right, among the files whose names carry a label that the model knows."""
+def report(found, files, labels, label_mode):
+    """Prints how many predictions are right, among the files whose names (or folders) carry a label that the model knows."""
     indices = {label: index for index, label in enumerate(labels)}
     confusion = np.zeros((len(labels), len(labels)))
     for index in found:
-        true = indices.get(evaluation.label_of(files[index]))
+        true = indices.get(labeling.label_of(files[index], label_mode))
         if true is not None:
             confusion[true, found[index][0][1]] += 1
     if confusion.any():
-        print(f"the names of {confusion.sum():.0f} of them carry a label that the model knows:")
+        print(f"the {'folders' if label_mode == 'folder' else 'names'} of {confusion.sum():.0f} of them carry a label that the model knows:")
         print(evaluation.classification_report(confusion, labels), end="")
 
 
@@ -451,7 +453,7 @@ def main():
 
         if config.MODE == "classify":
             labels = checkpoint.label_list(loaded, f"INFERENCE_WEIGHTS_PATH: {config.INFERENCE_WEIGHTS_PATH!r}")
-            return classify_files(model.to(device).eval(), labels, files, dtype, check_stop)
+            return classify_files(model.to(device).eval(), labels, checkpoint.label_mode(loaded), files, dtype, check_stop)
         return write_files(model.to(device, dtype).eval(), files, check_stop)
 
 

@@ -3,8 +3,8 @@
     python train-cls.py --TRAIN_FOLDERS news/train --EVAL_FOLDERS news/test --WEIGHTS_PATH news.pth
     python train-cls.py --LOAD_FROM_PRE_CHECKPOINT True --PRE_WEIGHTS_PATH weights-text.pth
 
-The label of `Business_1.txt` is `Business.txt`. The best model so far is kept at WEIGHTS_PATH, the latest state beside it; the
-same command goes on from the latest.
+The label of `Business_1.txt` is `Business.txt`, or what LABELS says. The best model so far is kept at WEIGHTS_PATH, the latest
+state beside it; the same command goes on from the latest.
 """
 
 
@@ -23,6 +23,7 @@ if __name__ == "__main__":
     system.start(config.override, check_settings)  # here, so that mistakes are answered before the seconds that PyTorch takes to load
 
 import dataclasses
+import functools
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 import checkpoint
 import devices
 import evaluation
+import labeling
 import listing
 import training
 import utils
@@ -43,36 +45,41 @@ import utils
 def find_examples():
     """Returns the training Examples, their label indices int64 (n,), the same of evaluation, and {label: index}, sorted.
 
+    Prints a table of the labels, and what looks wrong with them.
+
     Raises:
         UserError: there are too few, they cannot be listed, or an evaluation file has a label that no training file has.
     """
     train = utils.Examples.of(listing.list_files(config.TRAIN_FOLDERS, "TRAIN_FOLDERS"))
     if not train:
         raise system.UserError(f"TRAIN_FOLDERS: no files to train on in {', '.join(config.TRAIN_FOLDERS)}")
+    label_of = functools.partial(labeling.label_of, mode=config.LABELS)
     found = {}  # {label: index in the order of the files}
-    truth = np.fromiter((found.setdefault(evaluation.label_of(path), len(found)) for path, in train), np.int64, len(train))
+    truth = np.fromiter((found.setdefault(label_of(path), len(found)) for path, in train), np.int64, len(train))
     labels = {label: index for index, label in enumerate(sorted(found))}
     truth = np.array([labels[label] for label in found])[truth]
     if len(labels) < 2:
         raise system.UserError(
-            f"TRAIN_FOLDERS: the only label of its {len(train)} files is {next(iter(labels))!r}; there must be two or more. The label "
-            "of a file is its name up to the first '_', and its extension: Business_1.txt is Business.txt"
+            f"TRAIN_FOLDERS: the only label of its {len(train)} files is {next(iter(labels))!r}; there must be two or more. By LABELS "
+            f"{config.LABELS!r}, {labeling.described(config.LABELS)}{labeling.other_modes(train.files, config.LABELS)}"
         )
-    if len(labels) > len(train) / 2:
-        print(f"{len(labels)} labels for {len(train)} files: the label of a file is its name up to the first '_', and its extension")
     held_out = utils.Examples.of(listing.list_files(config.EVAL_FOLDERS, "EVAL_FOLDERS"))
     if held_out:
         training.say_shared(train, held_out)
         held_out_truth = np.empty(len(held_out), np.int64)
         for index, (path,) in enumerate(held_out):
-            label = evaluation.label_of(path)
+            label = label_of(path)
             if label not in labels:
                 raise system.UserError(f"EVAL_FOLDERS: {path!r} has the label {label!r}, which no training file has")
             held_out_truth[index] = labels[label]
     else:  # the first file of each label stays in training
         others = np.setdiff1d(np.arange(len(train)), np.unique(truth, return_index=True)[1])
-        kept, chosen = training.hold_out(len(train), config.EVAL_SPLIT, config.SEED, others)
+        kept, chosen = training.hold_out(len(train), config.EVAL_SPLIT, config.SEED, others, truth[others])
         train, held_out, truth, held_out_truth = train.select(kept), train.select(chosen), truth[kept], truth[chosen]
+    train_counts, held_out_counts = (np.bincount(each, minlength=len(labels)) for each in (truth, held_out_truth))
+    print("\n".join(labeling.table(list(labels), train_counts, held_out_counts)))
+    for line in labeling.warnings([path for path, in train], truth, list(labels), held_out_counts, config.LABELS):
+        print(f"warning: {line}")
     return train, torch.from_numpy(truth), held_out, torch.from_numpy(held_out_truth), labels
 
 
@@ -234,7 +241,7 @@ def train(processes):
                 "eval_acc": eval_totals.accuracy,
             }
             report = evaluation.classification_report(confusion, list(run.labels))
-            run.epoch_done(figures, value=eval_totals.accuracy, report=report)
+            run.epoch_done(figures, value=eval_totals.accuracy, loss=eval_totals.loss, report=report)
         run.finish()
 
 

@@ -207,7 +207,7 @@ def train(processes):
                 "train_bits_per_byte": train_totals.bits_per_byte,
                 "eval_bits_per_byte": eval_totals.bits_per_byte,
             }
-            run.epoch_done(figures, value=eval_totals.loss)
+            run.epoch_done(figures, value=eval_totals.loss, loss=eval_totals.loss)
         run.finish()
 
 

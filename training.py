@@ -26,7 +26,7 @@ ORDER = "permutation"  # how the order of an epoch is drawn, for checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def hold_out(count, share, seed, candidates=None):
+def hold_out(count, share, seed, candidates=None, groups=None):
     """Splits `count` examples in two at random: the rest, and `share` of them (at least one).
 
     Args:
@@ -34,6 +34,8 @@ def hold_out(count, share, seed, candidates=None):
         share: EVAL_SPLIT.
         seed: SEED.
         candidates: int64 (m,), the indices of those that may be held out; None = all.
+        groups: int64 (m,), the group of each candidate, of which each gives the same share, as nearly as whole examples can;
+            None = they are drawn from all alike.
 
     Returns:
         int64 (rest,) and (held out,), the indices of both, ascending.
@@ -48,8 +50,17 @@ def hold_out(count, share, seed, candidates=None):
     if count < 2:
         raise system.UserError(f"EVAL_FOLDERS holds nothing, and EVAL_SPLIT cannot hold out a part of {count}: add files")
     num_chosen = min(max(1, round(share * count)), len(candidates), count - 1)
-    drawn = np.random.default_rng([seed, zlib.crc32(b"hold out")]).permutation(len(candidates))[:num_chosen]
-    chosen = np.sort(candidates[drawn])
+    drawn = np.random.default_rng([seed, zlib.crc32(b"hold out")]).permutation(len(candidates))
+    if groups is not None:
+        # the k-th of a group's m examples in the order drawn gets the place (k + 1/2) / m: the first places of all are of
+        # every group the same share
+        groups = groups[drawn]
+        by_group = np.argsort(groups, kind="stable")
+        sizes = np.bincount(groups)
+        ranks = np.empty(len(drawn), np.int64)
+        ranks[by_group] = np.arange(len(drawn)) - (np.cumsum(sizes) - sizes)[groups[by_group]]
+        drawn = drawn[np.argsort((ranks + 0.5) / sizes[groups], kind="stable")]
+    chosen = np.sort(candidates[drawn[:num_chosen]])
     print(f"EVAL_FOLDERS holds none: {num_chosen} of the training examples are held out for evaluation")
     return np.setdiff1d(np.arange(count), chosen), chosen
 
@@ -174,6 +185,7 @@ class State:
     position: int = 0  # examples that the epoch in hand has trained on, in all processes together
     best_epoch: int = 0  # 0 = there is none yet
     best: float | None = None  # the figure that decides, in the best epoch
+    best_loss: float = -math.inf  # its eval loss, the lower of which decides between equal figures; -inf = unknown, never beaten
     report: str = ""  # what there is to say of the best epoch beside its figures
     figures: dict = dataclasses.field(default_factory=dict)  # of the last finished epoch
     log_text: str = ""  # what the last finished epoch logged
@@ -181,7 +193,7 @@ class State:
 
     def to_checkpoint(self):
         """Returns the keys of a checkpoint that are the same in all processes, except that of `best`."""
-        names = ("epoch", "position", "best_epoch", "report", "figures", "log_text", "log_start", "run_id")
+        names = ("epoch", "position", "best_epoch", "best_loss", "report", "figures", "log_text", "log_start", "run_id")
         return {name: getattr(self, name) for name in names}
 
     def take_over(self, found, best_name):
@@ -199,6 +211,7 @@ class State:
             raise TypeError(f"{best_name} is no number")
         self.epoch, self.best_epoch, self.log_start = numbers.values()
         self.best = float(found[best_name]) if self.best_epoch else None
+        self.best_loss = float(found.get("best_loss", -math.inf))  # files from before have none
         self.run_id = str(found.get("run_id") or self.run_id)  # published checkpoints have none
         self.figures, self.report = dict(found.get("figures", {})), str(found.get("report", ""))
         self.log_text = str(found.get("log_text", ""))
@@ -316,9 +329,13 @@ class Run:
                 f"CONVERSION_MODE is {mode!r}, but the run at {path!r} trains with {before['CONVERSION_MODE']!r}: set that, or, {anew}"
             )
         if self.labels is not None and found.get("labels") != self.labels:
-            raise system.UserError(f"TRAIN_FOLDERS: the labels or their order are not those of {path!r}; {anew}")
+            mode = checkpoint.label_mode(found)
+            why = "" if mode == self.settings["LABELS"] else f" (LABELS was {mode!r} and is now {self.settings['LABELS']!r})"
+            raise system.UserError(f"TRAIN_FOLDERS: the labels or their order are not those of {path!r}{why}; {anew}")
         changed = [name for name in ("SEED", "EVAL_SPLIT") if before.get(name, self.settings[name]) != self.settings[name]]
         why = "".join(f"; {name} was {before[name]!r} and is now {self.settings[name]!r}" for name in changed)
+        if self.labels is not None and "label_mode" not in found and not self.settings["EVAL_FOLDERS"]:
+            why += "; it is of a version that held out files whatever their labels"
         for name, fingerprint in self._data.items():
             if data.get(name, fingerprint) != fingerprint:
                 raise system.UserError(
@@ -494,12 +511,13 @@ class Run:
         """Returns a dataclass of running sums, added up over all processes."""
         return type(totals)(*self.processes.sum(dataclasses.astuple(totals)))
 
-    def epoch_done(self, figures, value, report=""):
+    def epoch_done(self, figures, value, loss, report=""):
         """Counts the epoch in hand as finished; saves, logs and prints it.
 
         Args:
             figures: {name: number} to log.
             value: that of figures which decides what is best.
+            loss: that of them which decides between epochs of the same value, the lower one.
             report: more lines, logged if the epoch is the best so far.
         """
         state = self.state
@@ -508,14 +526,17 @@ class Run:
         state.epoch, state.position, state.totals, state.figures = state.epoch + 1, 0, self._no_totals, figures
         line = f"epoch {state.epoch}  " + "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
         state.log_text, state.log_start = f"{line}\n", self.files.end_of_log()
-        before = state.best_epoch, state.best, state.report
-        is_best = state.best is None or (value > state.best if self.higher_is_better else value < state.best)
+        before = state.best_epoch, state.best, state.best_loss, state.report
+        if state.best is None or value == state.best:
+            is_best = state.best is None or loss < state.best_loss
+        else:
+            is_best = (value > state.best) == self.higher_is_better
         if is_best:
-            state.best_epoch, state.best, state.report = state.epoch, value, report
+            state.best_epoch, state.best, state.best_loss, state.report = state.epoch, value, loss, report
             state.log_text += report
             is_best = self._save(best=True)
             if not is_best:
-                state.best_epoch, state.best, state.report = before  # what the file holds
+                state.best_epoch, state.best, state.best_loss, state.report = before  # what the file holds
         self._save()
         if self.processes.rank == 0:
             self.files.complete_log(state.log_text, state.log_start)
@@ -569,7 +590,7 @@ class Run:
             "lr_sched": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             self.best_name: worst if self.state.best is None else self.state.best,
-            **({} if self.labels is None else {"labels": self.labels}),
+            **({} if self.labels is None else {"labels": self.labels, "label_mode": self.settings["LABELS"]}),
             **self.state.to_checkpoint(),
             "order": ORDER,
             "totals": [totals for totals, _ in everyone],
