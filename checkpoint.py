@@ -12,6 +12,7 @@ max_eval_acc   | float                                      | its accuracy, from
 labels         | {str: int}                                 | index of each label ("Business.txt"); a classifier's only
 label_mode     | "name", "prefix" or "folder"               | * what a file's label is, see LABELS; a classifier's only
 best_loss      | float                                      | * eval loss of the best epoch; decides between equal accuracies
+extensions     | [str]                                      | * of the training files, as extension patches hold them; if few
 scaler         | GradScaler.state_dict()                    | * of PRECISION fp16; empty otherwise
 position       | int                                        | * examples of the epoch in hand that are done, all processes
 order          | "permutation"                              | * how the order of an epoch is drawn

@@ -75,7 +75,7 @@ SEED: int = 0
 LOAD_FROM_CHECKPOINT: bool = True
 # Start a new run from PRE_WEIGHTS_PATH. True or False.
 LOAD_FROM_PRE_CHECKPOINT: bool = False
-# Train on pairs of files: "abc->mid" one direction, "abc&mid" both. None = on plain files.
+# Train on pairs of files: "abc->mid" one direction, "abc&mid" both; upper or lower case is all one. None = on plain files.
 CONVERSION_MODE: str | None = None
 # The label of a file, to classify: "name" (its name up to the first "_", and its extension: Business_1.txt is Business.txt),
 # "prefix" (up to the last "_", and its extension) or "folder" (the folder that it lies in: Business/1.txt is Business).
@@ -89,7 +89,7 @@ WANDB_LOG: bool = False
 
 # Checkpoint that inference.py runs. The model's sizes are read from it.
 INFERENCE_WEIGHTS_PATH: str = "weights.pth"
-# Extension, without the dot, of the input files: needed to convert; to complete or classify, None = files of every one.
+# Extension, without the dot, of the input files, in any case: needed to convert; to complete or classify, None = every one.
 INPUT_EXT: str | None = None
 # Extension, without the dot, of the files to generate or to convert to. "" = files without one.
 TARGET_EXT: str = "bin"
@@ -155,7 +155,7 @@ def _legal_values():
         "DROPOUT": (lambda v: 0 <= v < 1, "from 0 to below 1"),
         "PRECISION": _one_of(_PRECISIONS),
         "CONVERSION_MODE": (
-            lambda v: v is None or re.fullmatch(r"([^.&>/\\\s-]+)(->|&)(?!\1$)[^.&>/\\\s-]+", v) is not None,
+            lambda v: v is None or re.fullmatch(r"(?i)([^.&>/\\\s-]+)(->|&)(?!\1$)[^.&>/\\\s-]+", v) is not None,
             'None, or two different extensions such as "abc->mid" (one direction) or "abc&mid" (both)',
         ),
         "LABELS": _one_of(_LABELS),

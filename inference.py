@@ -73,16 +73,50 @@ class Output:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def new_prompts(patch_size):
+def seen_extension(extension, known):
+    """Returns an extension as a model saw it in training: in lower case, unless `known`, its checkpoint's, has this very one."""
+    return extension if extension in known else extension.lower()
+
+
+def check_extensions(loaded):
+    """Checks that a model can know what it is to convert; prints a note where it has never converted that.
+
+    Args:
+        loaded: its checkpoint.
+
+    Raises:
+        UserError: no training file had the extension.
+    """
+    known, settings = loaded.get("extensions"), loaded.get("config")
+    for name in ("INPUT_EXT", "TARGET_EXT"):
+        extension = getattr(config, name)
+        if known is not None and seen_extension(extension, known) not in known:
+            raise system.UserError(
+                f"{name} is {extension!r}, but {config.INFERENCE_WEIGHTS_PATH} was trained on no such file; its training files' "
+                f"extensions: {', '.join(system.escape_name(each) or '(none)' for each in known[:20])}"
+            )
+    direction, where = (config.INPUT_EXT.lower(), config.TARGET_EXT.lower()), config.INFERENCE_WEIGHTS_PATH
+    if not isinstance(settings, dict):
+        print(f"note: {where} does not tell what it was trained on, so it may not have learned {direction[0]} -> {direction[1]}")
+    elif settings.get("CONVERSION_MODE") is None:
+        print(f"note: {where} was trained on plain files, without CONVERSION_MODE: it has never converted anything")
+    else:
+        source, target, both = utils.split_conversion_mode(settings["CONVERSION_MODE"])
+        if direction != (source, target) and not (both and direction == (target, source)):
+            print(f"note: {where} was trained with CONVERSION_MODE {settings['CONVERSION_MODE']!r}, never {direction[0]} -> {direction[1]}")
+
+
+def new_prompts(patch_size, known):
     """Yields the Prompts of NUM_SAMPLES files of TARGET_EXT from nothing, named YYYYmmdd-HHMMSS-i.ext.
 
-    The key of a Prompt is (Output, number of the candidate); here, there is one candidate of each.
+    The key of a Prompt is (Output, number of the candidate); here, there is one candidate of each. `known`: the extensions of
+    the model's training files.
     """
     taken = {name[:15] for name in os.listdir(config.OUTPUT_FOLDER)}
     while (stamp := time.strftime("%Y%m%d-%H%M%S")) in taken:  # another run of this very second
         time.sleep(0.1)
     suffix = f".{config.TARGET_EXT}" if config.TARGET_EXT else ""
-    symbols = utils.extension_patch(config.TARGET_EXT, patch_size)
+    symbols = utils.extension_patch(seen_extension(config.TARGET_EXT, known), patch_size)
     for i in range(1, config.NUM_SAMPLES + 1):
         path = os.path.join(config.OUTPUT_FOLDER, f"{stamp}-{i}{suffix}")
         yield generation.Prompt((Output(path, "", b""), 0), symbols, [config.SEED, i])
@@ -98,12 +132,17 @@ def find_inputs():
     files = listing.list_files([config.INPUT_FOLDER], "INPUT_FOLDER", config.INPUT_EXT)
     if not files:
         kind = "files" if config.INPUT_EXT is None else f"files of INPUT_EXT {config.INPUT_EXT!r}"
-        raise system.UserError(f"INPUT_FOLDER: no {kind} in {config.INPUT_FOLDER!r}")
+        others = listing.list_files([config.INPUT_FOLDER], "INPUT_FOLDER")
+        there = f", but {listing.describe_extensions(others)}" if others else ""
+        raise system.UserError(f"INPUT_FOLDER: no {kind} in {config.INPUT_FOLDER!r}{there}")
     return files
 
 
-def input_prompts(files, patch_size, patch_length, failed):
-    """Yields NUM_CANDIDATES Prompts for each input file; appends (path, reason) to `failed` for those that cannot be done."""
+def input_prompts(files, patch_size, patch_length, known, failed):
+    """Yields NUM_CANDIDATES Prompts for each input file; appends (path, reason) to `failed` for those that cannot be done.
+
+    `known`: the extensions of the model's training files.
+    """
     for path in files:
         name = os.path.relpath(path, config.INPUT_FOLDER)
         output = os.path.join(config.OUTPUT_FOLDER, name)
@@ -114,16 +153,19 @@ def input_prompts(files, patch_size, patch_length, failed):
         except OSError as error:
             failed.append((path, error.strerror))
             continue
-        patches = utils.to_patches(content, listing.extension_of(path), patch_size)
+        patches = utils.to_patches(content, seen_extension(listing.extension_of(path), known), patch_size)
         if config.MODE == "convert":
-            target = utils.extension_patch(config.TARGET_EXT, patch_size)
+            target = utils.extension_patch(seen_extension(config.TARGET_EXT, known), patch_size)
             symbols = np.concatenate((patches[:-1].reshape(-1), target))  # [abc] content [mid]
             output, prefix = (f"{output}.{config.TARGET_EXT}" if config.TARGET_EXT else f"{output}-converted"), b""
         else:
             symbols = patches.reshape(-1)[: patch_size + len(content)]  # [abc] content, which may end inside a patch
             prefix = content.tobytes()
         if len(symbols) >= patch_size * patch_length:
-            failed.append((path, f"too long: no room is left in the model's {patch_length} patches of {patch_size} bytes"))
+            why = f"too long: no room is left in the model's {patch_length} patches of {patch_size} bytes"
+            if config.MODE == "complete":
+                why += f"; PROMPT_BYTES {patch_size * (patch_length - 1) - 1} or fewer leave some"
+            failed.append((path, why))
             continue
         if os.path.relpath(output, config.OUTPUT_FOLDER).lower() in INDEX_NAMES:
             failed.append((path, "its output would have the name of a file that lists the outputs"))
@@ -306,11 +348,12 @@ def list_written(rows):
         ) from None
 
 
-def write_files(model, files, check_stop):
+def write_files(model, known, files, check_stop):
     """Writes what the model generates, or makes of the input files; returns the exit status.
 
     Args:
         model: bGPTLMHeadModel.
+        known: the extensions of its training files.
         files: the input files; None = none, to generate.
         check_stop: called between steps; raises KeyboardInterrupt or SystemExit to stop.
     """
@@ -319,9 +362,9 @@ def write_files(model, files, check_stop):
     known, indexed_at = read_index(os.path.join(config.OUTPUT_FOLDER, INDEX_NAMES[0])) or {}, time.monotonic()
     num_candidates = 1 if files is None else config.NUM_CANDIDATES
     if files is None:
-        num_outputs, prompts = config.NUM_SAMPLES, new_prompts(patch_size)
+        num_outputs, prompts = config.NUM_SAMPLES, new_prompts(patch_size, known)
     else:
-        num_outputs, prompts = len(files), input_prompts(files, patch_size, patch_length, failed)
+        num_outputs, prompts = len(files), input_prompts(files, patch_size, patch_length, known, failed)
     batch_size = min(config.INFERENCE_BATCH_SIZE, num_outputs * num_candidates)
     sampling = generation.Sampling(config.TOP_K, config.TOP_P, config.TEMPERATURE)
     try:
@@ -439,6 +482,8 @@ def main():
             f"INFERENCE_WEIGHTS_PATH: {config.INFERENCE_WEIGHTS_PATH!r} is a {kind}; MODE {config.MODE!r} needs a {wanted}, from "
             f"{'train-cls.py' if config.MODE == 'classify' else 'train-gen.py'}"
         )
+    if config.MODE == "convert":
+        check_extensions(loaded)
     system.make_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER")
     for name in ("predictions.tsv",) if config.MODE == "classify" else INDEX_NAMES:
         system.check_writable(os.path.join(config.OUTPUT_FOLDER, name), "OUTPUT_FOLDER")
@@ -454,7 +499,7 @@ def main():
         if config.MODE == "classify":
             labels = checkpoint.label_list(loaded, f"INFERENCE_WEIGHTS_PATH: {config.INFERENCE_WEIGHTS_PATH!r}")
             return classify_files(model.to(device).eval(), labels, checkpoint.label_mode(loaded), files, dtype, check_stop)
-        return write_files(model.to(device, dtype).eval(), files, check_stop)
+        return write_files(model.to(device, dtype).eval(), loaded.get("extensions") or [], files, check_stop)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import array
 import bisect
+import collections
 import os
 
 import numpy as np
@@ -12,6 +13,18 @@ import system
 def extension_of(path):
     """Returns the extension of a file's name, without the dot; "" if it has none."""
     return os.path.splitext(path)[1][1:]
+
+
+def count_extensions(files):
+    """Returns {extension in lower case: how many of the files have it}, the most frequent first."""
+    return dict(collections.Counter(extension_of(path).lower() for path in files).most_common())
+
+
+def describe_extensions(files, most=5):
+    """Returns the extensions of files with their counts, for messages; of many, the `most` most frequent."""
+    counts = count_extensions(files)
+    shown = [f"{count} {system.escape_name('.' + extension) if extension else 'without any'}" for extension, count in counts.items()]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} other extensions" if len(shown) > most else "")
 
 
 class Files:
@@ -55,13 +68,13 @@ def list_files(folders, name, extension=None):
     Args:
         folders: list of paths.
         name: the constant that holds them, for messages.
-        extension: only files of this one; None = all.
+        extension: only files of this one, in upper or lower case; None = all.
 
     Raises:
         UserError: a folder is missing, is a file, or cannot be read.
     """
     system.check_folders(folders, name)
-    wanted = None if extension is None else os.fsencode(extension)
+    wanted = None if extension is None else extension.lower()
     paths, sizes, seen = [], array.array("q"), set()
     waiting, links = [os.path.normpath(os.fsencode(folder)) for folder in folders], []
     while waiting or links:
@@ -78,7 +91,7 @@ def list_files(folders, name, extension=None):
                     if entry.is_dir():
                         (links if entry.is_symlink() else waiting).append(entry.path)
                     elif entry.is_file() or entry.is_symlink():  # a dead link is kept: reading it says so; a pipe is no file
-                        if wanted is None or extension_of(entry.name) == wanted:
+                        if wanted is None or extension_of(os.fsdecode(entry.name)).lower() == wanted:
                             paths.append(entry.path)
                             sizes.append(_size(entry))
         except OSError as error:

@@ -25,9 +25,12 @@ def check_settings():
 if __name__ == "__main__":
     system.start(config.override, check_settings)  # here, so that mistakes are answered before the seconds that PyTorch takes to load
 
+import collections
 import dataclasses
+import itertools
 import time
 
+import numpy as np
 import torch
 
 import checkpoint
@@ -68,10 +71,10 @@ def group_files(folders, name):
     pairs = utils.pair_files(files, config.CONVERSION_MODE)
     if files and not pairs:
         raise system.UserError(
-            f"{name}: CONVERSION_MODE is {config.CONVERSION_MODE!r}, but among {len(files)} files no two of those "
-            "extensions share a folder and a stem"
+            f"{name}: CONVERSION_MODE is {config.CONVERSION_MODE!r}, but no two files of those extensions share a folder and a stem "
+            f"among {len(files)} files ({listing.describe_extensions(files)}){nearest_pairs(files, config.CONVERSION_MODE)}"
         )
-    unpaired = len(files) - 2 * len(pairs)
+    unpaired = len(files) - len(np.unique(pairs.indices))
     if unpaired:
         print(f"{name}: {unpaired} of {len(files)} files are in no pair and are left out")
     fitting, longest = utils.fitting_pairs(pairs, config.PATCH_SIZE, config.PATCH_LENGTH)
@@ -84,6 +87,36 @@ def group_files(folders, name):
             raise system.UserError(message)
         print(message)
     return fitting
+
+
+def nearest_pairs(files, mode):
+    """Returns what comes nearest to pairs of a CONVERSION_MODE among files that hold none, as a clause for messages.
+
+    That is another extension in place of one of the mode's, or files of one stem in different folders.
+    """
+    source, target, both = utils.split_conversion_mode(mode)
+    places = {}  # {stem: [(folder, extension)]} of all files
+    for path in files:
+        folder, name = os.path.split(path)
+        stem, extension = os.path.splitext(name)
+        places.setdefault(stem, []).append((folder, extension[1:].lower()))
+    beside, apart, example = collections.Counter(), 0, None  # beside: {(input, target extension): its pairs}
+    for stem, found in places.items():
+        for (folder, extension), (other_folder, other) in itertools.permutations(found[:100], 2):
+            if folder == other_folder and extension != other and (extension == source or other == target):
+                beside[extension, other] += 1
+            if (extension, other) == (source, target):
+                apart, example = apart + 1, example or (folder, other_folder, stem)
+    if beside:
+        (extension, other), count = beside.most_common(1)[0]
+        return f"; {extension}{'&' if both else '->'}{other} would find {count} pairs"
+    if apart:
+        folder, other_folder, stem = map(system.escape_name, example)
+        return (
+            f"; {apart} have the same stem but lie apart, such as {folder}/{stem}.{source} and {other_folder}/{stem}.{target}: put the "
+            "two files of a pair into one folder"
+        )
+    return "; the two files of a pair have one name but for the extension, such as tune." + source + " and tune." + target
 
 
 def directed(examples):

@@ -19,6 +19,7 @@ import checkpoint
 import system
 import utils
 
+MOST_EXTENSIONS = 1000  # a checkpoint lists no more extensions of training files: beyond, they are hardly kinds of files
 ORDER = "permutation"  # how the order of an epoch is drawn, for checkpoints
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,6 +261,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == torch.float16)
         self.scheduler = self.bar = None  # see `begin`, `training_batches`
         self._data = {"TRAIN_FOLDERS": train.fingerprint(), "EVAL_FOLDERS": held_out.fingerprint()}
+        self._extensions = sorted(train.extensions())
         self._random_state = None  # this process's, to be restored before the next step
         self._saved_at, self._saved_position = time.monotonic(), None  # when, and at which (epoch, position), it was saved
         self._is_saved = True  # whether the last try to save the latest state went well
@@ -591,6 +593,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             self.best_name: worst if self.state.best is None else self.state.best,
             **({} if self.labels is None else {"labels": self.labels, "label_mode": self.settings["LABELS"]}),
+            **({"extensions": self._extensions} if len(self._extensions) <= MOST_EXTENSIONS else {}),
             **self.state.to_checkpoint(),
             "order": ORDER,
             "totals": [totals for totals, _ in everyone],

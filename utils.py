@@ -75,7 +75,7 @@ def to_content(symbols):
     return symbols[: ends[0] if len(ends) else None].astype(np.uint8).tobytes()
 
 
-def read_patches(path, patch_size, patch_length=None, rng=None):
+def read_patches(path, patch_size, patch_length=None, rng=None, lower_case=False):
     """Reads a file as patches, at most `patch_length` of them; from a longer file, only the bytes that are kept.
 
     Args:
@@ -84,6 +84,7 @@ def read_patches(path, patch_size, patch_length=None, rng=None):
         patch_length: most patches to return; None = all.
         rng: numpy Generator, or the seed of one, that draws what is kept of a longer file: its head, a window of its body
             or its tail. None = its head.
+        lower_case: whether the extension patch has the extension in lower case, however the file spells it.
 
     Returns:
         patches: int16 (P, S).
@@ -101,7 +102,8 @@ def read_patches(path, patch_size, patch_length=None, rng=None):
             first, last = _crop(total, patch_length, rng)
         start, stop = (max(first, 1) - 1) * patch_size, min((last - 1) * patch_size, size)  # bytes of the content
         content = np.fromfile(file, dtype=np.uint8, offset=start, count=max(stop - start, 0))
-    patches = to_patches(content, listing.extension_of(path), patch_size)
+    extension = listing.extension_of(path)
+    patches = to_patches(content, extension.lower() if lower_case else extension, patch_size)
     counted = np.zeros(patches.shape, dtype=bool)
     # (P, S) -> (P·S,): the content follows the extension patch, and one more symbol ends it
     counted.reshape(-1)[patch_size : patch_size + len(content) + 1] = True
@@ -165,6 +167,11 @@ class Examples:
         lengths = content.sum(1) + self.indices.shape[1] + 1  # an extension patch for each file, one end patch
         return lengths if self.indices.shape[1] == 2 else lengths.clip(max=patch_length)
 
+    def extensions(self):
+        """Returns the set of the files' extensions, as their extension patches hold them: those of pairs in lower case."""
+        found = {listing.extension_of(self.files[file]) for file in np.unique(self.indices).tolist()}
+        return {extension.lower() for extension in found} if self.indices.shape[1] == 2 else found
+
     def fingerprint(self):
         """Returns a hex digest of the examples' paths and sizes, in order: other data, or another order, have another."""
         digest = hashlib.sha256(self.files.sizes[self.indices].tobytes())
@@ -174,21 +181,31 @@ class Examples:
 
 
 def split_conversion_mode(mode):
-    """Returns (input extension, target extension, whether both directions are meant) of "abc->mid" or "abc&mid"."""
-    source, sign, target = re.fullmatch(r"([^&>]+?)(->|&)([^&>]+)", mode).groups()
+    """Returns (input extension, target extension, whether both directions are meant) of "abc->mid" or "abc&mid"; in lower case."""
+    source, sign, target = re.fullmatch(r"([^&>]+?)(->|&)([^&>]+)", mode.lower()).groups()
     return source, target, sign == "&"
 
 
 def pair_files(files, mode):
-    """Returns Examples of (input, target) for the Files of the same folder and stem, in the order of the inputs."""
-    source, target = (b"." + os.fsencode(extension) for extension in split_conversion_mode(mode)[:2])
-    pairs = []
+    """Returns Examples of (input, target) for the Files of the same folder and stem, in the order of the inputs.
+
+    Extensions are compared without case: tune.abc and tune.MID are a pair. Of tune.mid and tune.MID, the former is the target.
+    """
+    source, target, _ = split_conversion_mode(mode)
+    inputs, spellings = [], set()  # indices of the inputs; how the targets' extensions are spelled
     for index in range(len(files)):
-        stem, extension = os.path.splitext(files.encoded(index))
-        if extension == source:
-            pairs.append((index, files.find(stem + target)))
-    pairs = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    return Examples(files, pairs[pairs[:, 1] >= 0])
+        extension = os.path.splitext(files.encoded(index))[1]
+        lower = os.fsdecode(extension[1:]).lower()
+        if lower == source:
+            inputs.append(index)
+        elif lower == target:
+            spellings.add(extension)
+    pairs = []
+    for index in inputs:
+        stem = os.path.splitext(files.encoded(index))[0]
+        found = [files.find(stem + extension) for extension in sorted(spellings, reverse=True)]  # lower case first
+        pairs += [(index, other) for other in found if other >= 0][:1]
+    return Examples(files, np.array(pairs, dtype=np.int64).reshape(-1, 2))
 
 
 def fitting_pairs(pairs, patch_size, patch_length):
@@ -248,7 +265,7 @@ class ByteDataset:
                 seed = None if self.crop_seed is None else [*self.crop_seed, zlib.crc32(os.fsencode(paths[0]))]
                 patches, counted = read_patches(paths[0], self.patch_size, self.patch_length, seed)
             else:
-                source, target = (read_patches(path, self.patch_size) for path in paths)
+                source, target = (read_patches(path, self.patch_size, lower_case=True) for path in paths)
                 # the input file without its end patch, then the whole target file
                 patches, counted = (np.concatenate((s[:-1], t)) for s, t in zip(source, target))
         except OSError as error:

@@ -218,6 +218,36 @@ def test_conversion_pairs(pairs_folder):
     assert (len(none), longest) == (0, 0)
 
 
+def test_pairs_do_not_mind_case():
+    """Of several targets the one in lower case is taken; a CONVERSION_MODE in upper case means the same."""
+    sizes = {"a.ABC": 1, "a.MID": 1, "b.abc": 1, "b.Mid": 1, "c.abc": 1, "c.mid": 1, "c.MID": 1, "D.abc": 1, "d.mid": 1}
+    for mode in ("abc->mid", "ABC->Mid"):
+        pairs = utils.pair_files(make_files(sizes), mode)
+        assert list(pairs) == [("a.ABC", "a.MID"), ("b.abc", "b.Mid"), ("c.abc", "c.mid")]
+    assert pairs.extensions() == {"abc", "mid"}
+    assert utils.Examples.of(pairs.files).extensions() == {"abc", "ABC", "mid", "Mid", "MID"}
+
+
+def test_extension_patches_of_pairs_are_in_lower_case(tmp_path):
+    (tmp_path / "a.ABC").write_bytes(b"x")
+    (tmp_path / "a.MID").write_bytes(b"y")
+    paths = str(tmp_path / "a.ABC"), str(tmp_path / "a.MID")
+    patches, _ = utils.ByteDataset([paths], 4, 16)[0]
+    assert patches[[0, 2]].tolist() == [[*b"abc", E], [*b"mid", E]]
+    patches, _ = utils.ByteDataset([paths[:1]], 4, 16)[0]
+    assert patches[0].tolist() == [*b"ABC", E]  # plain files stay as they are
+
+
+def test_lists_of_one_extension_do_not_mind_case(tmp_path):
+    for name in ("a.abc", "b.ABC", "c.abcd", "abc"):
+        (tmp_path / name).write_bytes(b"x")
+    for extension in ("abc", "Abc"):
+        found = listing.list_files([str(tmp_path)], "INPUT_FOLDER", extension)
+        assert [os.path.basename(path) for path in found] == ["a.abc", "b.ABC"]
+    assert listing.describe_extensions(["a.abc", "b.ABC", "c", "d.x", "e.x", "f.x"]) == "3 .x, 2 .abc, 1 without any"
+    assert listing.describe_extensions([f"a.{i}" for i in range(9)]).endswith(" and 4 other extensions")
+
+
 def test_conversion_sequence(pairs_folder):
     """[abc] content [mid] content [end]: the input's end patch is left out, the target is whole."""
     example = (str(pairs_folder / "a.abc"), str(pairs_folder / "a.mid"))

@@ -294,6 +294,13 @@ def test_convert_and_complete(tmp_path, tiny_model, tiny_checkpoint):
         assert (tmp_path / "converted" / f"{name}.mid").read_bytes() == bytes(symbols)
         assert (f"converted/{name}.mid" in done.stdout) == cut_off  # named in the summary if it was cut off
 
+    assert "note: weights.pth does not tell what it was trained on" in done.stdout
+
+    done = infer(tmp_path, MODE="complete", OUTPUT_FOLDER="too-long")
+    assert done.returncode == 0 and "too long" not in done.stdout, done.stderr
+    (tmp_path / "input" / "long.abc").write_bytes(b"y" * 60)
+    done = infer(tmp_path, MODE="complete", OUTPUT_FOLDER="too-long")
+    assert done.returncode == 1 and "long.abc: too long" in done.stdout and "PROMPT_BYTES 59 or fewer leave some" in done.stdout
     done = infer(tmp_path, MODE="complete", PROMPT_BYTES=6, OUTPUT_FOLDER="completed", **exact)
     assert done.returncode == 0, done.stderr
     for name, content in files.items():
@@ -427,6 +434,17 @@ def test_ctrl_c_leaves_whole_files_only(tmp_path):
     written = outputs_in(tmp_path / "output")
     assert f"{len(written)} files written" in stdout and all(name.endswith(".bin") for name in written)
     assert set(inference.read_index(tmp_path / "output" / "index.tsv")) == set(written)
+
+
+@pytest.mark.parametrize("known, spelling", [(None, "abc"), (["abc"], "abc"), (["ABC", "abc"], "ABC")])
+def test_extensions_are_spelled_as_the_model_saw_them(tmp_path, tiny_model, known, spelling):
+    torch.save({"model": tiny_model.state_dict(), **({"extensions": known} if known else {})}, tmp_path / "weights.pth")
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "a.ABC").write_bytes(b"123")
+    assert infer(tmp_path, MODE="complete", TEMPERATURE=0, PRECISION="fp32").returncode == 0
+    prompt = np.concatenate((utils.extension_patch(spelling, 4), np.frombuffer(b"123", np.uint8)))
+    symbols, _ = recompute_greedy(tiny_model, prompt, 1000)
+    assert (tmp_path / "output" / "a.ABC").read_bytes() == b"123" + bytes(symbols)
 
 
 def test_candidates(tmp_path, tiny_model, tiny_checkpoint):
