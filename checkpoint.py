@@ -85,7 +85,7 @@ def load_checkpoint(path, name, mmap=False):
     """
     system.check_checkpoint(path, name)
     try:
-        if str(path).endswith(".safetensors"):
+        if _is_safetensors(path):
             from safetensors.torch import load_file
 
             checkpoint = {"model": load_file(path)}
@@ -106,13 +106,19 @@ def load_checkpoint(path, name, mmap=False):
     return checkpoint
 
 
+def _is_safetensors(path):
+    """Returns whether a file is one of safetensors, whatever its name: 8 bytes of length, then a JSON dict."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
 def _what_it_is(path, error):
     """Returns what a file is that could not be loaded because of `error`, and how to get the right one."""
     with open(path, "rb") as file:
         beginning = file.read(256)
     if beginning.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, which names the weights but does not hold them; `git lfs pull` fetches them"
-    if beginning.lstrip()[:1] == b"<":
+    if beginning.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<":  # some begin with the mark of UTF-8
         return "it is a web page, not the weights; download the file itself, on the page behind a button such as Download"
     if isinstance(error, pickle.UnpicklingError) and beginning.startswith((b"PK", b"\x80")):  # how torch.save begins
         return "it holds more than plain types and tensors, which could run code, so it is refused"

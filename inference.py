@@ -348,12 +348,12 @@ def list_written(rows):
         ) from None
 
 
-def write_files(model, known, files, check_stop):
+def write_files(model, extensions, files, check_stop):
     """Writes what the model generates, or makes of the input files; returns the exit status.
 
     Args:
         model: bGPTLMHeadModel.
-        known: the extensions of its training files.
+        extensions: those of its training files.
         files: the input files; None = none, to generate.
         check_stop: called between steps; raises KeyboardInterrupt or SystemExit to stop.
     """
@@ -362,9 +362,9 @@ def write_files(model, known, files, check_stop):
     known, indexed_at = read_index(os.path.join(config.OUTPUT_FOLDER, INDEX_NAMES[0])) or {}, time.monotonic()
     num_candidates = 1 if files is None else config.NUM_CANDIDATES
     if files is None:
-        num_outputs, prompts = config.NUM_SAMPLES, new_prompts(patch_size, known)
+        num_outputs, prompts = config.NUM_SAMPLES, new_prompts(patch_size, extensions)
     else:
-        num_outputs, prompts = len(files), input_prompts(files, patch_size, patch_length, known, failed)
+        num_outputs, prompts = len(files), input_prompts(files, patch_size, patch_length, extensions, failed)
     batch_size = min(config.INFERENCE_BATCH_SIZE, num_outputs * num_candidates)
     sampling = generation.Sampling(config.TOP_K, config.TOP_P, config.TEMPERATURE)
     try:

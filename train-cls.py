@@ -102,7 +102,8 @@ def load_pre_trained(model, sizes, labels, path, name):
     wanted = dataclasses.replace(sizes, BYTE_NUM_LAYERS=found.BYTE_NUM_LAYERS, num_labels=found.num_labels)
     checkpoint.check_sizes(wanted, loaded["model"], where)
     state = {key: value for key, value in loaded["model"].items() if not key.startswith(("byte_level_decoder.", "classifier."))}
-    keep_head = found.num_labels is not None and set(checkpoint.label_list(loaded, where)) == set(labels)
+    has_labels = found.num_labels is not None and "labels" in loaded  # the bare tensors of a classifier tell no labels
+    keep_head = has_labels and set(checkpoint.label_list(loaded, where)) == set(labels)
     if keep_head:  # its rows in the order of `labels`
         rows = [loaded["labels"][label] for label in sorted(labels, key=labels.get)]
         state |= {key: loaded["model"][key][rows] for key in ("classifier.weight", "classifier.bias")}
