@@ -23,7 +23,8 @@ report         | str                                        | * the best epoch's
 log_text       | str                                        | * what the last finished epoch logged
 log_start      | int                                        | * where that begins in the log, bytes
 run_id         | str                                        | * names the run; its files carry the same one
-data           | {"TRAIN_FOLDERS": hex, "EVAL_FOLDERS": hex}| * digests of the files' paths and sizes
+data           | {"TRAIN_FOLDERS": int64 (files, 2),         | * of each file of the examples, in order, a hash of its identity
+               |  "EVAL_FOLDERS": the same}                 |   and its size; in older files a digest of paths and sizes, hex
 config         | {str: plain value}                         | * the constants that bear on training
 
 Published files hold the keys without *. The tensors of `model`, with S = PATCH_SIZE, D = HIDDEN_SIZE:

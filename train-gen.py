@@ -65,7 +65,7 @@ def find_examples():
 
 def group_files(folders, name):
     """Returns the files of folders as Examples; in a CONVERSION_MODE, the pairs that fit in a sequence."""
-    files = listing.list_files(folders, name)
+    files = listing.list_readable_files(folders, name)
     if config.CONVERSION_MODE is None:
         return utils.Examples.of(files)
     pairs = utils.pair_files(files, config.CONVERSION_MODE)

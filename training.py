@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import os
 import time
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 import checkpoint
+import listing
 import system
 import utils
 
@@ -72,6 +74,35 @@ def say_shared(train, held_out):
     shared = int(np.isin(found, train.indices[:, 0]).sum())
     if shared:
         print(f"{shared} evaluation examples are training examples too: their figures say nothing about unseen files")
+
+
+def describe_difference(examples, hashes, known):
+    """Returns which files were added, are gone or have changed in size, as a clause for messages; "" if none.
+
+    Args:
+        examples: the Examples now.
+        hashes: their `Examples.hashes`.
+        known: those of the examples before, of which no names are kept.
+    """
+    files = examples.indices.reshape(-1)
+    sizes = dict(known.tolist())
+    added, changed = [], []
+    for file, (identity, size) in zip(files.tolist(), hashes.tolist()):
+        if identity not in sizes:
+            added.append(file)
+        elif sizes[identity] != size:
+            changed.append(file)
+    clauses = []
+    for what, found in (("added", added), ("of another size", changed)):
+        found = sorted(set(found))  # a pair in both directions has each file twice
+        if found:
+            names = ", ".join(system.escape_name(examples.files[file]) for file in found[: listing.SHOWN_FILES])
+            more = f" and {len(found) - listing.SHOWN_FILES} more" if len(found) > listing.SHOWN_FILES else ""
+            clauses.append(f"{len(found)} {what} ({names}{more})")
+    gone = len(np.setdiff1d(known[:, 0], hashes[:, 0]))
+    if gone:
+        clauses.append(f"{gone} gone (a checkpoint keeps no names)")
+    return "; " + ", ".join(clauses) if clauses else ""
 
 
 def shared_batches(processes, dataset, lengths, order, batch_size, num_workers):
@@ -260,7 +291,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings["LEARNING_RATE"], fused=True)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == torch.float16)
         self.scheduler = self.bar = None  # see `begin`, `training_batches`
-        self._data = {"TRAIN_FOLDERS": train.fingerprint(), "EVAL_FOLDERS": held_out.fingerprint()}
+        self._data = {"TRAIN_FOLDERS": torch.from_numpy(train.hashes()), "EVAL_FOLDERS": torch.from_numpy(held_out.hashes())}
         self._extensions = sorted(train.extensions())
         self._random_state = None  # this process's, to be restored before the next step
         self._saved_at, self._saved_position = time.monotonic(), None  # when, and at which (epoch, position), it was saved
@@ -338,11 +369,14 @@ class Run:
         why = "".join(f"; {name} was {before[name]!r} and is now {self.settings[name]!r}" for name in changed)
         if self.labels is not None and "label_mode" not in found and not self.settings["EVAL_FOLDERS"]:
             why += "; it is of a version that held out files whatever their labels"
-        for name, fingerprint in self._data.items():
-            if data.get(name, fingerprint) != fingerprint:
+        for (name, hashes), examples in zip(self._data.items(), (self.train, self.held_out)):
+            known = data.get(name, hashes)  # published files have none
+            is_older = isinstance(known, str)  # of a version that knew files by their whole paths
+            if not (known == examples.path_fingerprint() if is_older else torch.equal(known, hashes)):
+                differing = "" if is_older else describe_difference(examples, hashes.numpy(), known.numpy())
                 raise system.UserError(
-                    f"{name}: the files are not those that the run at {path!r} began with, by their paths and sizes{why}. It can "
-                    f"only go on with the same files; {anew}"
+                    f"{name}: the files are not those that the run at {path!r} began with, by their paths below the folder and their "
+                    f"sizes{differing}{why}. It can only go on with the same files; {anew}"
                 )
 
     def _restore_position(self, found):
@@ -359,6 +393,9 @@ class Run:
         anew = f"epoch {state.epoch + 1} begins anew"
         if found.get("order") != ORDER:
             print(f"the checkpoint is from a version that drew the order of an epoch in another way: {anew}")
+            return
+        if isinstance(found["data"]["TRAIN_FOLDERS"], str) and (np.diff(self.train.files.places) < 0).any():
+            print(f"the checkpoint is from a version that took the files of several folders in another order: {anew}")
             return
         if found["config"]["SEED"] != self.settings["SEED"]:
             print(f"SEED has changed, so {anew}, in another order")
@@ -391,7 +428,8 @@ class Run:
             UserError, SystemExit: the processes see different files or states.
         """
         settings, processes, state = self.settings, self.processes, self.state
-        views = processes.gather((state.epoch, state.position, state.run_id, self._data))
+        data = [hashlib.sha256(hashes.numpy().tobytes()).hexdigest() for hashes in self._data.values()]
+        views = processes.gather((state.epoch, state.position, state.run_id, data))
         if any(view != views[0] for view in views):
             processes.agree(
                 system.UserError("the processes see different files: TRAIN_FOLDERS, EVAL_FOLDERS and WEIGHTS_PATH must lie on a disk that all share")

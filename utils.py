@@ -149,8 +149,8 @@ class Examples:
 
     @classmethod
     def of(cls, files):
-        """Returns the Examples of Files, each for itself."""
-        return cls(files, np.arange(len(files))[:, None])
+        """Returns the Examples of Files, each for itself, in the order of their folders' places and then of their paths."""
+        return cls(files, np.argsort(files.places, kind="stable")[:, None])
 
     def select(self, indices):
         """Returns the Examples at `indices`, an integer array, in its order."""
@@ -172,10 +172,27 @@ class Examples:
         found = {listing.extension_of(self.files[file]) for file in np.unique(self.indices).tolist()}
         return {extension.lower() for extension in found} if self.indices.shape[1] == 2 else found
 
-    def fingerprint(self):
-        """Returns a hex digest of the examples' paths and sizes, in order: other data, or another order, have another."""
-        digest = hashlib.sha256(self.files.sizes[self.indices].tobytes())
-        for part in np.array_split(self.indices.reshape(-1), len(self) // 65536 + 1):
+    def hashes(self):
+        """Returns int64 (files, 2): a hash of each file's identity, and its size; in order, by example.
+
+        Other data, or another order, have others; the same data in a moved or differently named folder have the same.
+        """
+        files, digests = self.indices.reshape(-1), bytearray()  # (n, 1) or (n, 2) -> (files,)
+        for part in np.array_split(files, len(self) // 65536 + 1):  # few Python objects at a time
+            digests += b"".join([hashlib.blake2b(self.files.identity(file), digest_size=8).digest() for file in part.tolist()])
+        return np.stack((np.frombuffer(digests, dtype="<i8"), self.files.sizes[files]), axis=1)
+
+    def path_fingerprint(self):
+        """Returns a hex digest of the examples' whole paths and sizes, by which older checkpoints know them.
+
+        Their order was that of the paths, whatever the places of the folders.
+        """
+        indices = self.indices
+        both_ways = len(self) > 1 and np.array_equal(indices[::2], indices[1::2, ::-1])  # pair by pair, see `both_ways`
+        keys = np.repeat(indices[::2, 0], 2) if both_ways else indices[:, 0]
+        indices = indices[np.argsort(keys, kind="stable")]
+        digest = hashlib.sha256(self.files.sizes[indices].tobytes())
+        for part in np.array_split(indices.reshape(-1), len(self) // 65536 + 1):
             digest.update(b"".join([self.files.encoded(file) + b"\0" for file in part.tolist()]))
         return digest.hexdigest()
 
@@ -187,7 +204,7 @@ def split_conversion_mode(mode):
 
 
 def pair_files(files, mode):
-    """Returns Examples of (input, target) for the Files of the same folder and stem, in the order of the inputs.
+    """Returns Examples of (input, target) for the Files of the same folder and stem, in the order of `Examples.of` the inputs.
 
     Extensions are compared without case: tune.abc and tune.MID are a pair. Of tune.mid and tune.MID, the former is the target.
     """
@@ -201,7 +218,7 @@ def pair_files(files, mode):
         elif lower == target:
             spellings.add(extension)
     pairs = []
-    for index in inputs:
+    for index in sorted(inputs, key=files.places.__getitem__):
         stem = os.path.splitext(files.encoded(index))[0]
         found = [files.find(stem + extension) for extension in sorted(spellings, reverse=True)]  # lower case first
         pairs += [(index, other) for other in found if other >= 0][:1]
@@ -240,8 +257,8 @@ class ByteDataset:
         examples: Examples, or a list of such tuples of paths.
         patch_size: S.
         patch_length: L, the most patches in a sequence.
-        crop_seed: what the crops of files longer than that are drawn from, beside the file's path: a list of whole
-            numbers such as [seed, epoch]; None = always the head of the file.
+        crop_seed: what the crops of files longer than that are drawn from, beside the file's identity (in a list of tuples,
+            its path): a list of whole numbers such as [seed, epoch]; None = always the head of the file.
     """
 
     def __init__(self, examples, patch_size, patch_length, crop_seed=None):
@@ -262,8 +279,7 @@ class ByteDataset:
         paths = self.examples[index]
         try:
             if len(paths) == 1:
-                seed = None if self.crop_seed is None else [*self.crop_seed, zlib.crc32(os.fsencode(paths[0]))]
-                patches, counted = read_patches(paths[0], self.patch_size, self.patch_length, seed)
+                patches, counted = read_patches(paths[0], self.patch_size, self.patch_length, self._seed(index))
             else:
                 source, target = (read_patches(path, self.patch_size, lower_case=True) for path in paths)
                 # the input file without its end patch, then the whole target file
@@ -274,6 +290,16 @@ class ByteDataset:
             raise system.UserError(f"{' and '.join(paths)} have grown since the start: they no longer fit in PATCH_LENGTH")
         counted[0] = False  # the first patch is given, not predicted
         return patches, counted
+
+    def _seed(self, index):
+        """Returns the seed of what is kept of a longer file; None = its head."""
+        if self.crop_seed is None:
+            return None
+        if isinstance(self.examples, Examples):
+            identity = self.examples.files.identity(self.examples.indices[index, 0])
+        else:
+            identity = os.fsencode(self.examples[index][0])
+        return [*self.crop_seed, zlib.crc32(identity)]
 
     def read(self, indices):
         """Returns the sequences of the examples at `indices`, a list of what a `Batch` is made of."""

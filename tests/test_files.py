@@ -171,14 +171,58 @@ def test_lengths_are_those_of_the_sequences(tmp_path):
     assert list(chosen) == [pairs[3], pairs[1]] and list(chosen.both_ways())[1] == pairs[3][::-1]
 
 
-def test_fingerprint_knows_paths_order_and_sizes():
+def test_hashes_know_paths_order_and_sizes():
     sizes = {"a.abc": 1, "a.mid": 2, "b.abc": 3, "b.mid": 4}
     pairs = utils.pair_files(make_files(sizes), "abc->mid")
     same = utils.pair_files(make_files({"0.txt": 9, **sizes}), "abc->mid")  # other files do not matter
-    assert pairs.fingerprint() == same.fingerprint()
+    assert pairs.hashes().shape == (4, 2) and (pairs.hashes() == same.hashes()).all()
+    assert pairs.path_fingerprint() == same.path_fingerprint()
     others = [pairs.select([1, 0]), pairs.select([0]), pairs.both_ways(), utils.pair_files(same.files, "mid->abc")]
     others += [utils.pair_files(make_files({**sizes, change: 5}), "abc->mid") for change in sizes]
-    assert len({examples.fingerprint() for examples in [pairs, *others]}) == 9
+    assert len({examples.hashes().tobytes() for examples in [pairs, *others]}) == 9
+
+
+def test_identity_is_the_folders_place_and_the_path_below_it(tmp_path, monkeypatch):
+    """The same data under other spellings have the same order, hashes and crops; other places in the list have others."""
+    for name in ("b/x/1.bin", "b/2.bin", "a/1.bin", "a/y/3.bin"):
+        (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "here" / name).write_bytes(name.encode() * 50)
+    monkeypatch.chdir(tmp_path / "here")
+    here = str(tmp_path / "here")
+
+    def seen(*folders):
+        examples = utils.Examples.of(listing.list_files(folders, "TRAIN_FOLDERS"))
+        dataset = utils.ByteDataset(examples, 2, 10, [0, 1])
+        return examples.hashes().tolist(), [dataset[i][0].tobytes() for i in range(4)]
+
+    spelled = seen("b", "a")
+    assert seen(f"{here}/b", "a") == seen("../here/b/", f"{here}/a") == seen("./b", "../here/a") == spelled
+    assert seen("a", "b") != spelled and seen(".") == seen(here) != spelled
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert seen(str(tmp_path / "there" / "b"), str(tmp_path / "there" / "a")) == spelled
+    examples = utils.Examples.of(listing.list_files([str(tmp_path / "there" / each) for each in ("b", "a")], "TRAIN_FOLDERS"))
+    assert [os.path.relpath(path, tmp_path / "there") for path, in examples] == ["b/2.bin", "b/x/1.bin", "a/1.bin", "a/y/3.bin"]
+
+
+def test_files_that_cannot_be_read_are_left_out_and_named(tmp_path, monkeypatch, capsys):
+    for i in range(4):
+        (tmp_path / f"{i}.x").write_bytes(bytes(i))
+    assert len(listing.list_readable_files([str(tmp_path)], "TRAIN_FOLDERS")) == 4 and not capsys.readouterr().out
+    (tmp_path / "0\n.x").symlink_to("nowhere")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not path.endswith(b"2.x") and access(path, mode))  # root may read all
+    files = listing.list_readable_files([str(tmp_path)], "TRAIN_FOLDERS")
+    assert [os.path.basename(path) for path in files] == ["0.x", "1.x", "3.x"] and files.sizes.tolist() == [0, 1, 3]
+    assert capsys.readouterr().out.splitlines() == [
+        "TRAIN_FOLDERS: 2 of 5 files cannot be read and are left out:",
+        f"  {tmp_path}/0\\n.x: a link that leads nowhere",
+        f"  {tmp_path}/2.x: no permission to read it",
+    ]
+    for i in range(12):
+        (tmp_path / f"dead{i}.x").symlink_to("nowhere")
+    listing.list_readable_files([str(tmp_path)], "TRAIN_FOLDERS")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12 and lines[0].startswith("TRAIN_FOLDERS: 14 of 17") and lines[-1] == "  and 4 more"
 
 
 def test_parts_have_nearly_the_same_number_of_patches():
