@@ -11,6 +11,7 @@ min_eval_loss  | float                                      | its loss, nats per
 max_eval_acc   | float                                      | its accuracy, from 0 to 1; a classifier's only
 labels         | {str: int}                                 | index of each label ("Business.txt"); a classifier's only
 label_mode     | "name", "prefix" or "folder"               | * what a file's label is, see LABELS; a classifier's only
+hold_out       | "by label"                                 | * EVAL_SPLIT holds out the same share of each label; older: not
 best_loss      | float                                      | * eval loss of the best epoch; decides between equal accuracies
 extensions     | [str]                                      | * of the training files, as extension patches hold them; if few
 scaler         | GradScaler.state_dict()                    | * of PRECISION fp16; empty otherwise

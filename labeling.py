@@ -109,9 +109,9 @@ def warnings(files, truth, labels, held_out_counts, mode):
             f"only {total} evaluation files: each is {100 / total:.1f} % of the accuracy, by which the best epoch is chosen; add to "
             "EVAL_FOLDERS, or raise EVAL_SPLIT where that is empty"
         )
-    if len(missing := np.flatnonzero(held_out_counts == 0)):
+    if missing := [labels[label] for label in np.flatnonzero((held_out_counts == 0) & (counts > 1)).tolist()]:
         lines.append(
-            f"{_named([labels[label] for label in missing.tolist()])}: no evaluation file, so nothing tells how well it is learned; "
+            f"{_named(missing)}: no evaluation file, so nothing tells how well it is learned; "
             "add to EVAL_FOLDERS, or raise EVAL_SPLIT where that is empty"
         )
     return lines

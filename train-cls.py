@@ -22,6 +22,7 @@ def check_settings():
 if __name__ == "__main__":
     system.start(config.override, check_settings)  # here, so that mistakes are answered before the seconds that PyTorch takes to load
 
+import contextlib
 import dataclasses
 import functools
 
@@ -42,10 +43,23 @@ import utils
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def find_examples():
+def holds_out_by_label():
+    """Returns whether EVAL_SPLIT holds out the same share of each label; it did not in runs that an older version began."""
+    path = checkpoint.RunFiles(config.WEIGHTS_PATH, config.LOGS_PATH).newest()
+    if path is not None and config.LOAD_FROM_CHECKPOINT:
+        with contextlib.suppress(system.UserError):  # which going on from it will say
+            found = checkpoint.load_checkpoint(path, "WEIGHTS_PATH", mmap=True)
+            return "data" not in found or found.get("hold_out") == "by label"
+    return True
+
+
+def find_examples(by_label):
     """Returns the training Examples, their label indices int64 (n,), the same of evaluation, and {label: index}, sorted.
 
     Prints a table of the labels, and what looks wrong with them.
+
+    Args:
+        by_label: see `holds_out_by_label`.
 
     Raises:
         UserError: there are too few, they cannot be listed, or an evaluation file has a label that no training file has.
@@ -74,7 +88,7 @@ def find_examples():
             held_out_truth[index] = labels[label]
     else:  # the first file of each label stays in training
         others = np.setdiff1d(np.arange(len(train)), np.unique(truth, return_index=True)[1])
-        kept, chosen = training.hold_out(len(train), config.EVAL_SPLIT, config.SEED, others, truth[others])
+        kept, chosen = training.hold_out(len(train), config.EVAL_SPLIT, config.SEED, others, truth[others] if by_label else None)
         train, held_out, truth, held_out_truth = train.select(kept), train.select(chosen), truth[kept], truth[chosen]
     train_counts, held_out_counts = (np.bincount(each, minlength=len(labels)) for each in (truth, held_out_truth))
     print("\n".join(labeling.table(list(labels), train_counts, held_out_counts)))
@@ -207,7 +221,8 @@ def predict(model, batch, run):
 def make_run(processes):
     """Returns (the Run of config.py's settings with new weights, label indices of its training and evaluation examples)."""
     dtype = devices.pick_dtype(config.PRECISION, processes.device)
-    train, truth, held_out, held_out_truth, labels = find_examples()
+    by_label = holds_out_by_label()
+    train, truth, held_out, held_out_truth, labels = find_examples(by_label)
     sizes = utils.ModelSizes(
         config.PATCH_SIZE, config.PATCH_LENGTH, config.HIDDEN_SIZE, config.PATCH_NUM_LAYERS, num_labels=len(labels)
     )
@@ -215,7 +230,7 @@ def make_run(processes):
     model, settings = sizes.build(config.DROPOUT).to(processes.device), config.as_dict(training_only=True)
     run = training.Run(
         processes, model, sizes, dtype, settings, train, held_out, "max_eval_acc", higher_is_better=True,
-        no_totals=dataclasses.asdict(Totals()), labels=labels,
+        no_totals=dataclasses.asdict(Totals()), labels=labels, hold_out="by label" if by_label else None,
     )  # fmt: skip
     return run, truth, held_out_truth
 

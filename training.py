@@ -85,16 +85,12 @@ def describe_difference(examples, hashes, known):
         known: those of the examples before, of which no names are kept.
     """
     files = examples.indices.reshape(-1)
-    sizes = dict(known.tolist())
-    added, changed = [], []
-    for file, (identity, size) in zip(files.tolist(), hashes.tolist()):
-        if identity not in sizes:
-            added.append(file)
-        elif sizes[identity] != size:
-            changed.append(file)
+    known = known[np.argsort(known[:, 0])]
+    nearest = known[np.searchsorted(known[:, 0], hashes[:, 0]).clip(max=len(known) - 1)]  # int64 (files, 2)
+    is_known = nearest[:, 0] == hashes[:, 0]
     clauses = []
-    for what, found in (("added", added), ("of another size", changed)):
-        found = sorted(set(found))  # a pair in both directions has each file twice
+    for what, chosen in (("added", ~is_known), ("of another size", is_known & (nearest[:, 1] != hashes[:, 1]))):
+        found = np.unique(files[chosen]).tolist()  # a pair in both directions has each file twice
         if found:
             names = ", ".join(system.escape_name(examples.files[file]) for file in found[: listing.SHOWN_FILES])
             more = f" and {len(found) - listing.SHOWN_FILES} more" if len(found) > listing.SHOWN_FILES else ""
@@ -280,11 +276,12 @@ class Run:
         higher_is_better: whether a higher figure is the better one.
         no_totals: the running sums of an epoch that has not begun.
         labels: a classifier's {label: index}.
+        hold_out: how its evaluation examples are held out, for checkpoints.
     """
 
-    def __init__(self, processes, model, sizes, dtype, settings, train, held_out, best_name, higher_is_better, no_totals, labels=None):
+    def __init__(self, processes, model, sizes, dtype, settings, train, held_out, best_name, higher_is_better, no_totals, labels=None, hold_out=None):
         self.processes, self.model, self.sizes, self.dtype, self.settings = processes, model, sizes, dtype, settings
-        self.train, self.held_out, self.labels = train, held_out, labels
+        self.train, self.held_out, self.labels, self._hold_out = train, held_out, labels, hold_out
         self.best_name, self.higher_is_better, self._no_totals = best_name, higher_is_better, no_totals
         self.state = State(no_totals, processes.gather(os.urandom(8).hex())[0])
         self.files = checkpoint.RunFiles(settings["WEIGHTS_PATH"], settings["LOGS_PATH"])
@@ -367,8 +364,6 @@ class Run:
             raise system.UserError(f"TRAIN_FOLDERS: the labels or their order are not those of {path!r}{why}; {anew}")
         changed = [name for name in ("SEED", "EVAL_SPLIT") if before.get(name, self.settings[name]) != self.settings[name]]
         why = "".join(f"; {name} was {before[name]!r} and is now {self.settings[name]!r}" for name in changed)
-        if self.labels is not None and "label_mode" not in found and not self.settings["EVAL_FOLDERS"]:
-            why += "; it is of a version that held out files whatever their labels"
         for (name, hashes), examples in zip(self._data.items(), (self.train, self.held_out)):
             known = data.get(name, hashes)  # published files have none
             is_older = isinstance(known, str)  # of a version that knew files by their whole paths
@@ -631,6 +626,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             self.best_name: worst if self.state.best is None else self.state.best,
             **({} if self.labels is None else {"labels": self.labels, "label_mode": self.settings["LABELS"]}),
+            **({} if self._hold_out is None else {"hold_out": self._hold_out}),
             **({"extensions": self._extensions} if len(self._extensions) <= MOST_EXTENSIONS else {}),
             **self.state.to_checkpoint(),
             "order": ORDER,

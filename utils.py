@@ -169,7 +169,11 @@ class Examples:
 
     def extensions(self):
         """Returns the set of the files' extensions, as their extension patches hold them: those of pairs in lower case."""
-        found = {listing.extension_of(self.files[file]) for file in np.unique(self.indices).tolist()}
+        found = set()
+        for file in self.indices.reshape(-1).tolist():
+            stem, _, extension = self.files.encoded(file).rpartition(b"/")[2].rpartition(b".")
+            found.add(extension if stem else b"")
+        found = {os.fsdecode(extension) for extension in found}
         return {extension.lower() for extension in found} if self.indices.shape[1] == 2 else found
 
     def hashes(self):

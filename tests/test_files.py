@@ -270,6 +270,9 @@ def test_pairs_do_not_mind_case():
         assert list(pairs) == [("a.ABC", "a.MID"), ("b.abc", "b.Mid"), ("c.abc", "c.mid")]
     assert pairs.extensions() == {"abc", "mid"}
     assert utils.Examples.of(pairs.files).extensions() == {"abc", "ABC", "mid", "Mid", "MID"}
+    names = ["a.tar.gz", "b.x/a", "c.", "d", "é.é", os.fsdecode(b"e.\xff")]
+    examples = utils.Examples.of(make_files(dict.fromkeys(names, 0)))
+    assert examples.extensions() == {listing.extension_of(name) for name in names}
 
 
 def test_extension_patches_of_pairs_are_in_lower_case(tmp_path):

@@ -168,6 +168,34 @@ def test_files_are_held_out_by_label():
     assert (training.hold_out(166, 0.1, 0, candidates, groups)[1] != training.hold_out(166, 0.1, 1, candidates, groups)[1]).any()
 
 
+def test_a_run_of_an_older_version_keeps_its_held_out_files(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for name, value in {**SETTINGS, "EVAL_FOLDERS": [], "EVAL_SPLIT": 0.3, "SEED": 2, "WEIGHTS_PATH": "older.pth"}.items():
+        monkeypatch.setattr(config, name, value)
+    script = load_script("train-cls")
+    held = {}
+    for version, keys in {"older": {"data": {}}, "newer": {"data": {}, "hold_out": "by label"}, "published": {}}.items():
+        torch.save({"model": {}, **keys}, folder / "older.pth")
+        held[version] = list(script.find_examples(script.holds_out_by_label())[2])
+    (folder / "older.pth").unlink()
+    assert len(held["older"]) == len(held["newer"]) == 14 and held["older"] != held["newer"] == held["published"]
+    assert held["older"] == held_out_whatever_the_labels(listing.list_files(["train"], "TRAIN_FOLDERS"), 0.3)
+
+    train(folder, "keeps", NUM_EPOCHS=1)
+    state = load(folder, "keeps-last")
+    assert state.pop("hold_out") == "by label"
+    torch.save(state, folder / "keeps-last.pth")
+    train(folder, "keeps", NUM_EPOCHS=2)
+    assert "hold_out" not in load(folder, "keeps-last")
+
+
+def held_out_whatever_the_labels(files, share):
+    """The held-out examples of the version before: drawn from all but the first file of each label."""
+    names = [labeling.label_of(path) for path in files]
+    others = np.array([i for i, name in enumerate(names) if name in names[:i]])
+    return [(files[i],) for i in training.hold_out(len(files), share, config.SEED, others)[1].tolist()]
+
+
 def test_equal_accuracies_go_to_the_lower_loss(folder):
     """All right from early on: the best epoch is the one of the lowest loss, also for a run that was stopped in between."""
     (folder / "certain").mkdir()
