@@ -10,6 +10,10 @@ best_epoch     | int                                        | the epoch with the
 min_eval_loss  | float                                      | that epoch's loss, nats per symbol, or inf; a generative model's only
 max_eval_acc   | float                                      | that epoch's accuracy, from 0 to 1, or -inf; a classifier's only
 labels         | {str: int}                                 | index of each label ("Business.txt"); a classifier's only
+label_mode     | "name", "prefix" or "folder"               | * what a file's label is, see LABELS; a classifier's only
+hold_out       | "by label"                                 | * EVAL_SPLIT holds out the same share of each label; older: not
+best_loss      | float                                      | * eval loss of the best epoch; decides between equal accuracies
+extensions     | [str]                                      | * of the training files, as extension patches hold them; if few
 scaler         | GradScaler.state_dict()                    | * of PRECISION fp16; empty otherwise
 position       | int                                        | * examples of the epoch in hand that are done, all processes
 order          | "permutation"                              | * how the order of an epoch is drawn
@@ -20,7 +24,8 @@ report         | str                                        | * the best epoch's
 log_text       | str                                        | * what the last finished epoch logged
 log_start      | int                                        | * where that begins in the log, bytes
 run_id         | str                                        | * names the run; its files carry the same one
-data           | {"TRAIN_FOLDERS": hex, "EVAL_FOLDERS": hex}| * digests of the files' paths and sizes
+data           | {"TRAIN_FOLDERS": int64 (files, 2),         | * of each file of the examples, in order, a hash of its identity
+               |  "EVAL_FOLDERS": the same}                 |   and its size; in older files a digest of paths and sizes, hex
 config         | {str: plain value}                         | * the constants that bear on training
 
 Published files hold the keys without *. The tensors of `model`, with S = PATCH_SIZE, D = HIDDEN_SIZE:
@@ -82,7 +87,7 @@ def load_checkpoint(path, name, mmap=False):
     """
     system.check_checkpoint(path, name)
     try:
-        if str(path).endswith(".safetensors"):
+        if _is_safetensors(path):
             from safetensors.torch import load_file
 
             checkpoint = {"model": load_file(path)}
@@ -103,13 +108,19 @@ def load_checkpoint(path, name, mmap=False):
     return checkpoint
 
 
+def _is_safetensors(path):
+    """Returns whether a file is one of safetensors, whatever its name: 8 bytes of length, then a JSON dict."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
 def _what_it_is(path, error):
     """Returns what a file is that could not be loaded because of `error`, and how to get the right one."""
     with open(path, "rb") as file:
         beginning = file.read(256)
     if beginning.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, which names the weights but does not hold them; `git lfs pull` fetches them"
-    if beginning.lstrip()[:1] == b"<":
+    if beginning.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<":  # some begin with the mark of UTF-8
         return "it is a web page, not the weights; download the file itself, on the page behind a button such as Download"
     if isinstance(error, pickle.UnpicklingError) and beginning.startswith((b"PK", b"\x80")):  # how torch.save begins
         return "it holds more than plain types and tensors, which could run code, so it is refused"
@@ -229,6 +240,11 @@ def label_list(checkpoint, where):
     if not all(type(index) is int for index in indices) or sorted(indices) != list(range(count)):
         raise system.UserError(f"{where}: its 'labels' should be a dict of {count} labels and their indices, 0 to {count - 1}")
     return [str(label) for label in sorted(labels, key=labels.get)]
+
+
+def label_mode(checkpoint):
+    """Returns what the label of a file is to a classifier, see LABELS in config.py; checkpoints from before have no other."""
+    return checkpoint.get("label_mode", "name")
 
 
 def check_sizes(wanted, state, where):

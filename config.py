@@ -79,8 +79,11 @@ SEED: int = 0
 LOAD_FROM_CHECKPOINT: bool = True
 # Start a new run from PRE_WEIGHTS_PATH. True or False.
 LOAD_FROM_PRE_CHECKPOINT: bool = False
-# Train on pairs of files: "abc->mid" one direction, "abc&mid" both. None = on plain files.
+# Train on pairs of files: "abc->mid" one direction, "abc&mid" both; upper or lower case is all one. None = on plain files.
 CONVERSION_MODE: str | None = None
+# The label of a file, to classify: "name" (its name up to the first "_", and its extension: Business_1.txt is Business.txt),
+# "prefix" (up to the last "_", and its extension) or "folder" (the folder that it lies in: Business/1.txt is Business).
+LABELS: str = "name"
 # Log to Weights & Biases. True or False; WANDB_MODE=offline in the environment keeps it on this machine.
 WANDB_LOG: bool = False
 
@@ -90,7 +93,7 @@ WANDB_LOG: bool = False
 
 # Checkpoint that inference.py runs. The model's sizes are read from it.
 INFERENCE_WEIGHTS_PATH: str = "weights.pth"
-# Extension, without the dot, of the input files: needed to convert; in the other modes, None = files of every one.
+# Extension, without the dot, of the input files, in any case: needed to convert; in the other modes, None = every one.
 INPUT_EXT: str | None = None
 # Extension, without the dot, of the files to generate or to convert to. "" = files without one.
 TARGET_EXT: str = "bin"
@@ -124,6 +127,7 @@ TEMPERATURE: float = 1.0
 _MODES = ("generate", "convert", "complete", "classify", "evaluate")
 _SCHEDULES = ("cosine", "constant")
 _STARTS = ("published", "smooth")
+_LABELS = ("name", "prefix", "folder")
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 _AT_LEAST = {
@@ -158,9 +162,10 @@ def _legal_values():
         "EMBEDDING_START": _one_of(_STARTS),
         "PRECISION": _one_of(_PRECISIONS),
         "CONVERSION_MODE": (
-            lambda v: v is None or re.fullmatch(r"([^.&>/\\\s-]+)(->|&)(?!\1$)[^.&>/\\\s-]+", v) is not None,
+            lambda v: v is None or re.fullmatch(r"(?i)([^.&>/\\\s-]+)(->|&)(?!\1$)[^.&>/\\\s-]+", v) is not None,
             'None, or two different extensions such as "abc->mid" (one direction) or "abc&mid" (both)',
         ),
+        "LABELS": _one_of(_LABELS),
         "MODE": _one_of(_MODES),
         "SEED": (lambda v: 0 <= v < 2**63, "from 0 to 2**63 - 1"),
         "TOP_K": (lambda v: 0 <= v <= 257, "from 0 (all) to 257"),

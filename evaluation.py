@@ -414,15 +414,6 @@ def score_symbols(model, windows, index, parts, dtype, num_likeliest=3):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def label_of(path):
-    """Returns the label of a file for classification: "Business.txt" of news/Business_1.txt (paper, 3.3).
-
-    That is its name up to the first "_", without one its stem, and its extension.
-    """
-    stem, extension = os.path.splitext(os.path.basename(path))
-    return stem.split("_")[0] + extension
-
-
 def classification_report(confusion, labels, most=30):
     """Returns what there is to say of a classifier's predictions, as aligned lines of text.
 

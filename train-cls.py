@@ -3,8 +3,8 @@
     python train-cls.py --TRAIN_FOLDERS news/train --EVAL_FOLDERS news/test --WEIGHTS_PATH news.pth
     python train-cls.py --LOAD_FROM_PRE_CHECKPOINT True --PRE_WEIGHTS_PATH weights-text.pth
 
-The label of `Business_1.txt` is `Business.txt`. The best model so far is kept at WEIGHTS_PATH, the latest state beside it; the
-same command goes on from the latest.
+The label of `Business_1.txt` is `Business.txt`, or what LABELS says. The best model so far is kept at WEIGHTS_PATH, the latest
+state beside it; the same command goes on from the latest.
 """
 
 
@@ -22,7 +22,9 @@ def check_settings():
 if __name__ == "__main__":
     system.start(config.override, check_settings)  # here, so that mistakes are answered before the seconds that PyTorch takes to load
 
+import contextlib
 import dataclasses
+import functools
 
 import numpy as np
 import torch
@@ -31,7 +33,9 @@ import torch.nn.functional as F
 import checkpoint
 import devices
 import evaluation
+import labeling
 import listing
+import selection
 import training
 import utils
 
@@ -40,39 +44,57 @@ import utils
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def find_examples():
+def holds_out_by_label():
+    """Returns whether EVAL_SPLIT holds out the same share of each label; it did not in runs that an older version began."""
+    path = checkpoint.RunFiles(config.WEIGHTS_PATH, config.LOGS_PATH).newest()
+    if path is not None and config.LOAD_FROM_CHECKPOINT:
+        with contextlib.suppress(system.UserError):  # which going on from it will say
+            found = checkpoint.load_checkpoint(path, "WEIGHTS_PATH", mmap=True)
+            return "data" not in found or found.get("hold_out") == "by label"
+    return True
+
+
+def find_examples(by_label):
     """Returns the training Examples, their label indices int64 (n,), the same of evaluation, and {label: index}, sorted.
+
+    Prints a table of the labels, and what looks wrong with them.
+
+    Args:
+        by_label: see `holds_out_by_label`.
 
     Raises:
         UserError: there are too few, they cannot be listed, or an evaluation file has a label that no training file has.
     """
-    train = utils.Examples.of(listing.list_files(config.TRAIN_FOLDERS, "TRAIN_FOLDERS"))
+    train = utils.Examples.of(listing.list_readable_files(config.TRAIN_FOLDERS, "TRAIN_FOLDERS"))
     if not train:
         raise system.UserError(f"TRAIN_FOLDERS: no files to train on in {', '.join(config.TRAIN_FOLDERS)}")
+    label_of = functools.partial(labeling.label_of, mode=config.LABELS)
     found = {}  # {label: index in the order of the files}
-    truth = np.fromiter((found.setdefault(evaluation.label_of(path), len(found)) for path, in train), np.int64, len(train))
+    truth = np.fromiter((found.setdefault(label_of(path), len(found)) for path, in train), np.int64, len(train))
     labels = {label: index for index, label in enumerate(sorted(found))}
     truth = np.array([labels[label] for label in found])[truth]
     if len(labels) < 2:
         raise system.UserError(
-            f"TRAIN_FOLDERS: the only label of its {len(train)} files is {next(iter(labels))!r}; there must be two or more. The label "
-            "of a file is its name up to the first '_', and its extension: Business_1.txt is Business.txt"
+            f"TRAIN_FOLDERS: the only label of its {len(train)} files is {next(iter(labels))!r}; there must be two or more. By LABELS "
+            f"{config.LABELS!r}, {labeling.described(config.LABELS)}{labeling.other_modes(train.files, config.LABELS)}"
         )
-    if len(labels) > len(train) / 2:
-        print(f"{len(labels)} labels for {len(train)} files: the label of a file is its name up to the first '_', and its extension")
-    held_out = utils.Examples.of(listing.list_files(config.EVAL_FOLDERS, "EVAL_FOLDERS"))
+    held_out = utils.Examples.of(listing.list_readable_files(config.EVAL_FOLDERS, "EVAL_FOLDERS"))
     if held_out:
-        training.print_overlap(train, held_out)
+        selection.print_overlap(train, held_out)
         held_out_truth = np.empty(len(held_out), np.int64)
         for index, (path,) in enumerate(held_out):
-            label = evaluation.label_of(path)
+            label = label_of(path)
             if label not in labels:
                 raise system.UserError(f"EVAL_FOLDERS: {path!r} has the label {label!r}, which no training file has")
             held_out_truth[index] = labels[label]
     else:  # the first file of each label stays in training
         others = np.setdiff1d(np.arange(len(train)), np.unique(truth, return_index=True)[1])
-        kept, chosen = training.hold_out(len(train), config.EVAL_SPLIT, config.SEED, others)
+        kept, chosen = selection.hold_out(len(train), config.EVAL_SPLIT, config.SEED, others, truth[others] if by_label else None)
         train, held_out, truth, held_out_truth = train.select(kept), train.select(chosen), truth[kept], truth[chosen]
+    train_counts, held_out_counts = (np.bincount(each, minlength=len(labels)) for each in (truth, held_out_truth))
+    print("\n".join(labeling.table(list(labels), train_counts, held_out_counts)))
+    for line in labeling.warnings([path for path, in train], truth, list(labels), held_out_counts, config.LABELS):
+        print(f"warning: {line}")
     return train, torch.from_numpy(truth), held_out, torch.from_numpy(held_out_truth), labels
 
 
@@ -95,7 +117,8 @@ def load_pre_trained(model, sizes, labels, path, name):
     wanted = dataclasses.replace(sizes, BYTE_NUM_LAYERS=found.BYTE_NUM_LAYERS, num_labels=found.num_labels)
     checkpoint.check_sizes(wanted, loaded["model"], where)
     state = {key: value for key, value in loaded["model"].items() if not key.startswith(("byte_level_decoder.", "classifier."))}
-    keep_head = found.num_labels is not None and set(checkpoint.label_list(loaded, where)) == set(labels)
+    has_labels = found.num_labels is not None and "labels" in loaded  # the bare tensors of a classifier tell no labels
+    keep_head = has_labels and set(checkpoint.label_list(loaded, where)) == set(labels)
     if keep_head:  # its rows in the order of `labels`
         rows = [loaded["labels"][label] for label in sorted(labels, key=labels.get)]
         state |= {key: loaded["model"][key][rows] for key in ("classifier.weight", "classifier.bias")}
@@ -200,7 +223,8 @@ def predict(model, batch, run):
 def make_run(processes):
     """Returns (the Run of config.py's settings with new weights, label indices of its training and evaluation examples)."""
     dtype = devices.pick_dtype(config.PRECISION, processes.device)
-    train, truth, held_out, held_out_truth, labels = find_examples()
+    by_label = holds_out_by_label()
+    train, truth, held_out, held_out_truth, labels = find_examples(by_label)
     sizes = utils.ModelSizes(
         config.PATCH_SIZE, config.PATCH_LENGTH, config.HIDDEN_SIZE, config.PATCH_NUM_LAYERS, num_labels=len(labels)
     )
@@ -208,7 +232,7 @@ def make_run(processes):
     model, settings = sizes.build(config.DROPOUT, config.EMBEDDING_START).to(processes.device), config.as_dict(training_only=True)
     run = training.Run(
         processes, model, sizes, dtype, settings, train, held_out, "max_eval_acc", higher_is_better=True,
-        no_totals=dataclasses.asdict(Totals()), labels=labels,
+        no_totals=dataclasses.asdict(Totals()), labels=labels, hold_out="by label" if by_label else None,
     )  # fmt: skip
     return run, truth, held_out_truth
 
@@ -235,7 +259,7 @@ def train(processes):
                 "eval_acc": eval_totals.accuracy,
             }
             report = evaluation.classification_report(confusion, list(run.labels))
-            run.epoch_done(figures, value=eval_totals.accuracy, report=report)
+            run.epoch_done(figures, value=eval_totals.accuracy, loss=eval_totals.loss, report=report)
         run.finish()
 
 

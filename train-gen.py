@@ -34,6 +34,7 @@ import checkpoint
 import devices
 import evaluation
 import listing
+import selection
 import training
 import utils
 
@@ -53,20 +54,20 @@ def find_examples():
         raise system.UserError(f"TRAIN_FOLDERS: no files to train on in {', '.join(config.TRAIN_FOLDERS)}")
     held_out = group_files(config.EVAL_FOLDERS, "EVAL_FOLDERS")
     if held_out:
-        training.print_overlap(train, held_out)
+        selection.print_overlap(train, held_out)
     else:
-        kept, chosen = training.hold_out(len(train), config.EVAL_SPLIT, config.SEED)
+        kept, chosen = selection.hold_out(len(train), config.EVAL_SPLIT, config.SEED)
         train, held_out = train.select(kept), train.select(chosen)
     return directed(train), directed(held_out)
 
 
 def group_files(folders, name):
     """Returns the files of folders as Examples; in a CONVERSION_MODE, the pairs that fit in a sequence."""
-    files = listing.list_files(folders, name)
+    files = listing.list_readable_files(folders, name)
     if config.CONVERSION_MODE is None:
         return utils.Examples.of(files)
-    pairs = utils.find_pairs(files, config.CONVERSION_MODE, name)
-    fitting, longest = utils.fitting_pairs(pairs, config.PATCH_SIZE, config.PATCH_LENGTH)
+    pairs = selection.find_pairs(files, config.CONVERSION_MODE, name)
+    fitting, longest = selection.fitting_pairs(pairs, config.PATCH_SIZE, config.PATCH_LENGTH)
     if len(fitting) < len(pairs):
         message = (
             f"{name}: {len(pairs) - len(fitting)} of {len(pairs)} pairs do not fit in PATCH_LENGTH {config.PATCH_LENGTH} "
@@ -80,7 +81,7 @@ def group_files(folders, name):
 
 def directed(examples):
     """Returns Examples in the directions of CONVERSION_MODE: "&" gives each pair both ways."""
-    if config.CONVERSION_MODE is not None and utils.split_conversion_mode(config.CONVERSION_MODE)[2]:
+    if config.CONVERSION_MODE is not None and selection.split_conversion_mode(config.CONVERSION_MODE)[2]:
         return examples.both_ways()
     return examples
 
@@ -200,7 +201,7 @@ def train(processes):
                 "train_bits_per_byte": train_totals.bits_per_byte,
                 "eval_bits_per_byte": eval_totals.bits_per_byte,
             }
-            run.epoch_done(figures, value=eval_totals.loss)
+            run.epoch_done(figures, value=eval_totals.loss, loss=eval_totals.loss)
         run.finish()
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import os
 import time
@@ -17,49 +18,15 @@ from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_
 
 import checkpoint
 import system
+import selection
 import utils
 
+MOST_EXTENSIONS = 1000  # a checkpoint lists no more extensions of training files: beyond, they are hardly kinds of files
 ORDER = "permutation"  # how the order of an epoch is drawn, for checkpoints
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def hold_out(count, share, seed, candidates=None):
-    """Splits `count` examples in two at random: the rest, and `share` of them (at least one).
-
-    Args:
-        count: how many examples there are.
-        share: EVAL_SPLIT.
-        seed: SEED.
-        candidates: int64 (m,), the indices of those that may be held out; None = all.
-
-    Returns:
-        int64 (rest,) and (held out,), the indices of both, ascending.
-
-    Raises:
-        UserError: there are too few.
-    """
-    if candidates is None:
-        candidates = np.arange(count)
-    if count > 1 and not len(candidates):
-        raise system.UserError("EVAL_FOLDERS holds nothing, and every label has but one file, which stays in training: add files, or EVAL_FOLDERS")
-    if count < 2:
-        raise system.UserError(f"EVAL_FOLDERS holds nothing, and EVAL_SPLIT cannot hold out a part of {count}: add files")
-    num_chosen = min(max(1, round(share * count)), len(candidates), count - 1)
-    drawn = np.random.default_rng([seed, zlib.crc32(b"hold out")]).permutation(len(candidates))[:num_chosen]
-    chosen = np.sort(candidates[drawn])
-    print(f"EVAL_FOLDERS holds none: {num_chosen} of the training examples are held out for evaluation")
-    return np.setdiff1d(np.arange(count), chosen), chosen
-
-
-def print_overlap(train, held_out):
-    """Prints how many evaluation Examples are training Examples too, by their first files."""
-    found = np.array([train.files.find(held_out.files.encoded(file)) for file in held_out.indices[:, 0].tolist()])
-    shared = int(np.isin(found, train.indices[:, 0]).sum())
-    if shared:
-        print(f"{shared} evaluation examples are training examples too: their figures say nothing about unseen files")
 
 
 def process_batches(processes, dataset, lengths, order, batch_size, num_workers, while_waiting=None):
@@ -185,6 +152,7 @@ class State:
     position: int = 0  # examples that the epoch in hand has trained on, in all processes together
     best_epoch: int = 0  # 0 = there is none yet
     best: float | None = None  # the figure that decides, in the best epoch
+    best_loss: float = -math.inf  # its eval loss, the lower of which decides between equal figures; -inf = unknown, never beaten
     report: str = ""  # what there is to say of the best epoch beside its figures
     figures: dict = dataclasses.field(default_factory=dict)  # of the last finished epoch
     log_text: str = ""  # what the last finished epoch logged
@@ -192,7 +160,7 @@ class State:
 
     def to_checkpoint(self):
         """Returns the keys of a checkpoint that are the same in all processes, except that of `best`."""
-        names = ("epoch", "position", "best_epoch", "report", "figures", "log_text", "log_start", "run_id")
+        names = ("epoch", "position", "best_epoch", "best_loss", "report", "figures", "log_text", "log_start", "run_id")
         return {name: getattr(self, name) for name in names}
 
     def take_over(self, found, best_name):
@@ -210,6 +178,7 @@ class State:
             raise TypeError(f"{best_name} is no number")
         self.epoch, self.best_epoch, self.log_start = numbers.values()
         self.best = float(found[best_name]) if self.best_epoch else None
+        self.best_loss = float(found.get("best_loss", -math.inf))  # files from before have none
         self.run_id = str(found.get("run_id") or self.run_id)  # published checkpoints have none
         self.figures, self.report = dict(found.get("figures", {})), str(found.get("report", ""))
         self.log_text = str(found.get("log_text", ""))
@@ -246,18 +215,20 @@ class Run:
         higher_is_better: whether a higher figure is the better one.
         no_totals: the running sums of an epoch that has not begun.
         labels: a classifier's {label: index}.
+        hold_out: how its evaluation examples are held out, for checkpoints.
     """
 
-    def __init__(self, processes, model, sizes, dtype, settings, train, held_out, best_name, higher_is_better, no_totals, labels=None):
+    def __init__(self, processes, model, sizes, dtype, settings, train, held_out, best_name, higher_is_better, no_totals, labels=None, hold_out=None):
         self.processes, self.model, self.sizes, self.dtype, self.settings = processes, model, sizes, dtype, settings
-        self.train, self.held_out, self.labels = train, held_out, labels
+        self.train, self.held_out, self.labels, self._hold_out = train, held_out, labels, hold_out
         self.best_name, self.higher_is_better, self._no_totals = best_name, higher_is_better, no_totals
         self.state = State(no_totals, processes.gather(os.urandom(8).hex())[0])
         self.files = checkpoint.RunFiles(settings["WEIGHTS_PATH"], settings["LOGS_PATH"])
         self.optimizer = torch.optim.AdamW(parameter_groups(model, settings["EMBEDDING_START"]), lr=settings["LEARNING_RATE"], fused=True)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == torch.float16)
         self.scheduler = self.bar = None  # see `begin`, `training_batches`
-        self._data = {"TRAIN_FOLDERS": train.fingerprint(), "EVAL_FOLDERS": held_out.fingerprint()}
+        self._data = {"TRAIN_FOLDERS": torch.from_numpy(train.hashes()), "EVAL_FOLDERS": torch.from_numpy(held_out.hashes())}
+        self._extensions = sorted(train.extensions())
         self._random_state = None  # this process's, to be restored before the next step
         self._saved_at, self._saved_position = time.monotonic(), None  # when, and at which (epoch, position), it was saved
         self._is_saved = True  # whether the last try to save the latest state went well
@@ -327,14 +298,19 @@ class Run:
                 f"CONVERSION_MODE is {mode!r}, but the run at {path!r} trains with {before['CONVERSION_MODE']!r}: set that, or, {anew}"
             )
         if self.labels is not None and found.get("labels") != self.labels:
-            raise system.UserError(f"TRAIN_FOLDERS: the labels or their order are not those of {path!r}; {anew}")
+            mode = checkpoint.label_mode(found)
+            why = "" if mode == self.settings["LABELS"] else f" (LABELS was {mode!r} and is now {self.settings['LABELS']!r})"
+            raise system.UserError(f"TRAIN_FOLDERS: the labels or their order are not those of {path!r}{why}; {anew}")
         changed = [name for name in ("SEED", "EVAL_SPLIT") if before.get(name, self.settings[name]) != self.settings[name]]
         why = "".join(f"; {name} was {before[name]!r} and is now {self.settings[name]!r}" for name in changed)
-        for name, fingerprint in self._data.items():
-            if data.get(name, fingerprint) != fingerprint:
+        for (name, hashes), examples in zip(self._data.items(), (self.train, self.held_out)):
+            known = data.get(name, hashes)  # published files have none
+            is_older = isinstance(known, str)  # of a version that knew files by their whole paths
+            if not (known == examples.path_fingerprint() if is_older else torch.equal(known, hashes)):
+                differing = "" if is_older else selection.describe_difference(examples, hashes.numpy(), known.numpy())
                 raise system.UserError(
-                    f"{name}: the files are not those that the run at {path!r} began with, by their paths and sizes{why}. It can "
-                    f"only go on with the same files; {anew}"
+                    f"{name}: the files are not those that the run at {path!r} began with, by their paths below the folder and their "
+                    f"sizes{differing}{why}. It can only go on with the same files; {anew}"
                 )
 
     def _restore_position(self, found):
@@ -351,6 +327,9 @@ class Run:
         anew = f"epoch {state.epoch + 1} begins anew"
         if found.get("order") != ORDER:
             print(f"the checkpoint is from a version that drew the order of an epoch in another way: {anew}")
+            return
+        if isinstance(found["data"]["TRAIN_FOLDERS"], str) and (np.diff(self.train.files.places) < 0).any():
+            print(f"the checkpoint is from a version that took the files of several folders in another order: {anew}")
             return
         if found["config"]["SEED"] != self.settings["SEED"]:
             print(f"SEED has changed, so {anew}, in another order")
@@ -383,7 +362,8 @@ class Run:
             UserError, SystemExit: the processes see different files or states.
         """
         settings, processes, state = self.settings, self.processes, self.state
-        views = processes.gather((state.epoch, state.position, state.run_id, self._data))
+        data = [hashlib.sha256(hashes.numpy().tobytes()).hexdigest() for hashes in self._data.values()]
+        views = processes.gather((state.epoch, state.position, state.run_id, data))
         if any(view != views[0] for view in views):
             processes.agree(
                 system.UserError("the processes see different files: TRAIN_FOLDERS, EVAL_FOLDERS and WEIGHTS_PATH must lie on a disk that all share")
@@ -516,12 +496,13 @@ class Run:
         """Returns a dataclass of running sums, added up over all processes."""
         return type(totals)(*self.processes.sum(dataclasses.astuple(totals)))
 
-    def epoch_done(self, figures, value, report=""):
+    def epoch_done(self, figures, value, loss, report=""):
         """Counts the epoch in hand as finished; saves, logs and prints it.
 
         Args:
             figures: {name: number} to log.
             value: that of figures which decides what is best.
+            loss: that of them which decides between epochs of the same value, the lower one.
             report: more lines, logged if the epoch is the best so far.
         """
         state = self.state
@@ -530,14 +511,17 @@ class Run:
         state.epoch, state.position, state.totals, state.figures = state.epoch + 1, 0, self._no_totals, figures
         line = f"epoch {state.epoch}  " + "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
         state.log_text, state.log_start = f"{line}\n", self.files.end_of_log()
-        before = state.best_epoch, state.best, state.report, state.log_text
-        is_best = state.best is None or (value > state.best if self.higher_is_better else value < state.best)
+        before = state.best_epoch, state.best, state.best_loss, state.report, state.log_text
+        if state.best is None or value == state.best:
+            is_best = state.best is None or loss < state.best_loss
+        else:
+            is_best = (value > state.best) == self.higher_is_better
         if is_best:
-            state.best_epoch, state.best, state.report = state.epoch, value, report
+            state.best_epoch, state.best, state.best_loss, state.report = state.epoch, value, loss, report
             state.log_text += report
             is_best = self._save(best=True)
             if not is_best:
-                state.best_epoch, state.best, state.report, state.log_text = before  # what the file holds
+                state.best_epoch, state.best, state.best_loss, state.report, state.log_text = before  # what the file holds
         self._save()
         if self.processes.rank == 0:
             self.files.complete_log(state.log_text, state.log_start)
@@ -591,7 +575,9 @@ class Run:
             "lr_sched": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             self.best_name: worst if self.state.best is None else self.state.best,
-            **({} if self.labels is None else {"labels": self.labels}),
+            **({} if self.labels is None else {"labels": self.labels, "label_mode": self.settings["LABELS"]}),
+            **({} if self._hold_out is None else {"hold_out": self._hold_out}),
+            **({"extensions": self._extensions} if len(self._extensions) <= MOST_EXTENSIONS else {}),
             **self.state.to_checkpoint(),
             "order": ORDER,
             "totals": [totals for totals, _ in everyone],

@@ -26,7 +26,6 @@ import copy
 import dataclasses
 import hashlib
 import os
-import re
 import sys
 import zlib
 from concurrent.futures.process import BrokenProcessPool
@@ -78,7 +77,7 @@ def to_content(symbols):
     return symbols[: ends[0] if len(ends) else None].astype(np.uint8).tobytes()
 
 
-def read_patches(path, patch_size, patch_length=None, rng=None):
+def read_patches(path, patch_size, patch_length=None, rng=None, lower_case=False):
     """Reads a file as patches, at most `patch_length` of them; from a longer file, only the bytes that are kept.
 
     Args:
@@ -87,6 +86,7 @@ def read_patches(path, patch_size, patch_length=None, rng=None):
         patch_length: most patches to return; None = all.
         rng: numpy Generator, or the seed of one, that draws what is kept of a longer file: its head, a window of its body
             or its tail. None = its head.
+        lower_case: whether the extension patch has the extension in lower case, however the file spells it.
 
     Returns:
         patches: int16 (P, S).
@@ -102,7 +102,7 @@ def read_patches(path, patch_size, patch_length=None, rng=None):
         first, last = 0, total  # the patches that are kept
         if patch_length is not None and total > patch_length:
             first, last = _crop(total, patch_length, rng)
-        return _read_between(file, size, patch_size, first, last)
+        return _read_between(file, size, patch_size, first, last, lower_case)
 
 
 def read_window(path, patch_size, first, last, size):
@@ -123,11 +123,12 @@ def count_patches(size, patch_size):
     return -(-size // patch_size) + 2
 
 
-def _read_between(file, size, patch_size, first, last):
+def _read_between(file, size, patch_size, first, last, lower_case=False):
     """Returns the patches `first` to `last` - 1 of an open file of `size` bytes, and their `counted`; see `read_patches`."""
     start, stop = (max(first, 1) - 1) * patch_size, min((last - 1) * patch_size, size)  # bytes of the content
     content = np.fromfile(file, dtype=np.uint8, offset=start, count=max(stop - start, 0))
-    patches = to_patches(content, listing.extension_of(file.name), patch_size)
+    extension = listing.extension_of(file.name)
+    patches = to_patches(content, extension.lower() if lower_case else extension, patch_size)
     counted = np.zeros(patches.shape, dtype=bool)
     # (P, S) -> (P·S,): the content follows the extension patch, and one more symbol ends it
     counted.reshape(-1)[patch_size : patch_size + len(content) + 1] = True
@@ -173,8 +174,8 @@ class Examples:
 
     @classmethod
     def of(cls, files):
-        """Returns the Examples of Files, each for itself."""
-        return cls(files, np.arange(len(files))[:, None])
+        """Returns the Examples of Files, each for itself, in the order of their folders' places and then of their paths."""
+        return cls(files, np.argsort(files.places, kind="stable")[:, None])
 
     def select(self, indices):
         """Returns the Examples at `indices`, an integer array, in its order."""
@@ -194,56 +195,38 @@ class Examples:
         lengths = content.sum(1) + self.indices.shape[1] + 1  # an extension patch for each file, one end patch
         return lengths if self.indices.shape[1] == 2 or patch_length is None else lengths.clip(max=patch_length)
 
-    def fingerprint(self):
-        """Returns a hex digest of the examples' paths and sizes, in order: other data, or another order, have another."""
-        digest = hashlib.sha256(self.files.sizes[self.indices].tobytes())
-        for part in np.array_split(self.indices.reshape(-1), len(self) // 65536 + 1):
+    def extensions(self):
+        """Returns the set of the files' extensions, as their extension patches hold them: those of pairs in lower case."""
+        found = set()
+        for file in self.indices.reshape(-1).tolist():
+            stem, _, extension = self.files.encoded(file).rpartition(b"/")[2].rpartition(b".")
+            found.add(extension if stem else b"")
+        found = {os.fsdecode(extension) for extension in found}
+        return {extension.lower() for extension in found} if self.indices.shape[1] == 2 else found
+
+    def hashes(self):
+        """Returns int64 (files, 2): a hash of each file's identity, and its size; in order, by example.
+
+        Other data, or another order, have others; the same data in a moved or differently named folder have the same.
+        """
+        files, digests = self.indices.reshape(-1), bytearray()  # (n, 1) or (n, 2) -> (files,)
+        for part in np.array_split(files, len(self) // 65536 + 1):  # few Python objects at a time
+            digests += b"".join([hashlib.blake2b(self.files.identity(file), digest_size=8).digest() for file in part.tolist()])
+        return np.stack((np.frombuffer(digests, dtype="<i8"), self.files.sizes[files]), axis=1)
+
+    def path_fingerprint(self):
+        """Returns a hex digest of the examples' whole paths and sizes, by which older checkpoints know them.
+
+        Their order was that of the paths, whatever the places of the folders.
+        """
+        indices = self.indices
+        both_ways = len(self) > 1 and np.array_equal(indices[::2], indices[1::2, ::-1])  # pair by pair, see `both_ways`
+        keys = np.repeat(indices[::2, 0], 2) if both_ways else indices[:, 0]
+        indices = indices[np.argsort(keys, kind="stable")]
+        digest = hashlib.sha256(self.files.sizes[indices].tobytes())
+        for part in np.array_split(indices.reshape(-1), len(self) // 65536 + 1):
             digest.update(b"".join([self.files.encoded(file) + b"\0" for file in part.tolist()]))
         return digest.hexdigest()
-
-
-def split_conversion_mode(mode):
-    """Returns (input extension, target extension, whether both directions are meant) of "abc->mid" or "abc&mid"."""
-    source, sign, target = re.fullmatch(r"([^&>]+?)(->|&)([^&>]+)", mode).groups()
-    return source, target, sign == "&"
-
-
-def pair_files(files, mode):
-    """Returns Examples of (input, target) for the Files of the same folder and stem, in the order of the inputs."""
-    source, target = (b"." + os.fsencode(extension) for extension in split_conversion_mode(mode)[:2])
-    pairs = []
-    for index in range(len(files)):
-        stem, extension = os.path.splitext(files.encoded(index))
-        if extension == source:
-            pairs.append((index, files.find(stem + target)))
-    pairs = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    return Examples(files, pairs[pairs[:, 1] >= 0])
-
-
-def find_pairs(files, mode, name):
-    """Returns the pairs among Files, see `pair_files`, and prints how many files are in none.
-
-    Args:
-        name: the constant that holds the files' folders, for messages.
-
-    Raises:
-        UserError: there are files, but no pairs.
-    """
-    pairs = pair_files(files, mode)
-    if files and not pairs:
-        raise system.UserError(
-            f"{name}: CONVERSION_MODE is {mode!r}, but among {len(files)} files no two of those extensions share a folder and a stem"
-        )
-    unpaired = len(files) - 2 * len(pairs)
-    if unpaired:
-        print(f"{name}: {unpaired} of {len(files)} files are in no pair and are left out")
-    return pairs
-
-
-def fitting_pairs(pairs, patch_size, patch_length):
-    """Returns the pairs that fit in a sequence, and the patches of the longest pair of all (0 if there are none)."""
-    lengths = pairs.lengths(patch_size, patch_length)
-    return pairs.select(lengths <= patch_length), int(lengths.max(initial=0))
 
 
 def balanced_parts(lengths, count):
@@ -272,8 +255,8 @@ class ByteDataset:
         examples: Examples, or a list of such tuples of paths.
         patch_size: S.
         patch_length: L, the most patches in a sequence.
-        crop_seed: what the crops of files longer than that are drawn from, beside the file's path: a list of whole
-            numbers such as [seed, epoch]; None = always the head of the file.
+        crop_seed: what the crops of files longer than that are drawn from, beside the file's identity (in a list of tuples,
+            its path): a list of whole numbers such as [seed, epoch]; None = always the head of the file.
     """
 
     def __init__(self, examples, patch_size, patch_length, crop_seed=None):
@@ -294,10 +277,9 @@ class ByteDataset:
         paths = self.examples[index]
         try:
             if len(paths) == 1:
-                seed = None if self.crop_seed is None else [*self.crop_seed, zlib.crc32(os.fsencode(paths[0]))]
-                patches, counted = read_patches(paths[0], self.patch_size, self.patch_length, seed)
+                patches, counted = read_patches(paths[0], self.patch_size, self.patch_length, self._seed(index))
             else:
-                source, target = (read_patches(path, self.patch_size) for path in paths)
+                source, target = (read_patches(path, self.patch_size, lower_case=True) for path in paths)
                 # the input file without its end patch, then the whole target file
                 patches, counted = (np.concatenate((s[:-1], t)) for s, t in zip(source, target))
         except OSError as error:
@@ -306,6 +288,16 @@ class ByteDataset:
             raise system.UserError(f"{' and '.join(paths)} have grown since the start: they no longer fit in PATCH_LENGTH")
         counted[0] = False  # the first patch is given, not predicted
         return patches, counted
+
+    def _seed(self, index):
+        """Returns the seed of what is kept of a longer file; None = its head."""
+        if self.crop_seed is None:
+            return None
+        if isinstance(self.examples, Examples):
+            identity = self.examples.files.identity(self.examples.indices[index, 0])
+        else:
+            identity = os.fsencode(self.examples[index][0])
+        return [*self.crop_seed, zlib.crc32(identity)]
 
     def read(self, indices):
         """Returns the sequences of the examples at `indices`, a list of what a `Batch` is made of."""

@@ -5,10 +5,12 @@ import pickle
 import resource
 
 import pytest
+import safetensors.torch
 import torch
-from conftest import TINY, fill_by_recipe, one_message, options, run_script
+from conftest import TINY, fill_by_recipe, load_script, one_message, options, run_script
 
 import checkpoint
+import config
 import system
 import utils
 
@@ -140,6 +142,82 @@ def test_broken_and_hostile_checkpoints_are_refused(tmp_path, tiny_model):
             checkpoint.load_model(str(tmp_path / name), "WEIGHTS_PATH")
         assert str(caught.value).startswith("WEIGHTS_PATH: ") and name in str(caught.value)
     assert not (tmp_path / "hacked").exists()  # no code of a checkpoint ran
+
+
+def files_of_others(folder, state):
+    """Yields the paths of files that hold a `model` dict as other programs save it."""
+    state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
+    untied = {name: tensor for name, tensor in state.items() if not name.endswith("lm_head.weight")}
+    torch.save(state, folder / "bare.pth")
+    yield folder / "bare.pth"
+    for i, prefix in enumerate(("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")):
+        torch.save({"model": {prefix + name: tensor for name, tensor in state.items()}}, folder / f"wrapped{i}.pth")
+        yield folder / f"wrapped{i}.pth"
+    for name, contents in (("weights.safetensors", untied), ("tied.safetensors", state), ("another-name.pth", state)):
+        safetensors.torch.save_file(contents, folder / name)
+        yield folder / name
+
+
+def test_weights_that_others_saved_load_for_inference(tmp_path, tiny_model, monkeypatch):
+    inference = load_script("inference")
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "a.x").write_bytes(b"abc")
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"MODE": "complete", "TEMPERATURE": 0, "PRECISION": "fp32"}.items():
+        monkeypatch.setattr(config, name, value)
+    made = set()
+    for path in files_of_others(tmp_path, tiny_model.state_dict()):
+        monkeypatch.setattr(config, "INFERENCE_WEIGHTS_PATH", path.name)
+        monkeypatch.setattr(config, "OUTPUT_FOLDER", f"made-{path.name}")
+        inference.check_settings()
+        assert inference.main() == 0
+        made.add((tmp_path / f"made-{path.name}" / "a.x").read_bytes())
+    assert len(made) == 1
+
+
+def test_weights_that_others_saved_are_what_training_starts_from(tmp_path, tiny_model):
+    """Of generative models for both trainers; of a classifier that tells no labels, the patch-level decoder."""
+    train_cls, generative, classifier = load_script("train-cls"), utils.ModelSizes(**TINY), utils.ModelSizes(4, 16, 64, 2, None, 3)
+    for path in files_of_others(tmp_path, tiny_model.state_dict()):
+        model = generative.build()
+        checkpoint.load_sized_weights(model, generative, str(path), "PRE_WEIGHTS_PATH")
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), tiny_model.state_dict().values(), strict=True))
+    other = fill_by_recipe(classifier.build())
+    for source in (tiny_model, other):
+        for path in files_of_others(tmp_path, source.state_dict()):
+            model = classifier.build()
+            head = model.classifier.weight.clone()
+            train_cls.load_pre_trained(model, classifier, {"a": 0, "b": 1, "c": 2}, str(path), "PRE_WEIGHTS_PATH")
+            for name, tensor in source.patch_level_decoder.state_dict().items():
+                assert torch.equal(model.patch_level_decoder.state_dict()[name], tensor), name
+            assert torch.equal(model.classifier.weight, head)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1331337229\n"
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (POINTER, "it is a Git LFS pointer, .* `git lfs pull` fetches them"),
+        (b"<!DOCTYPE html>\n<html>", "it is a web page, not the weights; download the file itself"),
+        (b"\xef\xbb\xbf\r\n <html lang='en'>", "it is a web page"),
+        (b"12345678{not what it seems", "it is damaged, cut short, or no checkpoint at all"),
+    ],
+)
+def test_files_that_stand_in_for_weights_are_named(tmp_path, monkeypatch, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, "INFERENCE_WEIGHTS_PATH", name)
+    with pytest.raises(system.UserError, match=f"INFERENCE_WEIGHTS_PATH: cannot load '{name}': {words}"):
+        load_script("inference").main()
+    for script, sizes in (("train-gen", utils.ModelSizes(**TINY)), ("train-cls", utils.ModelSizes(4, 16, 64, 2, None, 3))):
+        with pytest.raises(system.UserError, match=f"PRE_WEIGHTS_PATH: cannot load '{name}': {words}"):
+            if script == "train-gen":
+                checkpoint.load_sized_weights(sizes.build(), sizes, name, "PRE_WEIGHTS_PATH")
+            else:
+                load_script(script).load_pre_trained(sizes.build(), sizes, {}, name, "PRE_WEIGHTS_PATH")
 
 
 def test_missing_and_unknown_layers_are_all_listed(tiny_model):

@@ -19,6 +19,7 @@ import evaluation
 import generation
 import listing
 import report_page
+import selection
 import system
 import utils
 
@@ -149,7 +150,7 @@ def test_a_long_file_is_the_sum_over_its_windows(tmp_path, tiny_model):
 
 def test_a_conversion_is_the_sum_over_its_target(tmp_path, tiny_model):
     contents = {"a.abc": b"12345", "a.mid": b"abcdefgh", "b.abc": b"", "b.mid": b"xyz"}
-    pairs = utils.pair_files(write_files(tmp_path, contents), "abc&mid").both_ways()
+    pairs = selection.pair_files(write_files(tmp_path, contents), "abc&mid").both_ways()
     scores = score(tiny_model, pairs, tmp_path, 3)
     assert {each.group for each in scores.values()} == {"abc->mid", "mid->abc"} and len(scores) == 4
     for stem in "ab":
@@ -245,7 +246,7 @@ def test_exact_files_are_those_that_greedy_decoding_writes(tmp_path):
 def test_exact_conversions_are_those_that_greedy_decoding_writes(tmp_path):
     random = np.random.default_rng(0)
     contents = {f"{i}.{ext}": random.integers(0, 256, 6 + i, dtype=np.uint8).tobytes() for i in range(6) for ext in ("x", "y")}
-    pairs = utils.pair_files(write_files(tmp_path, contents), "x->y")
+    pairs = selection.pair_files(write_files(tmp_path, contents), "x->y")
     model = memorise(pairs.select(range(4)))  # it does not know the last two
     scores = score(model, pairs, tmp_path)
     for i in range(6):

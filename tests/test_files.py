@@ -9,8 +9,8 @@ import torch
 from conftest import as_batch
 
 import listing
+import selection
 import system
-import training
 import utils
 
 E = utils.END
@@ -147,7 +147,7 @@ def test_files_are_a_sequence_of_paths_with_sizes(tmp_path):
 
 def test_hold_out():
     def split(count, share, seed):
-        return [part.tolist() for part in training.hold_out(count, share, seed)]
+        return [part.tolist() for part in selection.hold_out(count, share, seed)]
 
     rest, held = split(200, 0.01, seed=0)
     assert len(held) == 2 and sorted(rest + held) == list(range(200)) and rest == sorted(rest)
@@ -162,7 +162,7 @@ def test_lengths_are_those_of_the_sequences(tmp_path):
         for length in (0, 1, 4, 5, 40):
             (tmp_path / f"{length}.{name}").write_bytes(bytes(length))
     files = listing.list_files([str(tmp_path)], "TRAIN_FOLDERS")
-    pairs = utils.pair_files(files, "abc&mid")
+    pairs = selection.pair_files(files, "abc&mid")
     for examples, longest in ((utils.Examples(files, np.arange(10)[:, None]), 8), (pairs, 23), (pairs.both_ways(), 23)):
         dataset = utils.ByteDataset(examples, 4, longest)
         lengths = examples.lengths(4, longest)
@@ -171,14 +171,58 @@ def test_lengths_are_those_of_the_sequences(tmp_path):
     assert list(chosen) == [pairs[3], pairs[1]] and list(chosen.both_ways())[1] == pairs[3][::-1]
 
 
-def test_fingerprint_knows_paths_order_and_sizes():
+def test_hashes_know_paths_order_and_sizes():
     sizes = {"a.abc": 1, "a.mid": 2, "b.abc": 3, "b.mid": 4}
-    pairs = utils.pair_files(make_files(sizes), "abc->mid")
-    same = utils.pair_files(make_files({"0.txt": 9, **sizes}), "abc->mid")  # other files do not matter
-    assert pairs.fingerprint() == same.fingerprint()
-    others = [pairs.select([1, 0]), pairs.select([0]), pairs.both_ways(), utils.pair_files(same.files, "mid->abc")]
-    others += [utils.pair_files(make_files({**sizes, change: 5}), "abc->mid") for change in sizes]
-    assert len({examples.fingerprint() for examples in [pairs, *others]}) == 9
+    pairs = selection.pair_files(make_files(sizes), "abc->mid")
+    same = selection.pair_files(make_files({"0.txt": 9, **sizes}), "abc->mid")  # other files do not matter
+    assert pairs.hashes().shape == (4, 2) and (pairs.hashes() == same.hashes()).all()
+    assert pairs.path_fingerprint() == same.path_fingerprint()
+    others = [pairs.select([1, 0]), pairs.select([0]), pairs.both_ways(), selection.pair_files(same.files, "mid->abc")]
+    others += [selection.pair_files(make_files({**sizes, change: 5}), "abc->mid") for change in sizes]
+    assert len({examples.hashes().tobytes() for examples in [pairs, *others]}) == 9
+
+
+def test_identity_is_the_folders_place_and_the_path_below_it(tmp_path, monkeypatch):
+    """The same data under other spellings have the same order, hashes and crops; other places in the list have others."""
+    for name in ("b/x/1.bin", "b/2.bin", "a/1.bin", "a/y/3.bin"):
+        (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "here" / name).write_bytes(name.encode() * 50)
+    monkeypatch.chdir(tmp_path / "here")
+    here = str(tmp_path / "here")
+
+    def seen(*folders):
+        examples = utils.Examples.of(listing.list_files(folders, "TRAIN_FOLDERS"))
+        dataset = utils.ByteDataset(examples, 2, 10, [0, 1])
+        return examples.hashes().tolist(), [dataset[i][0].tobytes() for i in range(4)]
+
+    spelled = seen("b", "a")
+    assert seen(f"{here}/b", "a") == seen("../here/b/", f"{here}/a") == seen("./b", "../here/a") == spelled
+    assert seen("a", "b") != spelled and seen(".") == seen(here) != spelled
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert seen(str(tmp_path / "there" / "b"), str(tmp_path / "there" / "a")) == spelled
+    examples = utils.Examples.of(listing.list_files([str(tmp_path / "there" / each) for each in ("b", "a")], "TRAIN_FOLDERS"))
+    assert [os.path.relpath(path, tmp_path / "there") for path, in examples] == ["b/2.bin", "b/x/1.bin", "a/1.bin", "a/y/3.bin"]
+
+
+def test_files_that_cannot_be_read_are_left_out_and_named(tmp_path, monkeypatch, capsys):
+    for i in range(4):
+        (tmp_path / f"{i}.x").write_bytes(bytes(i))
+    assert len(listing.list_readable_files([str(tmp_path)], "TRAIN_FOLDERS")) == 4 and not capsys.readouterr().out
+    (tmp_path / "0\n.x").symlink_to("nowhere")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not path.endswith(b"2.x") and access(path, mode))  # root may read all
+    files = listing.list_readable_files([str(tmp_path)], "TRAIN_FOLDERS")
+    assert [os.path.basename(path) for path in files] == ["0.x", "1.x", "3.x"] and files.sizes.tolist() == [0, 1, 3]
+    assert capsys.readouterr().out.splitlines() == [
+        "TRAIN_FOLDERS: 2 of 5 files cannot be read and are left out:",
+        f"  {tmp_path}/0\\n.x: a link that leads nowhere",
+        f"  {tmp_path}/2.x: no permission to read it",
+    ]
+    for i in range(12):
+        (tmp_path / f"dead{i}.x").symlink_to("nowhere")
+    listing.list_readable_files([str(tmp_path)], "TRAIN_FOLDERS")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12 and lines[0].startswith("TRAIN_FOLDERS: 14 of 17") and lines[-1] == "  and 4 more"
 
 
 def test_parts_have_nearly_the_same_number_of_patches():
@@ -206,16 +250,49 @@ def pairs_folder(tmp_path):
 
 def test_conversion_pairs(pairs_folder):
     files = listing.list_files([str(pairs_folder)], "TRAIN_FOLDERS")
-    pairs = utils.pair_files(files, "abc->mid")
+    pairs = selection.pair_files(files, "abc->mid")
     short = [tuple(os.path.relpath(path, pairs_folder) for path in pair) for pair in pairs]
     assert short == [("a.abc", "a.mid"), ("sub/a.abc", "sub/a.mid")]
-    assert list(utils.pair_files(files, "mid&abc")) == [(b, a) for a, b in pairs]
+    assert list(selection.pair_files(files, "mid&abc")) == [(b, a) for a, b in pairs]
     # a.abc 2 patches, a.mid 2 patches, 3 more
     for patch_length, kept in ((7, [0, 1]), (6, [1])):
-        fitting, longest = utils.fitting_pairs(pairs, 4, patch_length)
+        fitting, longest = selection.fitting_pairs(pairs, 4, patch_length)
         assert (list(fitting), longest) == ([pairs[i] for i in kept], 7)
-    none, longest = utils.fitting_pairs(utils.pair_files(files, "abc->txt"), 4, 7)
+    none, longest = selection.fitting_pairs(selection.pair_files(files, "abc->txt"), 4, 7)
     assert (len(none), longest) == (0, 0)
+
+
+def test_pairs_do_not_mind_case():
+    """Of several targets the one in lower case is taken; a CONVERSION_MODE in upper case means the same."""
+    sizes = {"a.ABC": 1, "a.MID": 1, "b.abc": 1, "b.Mid": 1, "c.abc": 1, "c.mid": 1, "c.MID": 1, "D.abc": 1, "d.mid": 1}
+    for mode in ("abc->mid", "ABC->Mid"):
+        pairs = selection.pair_files(make_files(sizes), mode)
+        assert list(pairs) == [("a.ABC", "a.MID"), ("b.abc", "b.Mid"), ("c.abc", "c.mid")]
+    assert pairs.extensions() == {"abc", "mid"}
+    assert utils.Examples.of(pairs.files).extensions() == {"abc", "ABC", "mid", "Mid", "MID"}
+    names = ["a.tar.gz", "b.x/a", "c.", "d", "é.é", os.fsdecode(b"e.\xff")]
+    examples = utils.Examples.of(make_files(dict.fromkeys(names, 0)))
+    assert examples.extensions() == {listing.extension_of(name) for name in names}
+
+
+def test_extension_patches_of_pairs_are_in_lower_case(tmp_path):
+    (tmp_path / "a.ABC").write_bytes(b"x")
+    (tmp_path / "a.MID").write_bytes(b"y")
+    paths = str(tmp_path / "a.ABC"), str(tmp_path / "a.MID")
+    patches, _ = utils.ByteDataset([paths], 4, 16)[0]
+    assert patches[[0, 2]].tolist() == [[*b"abc", E], [*b"mid", E]]
+    patches, _ = utils.ByteDataset([paths[:1]], 4, 16)[0]
+    assert patches[0].tolist() == [*b"ABC", E]  # plain files stay as they are
+
+
+def test_lists_of_one_extension_do_not_mind_case(tmp_path):
+    for name in ("a.abc", "b.ABC", "c.abcd", "abc"):
+        (tmp_path / name).write_bytes(b"x")
+    for extension in ("abc", "Abc"):
+        found = listing.list_files([str(tmp_path)], "INPUT_FOLDER", extension)
+        assert [os.path.basename(path) for path in found] == ["a.abc", "b.ABC"]
+    assert listing.describe_extensions(["a.abc", "b.ABC", "c", "d.x", "e.x", "f.x"]) == "3 .x, 2 .abc, 1 without any"
+    assert listing.describe_extensions([f"a.{i}" for i in range(9)]).endswith(" and 4 other extensions")
 
 
 def test_conversion_sequence(pairs_folder):

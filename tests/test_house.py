@@ -10,16 +10,19 @@ IMPORTS = {  # arrows point down: {module: the modules of this repository that i
     "system": set(),
     "config": {"system"},
     "listing": {"system"},
+    "labeling": {"system", "listing"},
     "utils": {"system", "listing"},
+    "selection": {"system", "listing", "utils"},
     "devices": {"system"},
     "checkpoint": {"system", "utils"},
     "generation": {"system", "utils"},
-    "evaluation": {"system", "listing", "utils", "devices", "checkpoint", "generation"},
+    "evaluation": {"system", "listing", "selection", "utils", "devices", "checkpoint", "generation"},
     "report_page": {"system", "utils", "evaluation"},
-    "training": {"system", "listing", "utils", "devices", "checkpoint"},
-    "train-gen": {"config", "system", "listing", "utils", "devices", "checkpoint", "evaluation", "training"},
-    "train-cls": {"config", "system", "listing", "utils", "devices", "checkpoint", "evaluation", "training"},
-    "inference": {"config", "system", "listing", "utils", "devices", "checkpoint", "evaluation", "generation", "report_page"},
+    "index_page": {"system", "listing"},
+    "training": {"system", "listing", "selection", "utils", "devices", "checkpoint"},
+    "train-gen": {"config", "system", "listing", "selection", "utils", "devices", "checkpoint", "evaluation", "training"},
+    "train-cls": {"config", "system", "listing", "selection", "labeling", "utils", "devices", "checkpoint", "evaluation", "training"},
+    "inference": {"config", "system", "listing", "selection", "labeling", "utils", "devices", "checkpoint", "evaluation", "generation", "index_page", "report_page"},
     "cpu-simulation": {"system", "listing"},
 }
 
@@ -49,7 +52,7 @@ def test_imports_are_those_of_the_plan(module):
     for source, name in found:
         assert name != "*" and not (source == "config" and name), f"{module} takes {name} from {source} by value"
         assert source not in IMPORTS or name is None or not name.startswith("_"), f"{name} is private to {source}"
-    if module in ("system", "config", "listing", "cpu-simulation"):
+    if module in ("system", "config", "listing", "labeling", "cpu-simulation"):
         assert not {"torch", "transformers"} & {source for source, _ in found}
 
 

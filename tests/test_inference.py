@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import listing
 import generation
+import index_page
 import system
 import utils
 
@@ -258,7 +259,7 @@ def test_bf16_generation_agrees_with_float32(golden_model, golden_sequences):
 def outputs_in(folder):
     """Returns the paths of all files in a folder, within it, but for the index; sorted."""
     paths = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    return sorted(path for path in paths if path not in inference.INDEX_NAMES)
+    return sorted(path for path in paths if path not in index_page.INDEX_NAMES)
 
 
 def infer(folder, **constants):
@@ -294,6 +295,13 @@ def test_convert_and_complete(tmp_path, tiny_model, tiny_checkpoint):
         assert (tmp_path / "converted" / f"{name}.mid").read_bytes() == bytes(symbols)
         assert (f"converted/{name}.mid" in done.stdout) == cut_off  # named in the summary if it was cut off
 
+    assert "note: weights.pth does not tell what it was trained on" in done.stdout
+
+    done = infer(tmp_path, MODE="complete", OUTPUT_FOLDER="too-long")
+    assert done.returncode == 0 and "too long" not in done.stdout, done.stderr
+    (tmp_path / "input" / "long.abc").write_bytes(b"y" * 60)
+    done = infer(tmp_path, MODE="complete", OUTPUT_FOLDER="too-long")
+    assert done.returncode == 1 and "long.abc: too long" in done.stdout and "PROMPT_BYTES 59 or fewer leave some" in done.stdout
     done = infer(tmp_path, MODE="complete", PROMPT_BYTES=6, OUTPUT_FOLDER="completed", **exact)
     assert done.returncode == 0, done.stderr
     for name, content in files.items():
@@ -372,7 +380,7 @@ def test_what_others_put_in_the_output_folder_stays(tmp_path, tiny_checkpoint):
 
 def test_two_runs_never_share_a_folder(tmp_path, tiny_checkpoint):
     (tmp_path / "output").mkdir()
-    with inference.locked_folder(tmp_path / "output", "OUTPUT_FOLDER"):
+    with index_page.locked_folder(tmp_path / "output", "OUTPUT_FOLDER"):
         message = one_message(infer(tmp_path))
     assert "OUTPUT_FOLDER: another run is at work" in message
     assert infer(tmp_path, NUM_SAMPLES=1).returncode == 0
@@ -391,7 +399,7 @@ def test_a_lock_taken_away_by_the_run_before_is_taken_anew(tmp_path, tiny_checkp
 
     monkeypatch.setattr(system.fcntl, "lockf", lockf_after_the_other_run_ended)
     (tmp_path / "output").mkdir()
-    with inference.locked_folder(tmp_path / "output", "OUTPUT_FOLDER"):
+    with index_page.locked_folder(tmp_path / "output", "OUTPUT_FOLDER"):
         assert removed and "OUTPUT_FOLDER: another run is at work" in one_message(infer(tmp_path))
 
 
@@ -400,7 +408,7 @@ def test_a_closed_pipe_ends_nothing(tmp_path, tiny_checkpoint):
     command = f"{sys.executable} {ROOT / 'inference.py'} --NUM_SAMPLES 3 | true"
     done = subprocess.run(command, shell=True, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert "Traceback" not in done.stderr and "rror" not in done.stderr
-    assert len(inference.read_index(tmp_path / "output" / "index.tsv")) == 3
+    assert len(index_page.read_index(tmp_path / "output" / "index.tsv")) == 3
 
 
 def test_a_mistake_is_one_line(tmp_path):
@@ -426,7 +434,18 @@ def test_ctrl_c_leaves_whole_files_only(tmp_path):
     assert process.returncode == 130 and "Traceback" not in stderr and "stopped by Ctrl-C" in stderr
     written = outputs_in(tmp_path / "output")
     assert f"{len(written)} files written" in stdout and all(name.endswith(".bin") for name in written)
-    assert set(inference.read_index(tmp_path / "output" / "index.tsv")) == set(written)
+    assert set(index_page.read_index(tmp_path / "output" / "index.tsv")) == set(written)
+
+
+@pytest.mark.parametrize("known, spelling", [(None, "abc"), (["abc"], "abc"), (["ABC", "abc"], "ABC")])
+def test_extensions_are_spelled_as_the_model_saw_them(tmp_path, tiny_model, known, spelling):
+    torch.save({"model": tiny_model.state_dict(), **({"extensions": known} if known else {})}, tmp_path / "weights.pth")
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "a.ABC").write_bytes(b"123")
+    assert infer(tmp_path, MODE="complete", TEMPERATURE=0, PRECISION="fp32").returncode == 0
+    prompt = np.concatenate((utils.extension_patch(spelling, 4), np.frombuffer(b"123", np.uint8)))
+    symbols, _ = recompute_greedy(tiny_model, prompt, 1000)
+    assert (tmp_path / "output" / "a.ABC").read_bytes() == b"123" + bytes(symbols)
 
 
 def test_candidates(tmp_path, tiny_model, tiny_checkpoint):
@@ -436,7 +455,7 @@ def test_candidates(tmp_path, tiny_model, tiny_checkpoint):
     for count, folder in ((1, "one"), (4, "four")):
         done = infer(tmp_path, MODE="complete", NUM_CANDIDATES=count, OUTPUT_FOLDER=folder, PRECISION="fp32", SEED=5)
         assert done.returncode == 0, done.stderr
-        listed = inference.read_index(tmp_path / folder / "index.tsv")
+        listed = index_page.read_index(tmp_path / folder / "index.tsv")
         assert sorted(listed) == outputs_in(tmp_path / folder) == ["a.x", "b.x", "c.x"]
         for name, (_, source, size, bits, how, seed) in listed.items():
             prompt = np.concatenate((utils.extension_patch("x", 4), np.frombuffer(name.encode() * 3, np.uint8)))
@@ -487,7 +506,7 @@ def test_page_holds_whatever_the_outputs_hold(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
         rows.append((name, "in<put>", len(content), None if not content else 1.5, "ended", 0))
-    inference.write_index(tmp_path, rows)
+    index_page.write_index(tmp_path, rows)
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     read = Reader(page)
     shown = "html head meta title style body h1 p main article h2 pre img audio".split()
@@ -496,7 +515,7 @@ def test_page_holds_whatever_the_outputs_hold(tmp_path):
         assert words in read.text
     assert "… and 256 more bytes" in read.text and "data:image/bmp;base64,Qk08Pg==" in page and "data:audio/wav" in page
     lines = (tmp_path / "index.tsv").read_text(encoding="utf-8").splitlines()
-    assert lines[0].split("\t") == list(inference.INDEX_COLUMNS) and all(line.count("\t") == 5 for line in lines)
+    assert lines[0].split("\t") == list(index_page.INDEX_COLUMNS) and all(line.count("\t") == 5 for line in lines)
     assert len(lines) == 1 + len(files) and "sub/empty.txt\tin<put>\t0\t\tended\t0" in lines
 
 
@@ -505,19 +524,19 @@ def test_index_goes_on_and_keeps_what_is_not_its_own(tmp_path):
         (tmp_path / name).write_bytes(b"abc")
     (tmp_path / "index.tsv").write_text("my own table")
     (tmp_path / "index.html").write_text("my own page")
-    inference.write_index(tmp_path, [("f-10.x", "", 3, 2.0, "ended", 0), ("gone.x", "", 3, 2.0, "ended", 0)])
+    index_page.write_index(tmp_path, [("f-10.x", "", 3, 2.0, "ended", 0), ("gone.x", "", 3, 2.0, "ended", 0)])
     assert (tmp_path / "index.tsv.bak").read_text() == "my own table"
     assert (tmp_path / "index.html.bak").read_text() == "my own page"
-    inference.write_index(tmp_path, [("f-2.x", "", 3, 2.0, "cut off", 1)])
-    assert list(inference.read_index(tmp_path / "index.tsv")) == ["f-2.x", "f-10.x"]
+    index_page.write_index(tmp_path, [("f-2.x", "", 3, 2.0, "cut off", 1)])
+    assert list(index_page.read_index(tmp_path / "index.tsv")) == ["f-2.x", "f-10.x"]
     assert not (tmp_path / "index.tsv.bak2").exists()
 
 
 def test_page_stays_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "SHOWN_BYTES", 5)
+    monkeypatch.setattr(index_page, "SHOWN_BYTES", 5)
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_bytes(b"word")
-    inference.write_index(tmp_path, [(name, "", 4, 1.0, "ended", 0) for name in ("a.txt", "b.txt")])
+    index_page.write_index(tmp_path, [(name, "", 4, 1.0, "ended", 0) for name in ("a.txt", "b.txt")])
     text = Reader((tmp_path / "index.html").read_text(encoding="utf-8")).text
     assert text.count("word") == 1 and "b.txt" in text
 

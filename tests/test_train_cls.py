@@ -11,7 +11,9 @@ from conftest import TINY, Running, as_batch, fill_by_recipe, interrupt, load_sc
 import config
 import checkpoint
 import evaluation
+import labeling
 import listing
+import selection
 import system
 import utils
 
@@ -73,7 +75,141 @@ def trained(folder):
     ],
 )
 def test_label_of(path, label):
-    assert evaluation.label_of(path) == label
+    assert labeling.label_of(path) == label
+
+
+@pytest.mark.parametrize(
+    "path, prefix, folder",
+    [
+        ("a/new_york_1.txt", "new_york.txt", "a"),
+        ("a/b/new_1", "new", "b"),
+        ("a/b.c/alone.txt", "alone.txt", "b.c"),
+        ("../x_y/_1.txt", "_1.txt", "x_y"),
+    ],
+)
+def test_label_of_other_modes(path, prefix, folder):
+    assert (labeling.label_of(path, "prefix"), labeling.label_of(path, "folder")) == (prefix, folder)
+
+
+def warnings_of(paths, mode="name", held_out=100):
+    """Returns the warnings on files that exist in name only; `held_out`: evaluation files of each label."""
+    labels = sorted({labeling.label_of(path, mode) for path in paths})
+    truth = np.array([labels.index(labeling.label_of(path, mode)) for path in paths])
+    return labeling.warnings(paths, truth, labels, np.broadcast_to(held_out, len(labels)), mode)
+
+
+def test_warnings_say_what_to_do():
+    whole = [f"d/{name}_{i}.txt" for name in ("low", "high") for i in range(9)]
+    assert warnings_of(whole) == []
+    (line,) = warnings_of([*whole, "d/README", "d/Thumbs.db", "d/labels.csv"])
+    assert "README, Thumbs.db, labels.csv: the only file of its extension" in line and "leading dot" in line
+    (line,) = warnings_of([*whole, "d/mid_1.txt"])
+    assert line.startswith("mid.txt: a label with one training file")
+    (line,) = warnings_of([*whole, "d/low_1.TXT", "d/low_2.TXT"])
+    assert line.startswith("low.TXT, low.txt: labels that differ in case only; rename")
+    cities = [f"d/{name}_{i}.txt" for name in ("new_york", "new_jersey", "boston") for i in range(9)]
+    (line,) = warnings_of(cities)
+    assert line.startswith("new.txt is the label of new_york_0.txt and new_jersey_0.txt") and "--LABELS prefix" in line
+    assert warnings_of(cities, "prefix") == []
+    assert warnings_of([f"d/{name}_2024_{i}.txt" for name in ("low", "high") for i in range(9)]) == []
+    numbered = [f"d/{name}/{i}.txt" for name in ("low", "high") for i in range(9)]
+    (line,) = warnings_of(numbered)
+    assert "9 labels for 18 files, which lie in 2 folders (high, low)" in line and "--LABELS folder" in line
+    assert warnings_of(numbered, "folder") == []
+    assert warnings_of([f"d/{year}/{name}_{i}.txt" for year in (2023, 2024) for name in ("low", "high", "mid") for i in range(9)]) == []
+    assert "only 40 evaluation files: each is 2.5 % of the accuracy" in warnings_of(whole, held_out=20)[0]
+    (line,) = warnings_of(whole, held_out=[0, 100])
+    assert line.startswith("high.txt: no evaluation file")
+    assert warnings_of(["_1.txt", *whole])[0].startswith(".txt: a label with one training file")
+
+
+def test_the_table_of_labels_ends():
+    lines = labeling.table([f"{i:02}\n.txt" for i in range(30)], [1] * 30, [1234567] * 30)
+    assert lines[1] == "00\\n.txt         1     1234567" and len(lines) == 22 and lines[-1] == "and 10 more of 30 labels"
+
+
+def test_labels_are_what_the_run_was_told(folder):
+    """Folders as labels, from training to MODE classify, which needs no telling."""
+    for part in ("train", "eval"):
+        for path in (folder / part).iterdir():
+            name, number = path.stem.split("_")
+            (folder / f"folders-{part}" / name).mkdir(parents=True, exist_ok=True)
+            (folder / f"folders-{part}" / name / f"{number}.bin").write_bytes(path.read_bytes())
+    folders = {"TRAIN_FOLDERS": ["folders-train"], "EVAL_FOLDERS": ["folders-eval"], "NUM_EPOCHS": 1}
+    done = train(folder, "folders", LABELS="folder", **folders)
+    assert "label  training  evaluation\nhigh         16           7\n" in done.stdout
+    assert "warning: only 21 evaluation files" in done.stdout
+    state = load(folder, "folders")
+    assert state["labels"] == {"high": 0, "low": 1, "mid": 2} and state["label_mode"] == "folder"
+    done = classify(folder, "folders", INPUT_FOLDER="folders-eval")
+    assert f"the folders of 21 of them carry a label that the model knows:\n{state['report']}" in done.stdout
+    message = one_message(train(folder, "folders", status=1, **folders, LABELS="prefix"))
+    assert "has 3 labels, but the files of TRAIN_FOLDERS have" in message
+
+
+def test_other_labels_of_the_same_number_stop_a_rerun(folder):
+    train(folder, "modes", NUM_EPOCHS=1)
+    (folder / "modes-train").mkdir()
+    for i, path in enumerate(sorted((folder / "train").iterdir())):
+        (folder / "modes-train" / f"x_{'abc'[i % 3]}_{i}.bin").write_bytes(path.read_bytes())
+    message = one_message(train(folder, "modes", status=1, TRAIN_FOLDERS=["modes-train"], EVAL_FOLDERS=["modes-train"], LABELS="prefix"))
+    assert "are not those of 'modes-last.pth' (LABELS was 'name' and is now 'prefix')" in message
+
+
+def test_files_are_held_out_by_label():
+    groups = np.repeat([0, 1, 2, 3], [100, 50, 10, 2])
+    candidates = np.arange(len(groups)) + 4
+    for share, expected in ((0.1, [10, 5, 1, 0]), (0.5, [50, 25, 5, 1])):
+        for seed in range(5):
+            rest, held = selection.hold_out(len(groups) + 4, share, seed, candidates, groups)
+            found = np.bincount(groups[held - 4], minlength=4)
+            assert abs(found - expected).max() <= 1 and held.min() >= 4 and len(held) == round(share * 166)
+            assert sorted([*rest, *held]) == list(range(166))
+    assert (selection.hold_out(166, 0.1, 0, candidates, groups)[1] != selection.hold_out(166, 0.1, 1, candidates, groups)[1]).any()
+
+
+def test_a_run_of_an_older_version_keeps_its_held_out_files(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for name, value in {**SETTINGS, "EVAL_FOLDERS": [], "EVAL_SPLIT": 0.3, "SEED": 2, "WEIGHTS_PATH": "older.pth"}.items():
+        monkeypatch.setattr(config, name, value)
+    script = load_script("train-cls")
+    held = {}
+    for version, keys in {"older": {"data": {}}, "newer": {"data": {}, "hold_out": "by label"}, "published": {}}.items():
+        torch.save({"model": {}, **keys}, folder / "older.pth")
+        held[version] = list(script.find_examples(script.holds_out_by_label())[2])
+    (folder / "older.pth").unlink()
+    assert len(held["older"]) == len(held["newer"]) == 14 and held["older"] != held["newer"] == held["published"]
+    assert held["older"] == held_out_whatever_the_labels(listing.list_files(["train"], "TRAIN_FOLDERS"), 0.3)
+
+    train(folder, "keeps", NUM_EPOCHS=1)
+    state = load(folder, "keeps-last")
+    assert state.pop("hold_out") == "by label"
+    torch.save(state, folder / "keeps-last.pth")
+    train(folder, "keeps", NUM_EPOCHS=2)
+    assert "hold_out" not in load(folder, "keeps-last")
+
+
+def held_out_whatever_the_labels(files, share):
+    """The held-out examples of the version before: drawn from all but the first file of each label."""
+    names = [labeling.label_of(path) for path in files]
+    others = np.array([i for i, name in enumerate(names) if name in names[:i]])
+    return [(files[i],) for i in selection.hold_out(len(files), share, config.SEED, others)[1].tolist()]
+
+
+def test_equal_accuracies_go_to_the_lower_loss(folder):
+    """All right from early on: the best epoch is the one of the lowest loss, also for a run that was stopped in between."""
+    (folder / "certain").mkdir()
+    for i in range(24):
+        (folder / "certain" / f"{'ab'[i % 2]}_{i}.bin").write_bytes(bytes([i % 2 * 200] * 20))
+    settings = {"TRAIN_FOLDERS": ["certain"], "EVAL_FOLDERS": ["certain"], "LR_SCHEDULE": "constant"}
+    for epochs in (4, 5, 9):
+        train(folder, "certain", NUM_EPOCHS=epochs, **settings)
+    found = re.findall(r"epoch (\d+) .* eval_loss ([\d.]+)  eval_acc ([\d.]+)", (folder / "certain.txt").read_text())
+    best = max(found, key=lambda each: (float(each[2]), -float(each[1])))
+    state = load(folder, "certain")
+    assert [each[2] for each in found].count("1.0000") > 2  # else there is nothing to decide
+    assert state["best_epoch"] == int(best[0]) > 4 and state["best_loss"] == state["figures"]["eval_loss"]
+    assert load(folder, "certain-last")["best_loss"] == state["best_loss"]
 
 
 def test_it_learns_reports_and_saves(folder, trained):
@@ -117,7 +253,7 @@ def test_accuracy_and_loss_are_those_of_single_files(folder, trained):
         patches, _ = utils.read_patches(path, 4, 16)
         with torch.no_grad():
             logits = model.eval()(torch.from_numpy(patches).long()[None])
-        nats.append(-logits.log_softmax(-1)[0, loaded["labels"][evaluation.label_of(path)]].item())
+        nats.append(-logits.log_softmax(-1)[0, loaded["labels"][labeling.label_of(path)]].item())
     assert loaded["figures"]["eval_loss"] == pytest.approx(np.mean(nats), rel=1e-4)
 
 

@@ -16,6 +16,7 @@ from conftest import ROOT, TINY, as_batch, fill_by_recipe, load_script, one_mess
 import config
 import checkpoint
 import listing
+import selection
 import system
 import training
 import utils
@@ -178,9 +179,64 @@ def test_conversion_trains_both_ways(tmp_path):
         assert f"{count} training and {count // 4} evaluation examples" in done.stdout
 
 
+def make_empty(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["1.abc", "1.midi", "2.abc", "2.midi"], "among 4 files (2 .abc, 2 .midi); abc->midi would find 2 pairs"),
+        (["abc/1.abc", "mid/1.mid", "mid/2.mid"], "1 have the same stem but lie apart, such as pairs/abc/1.abc and pairs/mid/1.mid: put"),
+        (["1.abc", "2.txt", "3"], "among 3 files (1 .abc, 1 .txt, 1 without any); the two files of a pair have one name"),
+    ],
+)
+def test_what_comes_nearest_to_pairs_is_named(tmp_path, monkeypatch, names, words):
+    make_empty(tmp_path / "pairs", *names)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, "CONVERSION_MODE", "abc->mid")
+    with pytest.raises(system.UserError, match=re.escape(words)):
+        load_script("train-gen").group_files(["pairs"], "TRAIN_FOLDERS")
+
+
+def test_pairs_and_inputs_in_upper_case(tmp_path):
+    """From training to MODE convert, which knows what the model has learned."""
+    for i in range(4):
+        make_empty(tmp_path / "pairs", f"{i}.abc", f"{i}.MID")
+    make_empty(tmp_path / "input", "A.ABC", "b.abc")
+    make_empty(tmp_path / "plain", "1.x", "2.X")
+    settings = {"TRAIN_FOLDERS": ["pairs"], "EVAL_FOLDERS": [], "NUM_EPOCHS": 1}
+    done = train(tmp_path, **settings, CONVERSION_MODE="abc->mid")
+    assert done.returncode == 0 and "in no pair" not in done.stdout, done.stderr
+    assert load(tmp_path / "weights.pth")["extensions"] == ["abc", "mid"]
+
+    def convert(source, target, **changes):
+        return run_script("inference.py", *options(MODE="convert", INPUT_EXT=source, TARGET_EXT=target, **changes), cwd=tmp_path)
+
+    done = convert("abc", "mid", TEMPERATURE=0)
+    assert done.returncode == 0 and "note:" not in done.stdout, done.stderr
+    made = [(tmp_path / "output" / name).read_bytes() for name in ("A.ABC.mid", "b.abc.mid")]
+    assert made[0] == made[1]  # the model is given the same
+    (tmp_path / "input" / "c.mid").write_bytes(b"")
+    done = convert("mid", "abc")
+    assert done.returncode == 0
+    assert "note: weights.pth was trained with CONVERSION_MODE 'abc->mid', never mid -> abc" in done.stdout
+    message = one_message(convert("abc", "wav"))
+    assert "TARGET_EXT is 'wav', but weights.pth was trained on no such file; its training files' extensions: abc, mid" in message
+    assert "no files of INPUT_EXT 'midi' in 'input', but 2 .abc, 1 .mid" in one_message(convert("midi", "abc"))
+
+    done = train(tmp_path, **{**settings, "TRAIN_FOLDERS": ["plain"], "EVAL_FOLDERS": ["plain"]}, WEIGHTS_PATH="plain.pth")
+    assert load(tmp_path / "plain.pth")["extensions"] == ["X", "x"]
+    (tmp_path / "input" / "d.x").write_bytes(b"")
+    done = convert("x", "X", INFERENCE_WEIGHTS_PATH="plain.pth")
+    assert done.returncode == 0 and "trained on plain files, without CONVERSION_MODE" in done.stdout
+
+
 def test_both_directions_of_a_pair_are_examples(monkeypatch):
     script = load_script("train-gen")
-    pairs = utils.pair_files(listing.Files([b"1.abc", b"1.mid"], [0, 0]), "abc->mid")
+    pairs = selection.pair_files(listing.Files([b"1.abc", b"1.mid"], [0, 0]), "abc->mid")
     monkeypatch.setattr(config, "CONVERSION_MODE", "abc&mid")
     assert list(script.directed(pairs)) == [("1.abc", "1.mid"), ("1.mid", "1.abc")]
     monkeypatch.setattr(config, "CONVERSION_MODE", "abc->mid")

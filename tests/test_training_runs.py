@@ -1,7 +1,9 @@
 """Training runs that are stopped, killed, moved to more processes or changed, and what they end with."""
 
 import contextlib
+import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,16 +160,86 @@ def test_torchrun(folder):
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_one_process_that_fails_ends_all_with_its_message(folder, num_processes):
+    """A file vanishes during the run."""
     (folder / "broken").mkdir(exist_ok=True)
     for path in (folder / "train").iterdir():
         (folder / "broken" / path.name).write_bytes(path.read_bytes())
-    gone = folder / "broken" / "gone.bin"
-    if not gone.is_symlink():
-        gone.symlink_to("nowhere")
-    done = [process.wait(60) for process in start(folder, "fails", num_processes, TRAIN_FOLDERS=["broken"])]
+    gone, latest = folder / "broken" / "gone.bin", folder / f"fails{num_processes}-last.pth"
+    gone.write_bytes(b"x")
+    running = start(folder, f"fails{num_processes}", num_processes, TRAIN_FOLDERS=["broken"], NUM_EPOCHS=10000)
+    while running[0].process.is_alive() and not latest.exists():
+        time.sleep(0.01)
+    gone.unlink()
+    done = [process.wait(120) for process in running]
     said = "".join(one_message(process) if process.stderr.strip() else "" for process in done)
     assert [process.returncode for process in done] == [1] * num_processes
     assert said.count("cannot read 'broken/gone.bin'") == 1
+
+
+def test_unreadable_files_are_left_out_before_training(folder):
+    for part in ("train", "eval"):
+        (folder / f"links-{part}").mkdir()
+        for i in range(3):
+            (folder / f"links-{part}" / f"{i}.bin").write_bytes(b"x" * i)
+    done = train(folder, "whole-links", TRAIN_FOLDERS=["links-train"], EVAL_FOLDERS=["links-eval"], NUM_EPOCHS=1)
+    for part in ("train", "eval"):
+        (folder / f"links-{part}" / "dead.bin").symlink_to("nowhere")
+    done = train(folder, "links", TRAIN_FOLDERS=["links-train"], EVAL_FOLDERS=["links-eval"], NUM_EPOCHS=1)
+    assert "TRAIN_FOLDERS: 1 of 4 files cannot be read and are left out:\n  links-train/dead.bin: a link" in done.stdout
+    assert "EVAL_FOLDERS: 1 of 4 files" in done.stdout
+    assert_same_end(folder, "links", "whole-links")
+
+
+def test_a_rerun_names_the_files_that_differ(folder):
+    (folder / "grows").mkdir()
+    for i in range(6):
+        (folder / "grows" / f"{i}.bin").write_bytes(b"x" * (i + 1))
+    train(folder, "grows", TRAIN_FOLDERS=["grows"], NUM_EPOCHS=1)
+    (folder / "grows" / "2.bin").unlink()
+    (folder / "grows" / "3.bin").write_bytes(b"more")
+    (folder / "grows" / "4.bin").write_bytes(b"other than 5 bytes")
+    for i in range(12):
+        (folder / "grows" / f"new{i}.bin").write_bytes(b"")
+    message = one_message(start(folder, "grows", TRAIN_FOLDERS=["grows"], NUM_EPOCHS=2)[0].wait())
+    assert "12 added (grows/new0.bin, grows/new1.bin," in message and " and 2 more)" in message
+    assert "1 of another size (grows/4.bin), 1 gone (a checkpoint keeps no names)" in message
+
+
+def test_the_same_data_under_another_name(folder, tmp_path):
+    """A run goes on in a moved folder, to the end that it would have come to; so do two spellings of one place."""
+    moved, same = {"TRAIN_FOLDERS": ["train", "many"]}, {"NUM_EPOCHS": 2}
+    train(folder, "stayed", **moved, **same)
+    assert stop(folder, "moved", signal.SIGTERM, **moved, **same)[0].returncode == 143
+    for part in ("many", "train"):
+        shutil.copytree(folder / part, tmp_path / "elsewhere" / part)
+    moved["TRAIN_FOLDERS"] = [str(tmp_path / "elsewhere" / "train"), f"{folder}/many"]
+    done = train(folder, "moved", **moved, EVAL_FOLDERS=[f"../{folder.name}/eval/"], **same)
+    assert "goes on from moved-last.pth after epoch" in done.stdout
+    assert_same_end(folder, "moved", "stayed")
+    states = [load(folder, f"{name}-last") for name in ("stayed", "moved")]
+    assert all(torch.equal(states[0]["data"][name], states[1]["data"][name]) for name in ("TRAIN_FOLDERS", "EVAL_FOLDERS"))
+    message = one_message(start(folder, "moved", TRAIN_FOLDERS=["many", "train"], NUM_EPOCHS=3)[0].wait())
+    assert "TRAIN_FOLDERS: the files are not those" in message
+
+
+@pytest.mark.parametrize("folders", [["train"], ["train", "many"]])
+def test_a_checkpoint_that_knows_files_by_whole_paths_goes_on(folder, folders):
+    """In several folders not in the order of their names, an epoch in hand begins anew."""
+    name, settings = f"paths{len(folders)}", {"TRAIN_FOLDERS": folders}
+    train(folder, name, NUM_EPOCHS=1, **settings)
+    state = load(folder, f"{name}-last")
+    for key, which in (("TRAIN_FOLDERS", folders), ("EVAL_FOLDERS", ["eval"])):
+        paths = sorted(str(path.relative_to(folder)) for each in which for path in (folder / each).iterdir())
+        sizes = np.array([(folder / path).stat().st_size for path in paths], dtype=np.int64)
+        state["data"][key] = hashlib.sha256(sizes.tobytes() + b"".join(path.encode() + b"\0" for path in paths)).hexdigest()
+    torch.save({**state, "position": 2}, folder / f"{name}-last.pth")
+    done = train(folder, name, NUM_EPOCHS=2, **settings)
+    assert "goes on from" in done.stdout
+    assert ("of several folders in another order: epoch 2 begins anew" in done.stdout) == (len(folders) > 1)
+    assert load(folder, f"{name}-last")["data"]["TRAIN_FOLDERS"].shape[1] == 2
+    torch.save(state, folder / f"{name}-last.pth")
+    message = one_message(start(folder, name, TRAIN_FOLDERS=["eval"], NUM_EPOCHS=3)[0].wait())
+    assert "TRAIN_FOLDERS: the files are not those" in message
 
 
 def test_what_a_rerun_with_other_settings_says(folder):

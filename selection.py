@@ -1,0 +1,170 @@
+"""What to train and evaluate on: pairs for a conversion, what is held out, what two sets share, what has changed."""
+
+import collections
+import itertools
+import os
+import re
+import zlib
+
+import numpy as np
+
+import listing
+import system
+import utils
+
+
+def split_conversion_mode(mode):
+    """Returns (input extension, target extension, whether both directions are meant) of "abc->mid" or "abc&mid"; in lower case."""
+    source, sign, target = re.fullmatch(r"([^&>]+?)(->|&)([^&>]+)", mode.lower()).groups()
+    return source, target, sign == "&"
+
+
+def pair_files(files, mode):
+    """Returns Examples of (input, target) for the Files of the same folder and stem, in the order of `Examples.of` the inputs.
+
+    Extensions are compared without case: tune.abc and tune.MID are a pair. Of tune.mid and tune.MID, the former is the target.
+    """
+    source, target, _ = split_conversion_mode(mode)
+    inputs, spellings = [], set()  # indices of the inputs; how the targets' extensions are spelled
+    for index in range(len(files)):
+        extension = os.path.splitext(files.encoded(index))[1]
+        lower = os.fsdecode(extension[1:]).lower()
+        if lower == source:
+            inputs.append(index)
+        elif lower == target:
+            spellings.add(extension)
+    pairs = []
+    for index in sorted(inputs, key=files.places.__getitem__):
+        stem = os.path.splitext(files.encoded(index))[0]
+        found = [files.find(stem + extension) for extension in sorted(spellings, reverse=True)]  # lower case first
+        pairs += [(index, other) for other in found if other >= 0][:1]
+    return utils.Examples(files, np.array(pairs, dtype=np.int64).reshape(-1, 2))
+
+
+def find_pairs(files, mode, name):
+    """Returns the pairs among Files, see `pair_files`, and prints how many files are in none.
+
+    Args:
+        name: the constant that holds the files' folders, for messages.
+
+    Raises:
+        UserError: there are files, but no pairs.
+    """
+    pairs = pair_files(files, mode)
+    if files and not pairs:
+        raise system.UserError(
+            f"{name}: CONVERSION_MODE is {mode!r}, but no two files of those extensions share a folder and a stem "
+            f"among {len(files)} files ({listing.describe_extensions(files)}){nearest_pairs(files, mode)}"
+        )
+    unpaired = len(files) - len(np.unique(pairs.indices))
+    if unpaired:
+        print(f"{name}: {unpaired} of {len(files)} files are in no pair and are left out")
+    return pairs
+
+
+def fitting_pairs(pairs, patch_size, patch_length):
+    """Returns the pairs that fit in a sequence, and the patches of the longest pair of all (0 if there are none)."""
+    lengths = pairs.lengths(patch_size, patch_length)
+    return pairs.select(lengths <= patch_length), int(lengths.max(initial=0))
+
+
+def nearest_pairs(files, mode):
+    """Returns what comes nearest to pairs of a CONVERSION_MODE among files that hold none, as a clause for messages.
+
+    That is another extension in place of one of the mode's, or files of one stem in different folders.
+    """
+    source, target, both = split_conversion_mode(mode)
+    spots = {}  # {stem: [(folder, extension)]} of all files
+    for path in files:
+        folder, name = os.path.split(path)
+        stem, extension = os.path.splitext(name)
+        spots.setdefault(stem, []).append((folder, extension[1:].lower()))
+    beside, apart, example = collections.Counter(), 0, None  # beside: {(input, target extension): its pairs}
+    for stem, found in spots.items():
+        for (folder, extension), (other_folder, other) in itertools.permutations(found[:100], 2):
+            if folder == other_folder and extension != other and (extension == source or other == target):
+                beside[extension, other] += 1
+            if (extension, other) == (source, target):
+                apart, example = apart + 1, example or (folder, other_folder, stem)
+    if beside:
+        (extension, other), count = beside.most_common(1)[0]
+        return f"; {extension}{'&' if both else '->'}{other} would find {count} pairs"
+    if apart:
+        folder, other_folder, stem = map(system.escape_name, example)
+        return (
+            f"; {apart} have the same stem but lie apart, such as {folder}/{stem}.{source} and {other_folder}/{stem}.{target}: put the "
+            "two files of a pair into one folder"
+        )
+    return "; the two files of a pair have one name but for the extension, such as tune." + source + " and tune." + target
+
+
+def hold_out(count, share, seed, candidates=None, groups=None):
+    """Splits `count` examples in two at random: the rest, and `share` of them (at least one).
+
+    Args:
+        count: how many examples there are.
+        share: EVAL_SPLIT.
+        seed: SEED.
+        candidates: int64 (m,), the indices of those that may be held out; None = all.
+        groups: int64 (m,), the group of each candidate, of which each gives the same share, as nearly as whole examples can;
+            None = they are drawn from all alike.
+
+    Returns:
+        int64 (rest,) and (held out,), the indices of both, ascending.
+
+    Raises:
+        UserError: there are too few.
+    """
+    if candidates is None:
+        candidates = np.arange(count)
+    if count > 1 and not len(candidates):
+        raise system.UserError("EVAL_FOLDERS holds nothing, and every label has but one file, which stays in training: add files, or EVAL_FOLDERS")
+    if count < 2:
+        raise system.UserError(f"EVAL_FOLDERS holds nothing, and EVAL_SPLIT cannot hold out a part of {count}: add files")
+    num_chosen = min(max(1, round(share * count)), len(candidates), count - 1)
+    drawn = np.random.default_rng([seed, zlib.crc32(b"hold out")]).permutation(len(candidates))
+    if groups is not None:
+        # the k-th of a group's m examples in the order drawn gets the place (k + 1/2) / m: the first places of all are of
+        # every group the same share
+        groups = groups[drawn]
+        by_group = np.argsort(groups, kind="stable")
+        sizes = np.bincount(groups)
+        ranks = np.empty(len(drawn), np.int64)
+        ranks[by_group] = np.arange(len(drawn)) - (np.cumsum(sizes) - sizes)[groups[by_group]]
+        drawn = drawn[np.argsort((ranks + 0.5) / sizes[groups], kind="stable")]
+    chosen = np.sort(candidates[drawn[:num_chosen]])
+    print(f"EVAL_FOLDERS holds none: {num_chosen} of the training examples are held out for evaluation")
+    return np.setdiff1d(np.arange(count), chosen), chosen
+
+
+def print_overlap(train, held_out):
+    """Prints how many evaluation Examples are training Examples too, by their first files."""
+    found = np.array([train.files.find(held_out.files.encoded(file)) for file in held_out.indices[:, 0].tolist()])
+    shared = int(np.isin(found, train.indices[:, 0]).sum())
+    if shared:
+        print(f"{shared} evaluation examples are training examples too: their figures say nothing about unseen files")
+
+
+def describe_difference(examples, hashes, known):
+    """Returns which files were added, are gone or have changed in size, as a clause for messages; "" if none.
+
+    Args:
+        examples: the Examples now.
+        hashes: their `Examples.hashes`.
+        known: those of the examples before, of which no names are kept.
+    """
+    files = examples.indices.reshape(-1)
+    known = known[np.argsort(known[:, 0])]
+    nearest = known[np.searchsorted(known[:, 0], hashes[:, 0]).clip(max=len(known) - 1)]  # int64 (files, 2)
+    is_known = nearest[:, 0] == hashes[:, 0]
+    clauses = []
+    for what, chosen in (("added", ~is_known), ("of another size", is_known & (nearest[:, 1] != hashes[:, 1]))):
+        found = np.unique(files[chosen]).tolist()  # a pair in both directions has each file twice
+        if found:
+            names = ", ".join(system.escape_name(examples.files[file]) for file in found[: listing.SHOWN_FILES])
+            more = f" and {len(found) - listing.SHOWN_FILES} more" if len(found) > listing.SHOWN_FILES else ""
+            clauses.append(f"{len(found)} {what} ({names}{more})")
+    gone = len(np.setdiff1d(known[:, 0], hashes[:, 0]))
+    if gone:
+        clauses.append(f"{gone} gone (a checkpoint keeps no names)")
+    return "; " + ", ".join(clauses) if clauses else ""
