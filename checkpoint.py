@@ -210,7 +210,8 @@ def load_optimizer(optimizer, state):
         if set(values) != {"step", "exp_avg", "exp_avg_sq"}:
             raise ValueError(f"optimizer: it holds {sorted(map(str, values))}")
         for name in ("exp_avg", "exp_avg_sq"):
-            if not _is_plain_tensor(values[name]) or values[name].shape != parameters[index].shape or not values[name].isfinite().all():
+            moment = values[name]
+            if not _is_plain_tensor(moment) or moment.shape != parameters[index].shape or not moment.isfinite().all():
                 raise ValueError(f"optimizer: an {name} is not {tuple(parameters[index].shape)} numbers")
         if torch.as_tensor(values["step"]).numel() != 1 or not math.isfinite(values["step"]):
             raise ValueError("optimizer: a step is not one number")
@@ -218,7 +219,9 @@ def load_optimizer(optimizer, state):
 
 
 def load_model(path, name="path"):
-    """Returns (model, checkpoint) with the sizes and weights of a checkpoint, whatever config.py says; the model is in training mode.
+    """Returns (model, checkpoint) with the sizes and weights of a checkpoint, whatever config.py says.
+
+    The model is in training mode.
 
     Args:
         path: the file.

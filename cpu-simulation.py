@@ -480,7 +480,8 @@ def generate(args):
         began = time.monotonic()
         results = results_of(generate_jobs(args, folders, num_workers), num_workers)
         try:
-            with tqdm(total=total, unit=" instances", unit_scale=total >= 10_000, **system.progress_options()) as bar, contextlib.closing(results):
+            bar = tqdm(total=total, unit=" instances", unit_scale=total >= 10_000, **system.progress_options())
+            with bar, contextlib.closing(results):
                 for count in results:
                     bar.update(count)
         except BrokenProcessPool:

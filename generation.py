@@ -157,7 +157,8 @@ def attend_once(queries, keys, values, mask=None):
 
     Args:
         queries: (B, H, 64).
-        keys, values: (B, H, T, 64); where T is the longest row's, it must be a multiple of 16, or a row's rounding would depend on that.
+        keys, values: (B, H, T, 64); where T is the longest row's, it must be a multiple of 16: a row's rounding would depend
+            on it otherwise.
         mask: (B, 1, 1, T), added to the scores.
     """
     scores = torch.matmul((queries * HEAD_SIZE**-0.5).unsqueeze(2), keys.transpose(2, 3))  # (B, H, 1, T)

@@ -36,7 +36,8 @@ def check_folders():
 
 
 if __name__ == "__main__":
-    system.start(config.override, check_settings)  # here, so that mistakes are answered before the seconds that PyTorch takes to load
+    # here, so that mistakes are answered before the seconds that PyTorch takes to load
+    system.start(config.override, check_settings)
 
 import dataclasses
 import time
@@ -370,7 +371,9 @@ def find_examples(files, patch_size, patch_length):
     lengths = pairs.lengths(patch_size)
     unfit = [(" -> ".join(pairs[i]), int(lengths[i])) for i in np.flatnonzero(lengths > patch_length)]
     if len(unfit) == len(pairs):
-        raise system.UserError(f"INPUT_FOLDER: no pair fits in the model's {patch_length} patches (PATCH_LENGTH); the shortest has {min(lengths)}")
+        raise system.UserError(
+            f"INPUT_FOLDER: no pair fits in the model's {patch_length} patches (PATCH_LENGTH); the shortest has {min(lengths)}"
+        )
     return pairs.select(lengths <= patch_length), unfit
 
 
@@ -381,7 +384,8 @@ def evaluate_files(model, files, dtype, check_stop):
     """
     examples, unfit = find_examples(files, model.patch_size, model.patch_length)
     windows, scores, failed = evaluation.Windows(examples, model.patch_size, model.patch_length), [], []
-    with tqdm(total=int(windows.sizes.sum() + len(examples)), unit="B", unit_scale=True, desc=config.MODE, dynamic_ncols=True) as bar:
+    total = int(windows.sizes.sum() + len(examples))
+    with tqdm(total=total, unit="B", unit_scale=True, desc=config.MODE, **system.progress_options()) as bar:
 
         def progress(num_symbols):
             bar.update(num_symbols)

@@ -118,7 +118,9 @@ def hold_out(count, share, seed, candidates=None, groups=None):
     if candidates is None:
         candidates = np.arange(count)
     if count > 1 and not len(candidates):
-        raise system.UserError("EVAL_FOLDERS holds nothing, and every label has but one file, which stays in training: add files, or EVAL_FOLDERS")
+        raise system.UserError(
+            "EVAL_FOLDERS holds nothing, and every label has but one file, which stays in training: add files, or EVAL_FOLDERS"
+        )
     if count < 2:
         raise system.UserError(f"EVAL_FOLDERS holds nothing, and EVAL_SPLIT cannot hold out a part of {count}: add files")
     num_chosen = min(max(1, round(share * count)), len(candidates), count - 1)

@@ -23,7 +23,8 @@ def check_settings():
 
 
 if __name__ == "__main__":
-    system.start(config.override, check_settings)  # here, so that mistakes are answered before the seconds that PyTorch takes to load
+    # here, so that mistakes are answered before the seconds that PyTorch takes to load
+    system.start(config.override, check_settings)
 
 import dataclasses
 import time

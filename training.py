@@ -83,8 +83,8 @@ def make_scheduler(optimizer, name, learning_rate, num_steps, steps_done):
         num_steps: in all.
         steps_done: how many of them are behind.
     """
-    for group in optimizer.param_groups:
-        group["initial_lr"] = learning_rate * group.get("lr_factor", 1.0)  # also where the optimizer comes from a checkpoint with another
+    for group in optimizer.param_groups:  # also of an optimizer that comes from a checkpoint with another learning rate
+        group["initial_lr"] = learning_rate * group.get("lr_factor", 1.0)
     if name == "cosine":
         return get_cosine_schedule_with_warmup(optimizer, num_steps // 10, num_steps, last_epoch=steps_done - 1)
     return get_constant_schedule_with_warmup(optimizer, num_steps // 10, last_epoch=steps_done - 1)
@@ -218,13 +218,17 @@ class Run:
         hold_out: how its evaluation examples are held out, for checkpoints.
     """
 
-    def __init__(self, processes, model, sizes, dtype, settings, train, held_out, best_name, higher_is_better, no_totals, labels=None, hold_out=None):
+    def __init__(
+        self, processes, model, sizes, dtype, settings, train, held_out, best_name, higher_is_better, no_totals, labels=None,
+        hold_out=None,
+    ):  # fmt: skip
         self.processes, self.model, self.sizes, self.dtype, self.settings = processes, model, sizes, dtype, settings
         self.train, self.held_out, self.labels, self._hold_out = train, held_out, labels, hold_out
         self.best_name, self.higher_is_better, self._no_totals = best_name, higher_is_better, no_totals
         self.state = State(no_totals, processes.gather(os.urandom(8).hex())[0])
         self.files = checkpoint.RunFiles(settings["WEIGHTS_PATH"], settings["LOGS_PATH"])
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, settings["EMBEDDING_START"]), lr=settings["LEARNING_RATE"], fused=True)
+        groups = parameter_groups(model, settings["EMBEDDING_START"])
+        self.optimizer = torch.optim.AdamW(groups, lr=settings["LEARNING_RATE"], fused=True)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == torch.float16)
         self.scheduler = self.bar = None  # see `begin`, `training_batches`
         self._data = {"TRAIN_FOLDERS": torch.from_numpy(train.hashes()), "EVAL_FOLDERS": torch.from_numpy(held_out.hashes())}
@@ -261,7 +265,8 @@ class Run:
             found = checkpoint.load_sized_weights(self.model, self.sizes, path, "WEIGHTS_PATH")
         except checkpoint.DamagedCheckpoint as error:
             if path == self.files.latest and os.path.exists(self.files.best):
-                raise system.UserError(f"{error}. Without that file, the run goes on from its best model, {self.files.best}") from None
+                hint = f"Without that file, the run goes on from its best model, {self.files.best}"
+                raise system.UserError(f"{error}. {hint}") from None
             raise
         try:
             self._check_fits(found, path)
@@ -366,7 +371,9 @@ class Run:
         views = processes.gather((state.epoch, state.position, state.run_id, data))
         if any(view != views[0] for view in views):
             processes.agree(
-                system.UserError("the processes see different files: TRAIN_FOLDERS, EVAL_FOLDERS and WEIGHTS_PATH must lie on a disk that all share")
+                system.UserError(
+                    "the processes see different files: TRAIN_FOLDERS, EVAL_FOLDERS and WEIGHTS_PATH must lie on a disk that all share"
+                )
             )
         size = settings["BATCH_SIZE"] * processes.count
         steps_per_epoch = -(-len(self.train) // size)
@@ -563,7 +570,8 @@ class Run:
             problem = self.files.save(self.files.best if best else self.files.latest, self._contents(everyone))
         is_saved = self.processes.sum([problem is not None]) == [0]
         if not best:
-            self._is_saved, self._saved_at, self._saved_position = is_saved, time.monotonic(), (self.state.epoch, self.state.position)
+            self._is_saved, self._saved_at = is_saved, time.monotonic()
+            self._saved_position = self.state.epoch, self.state.position
         return is_saved
 
     def _contents(self, everyone):

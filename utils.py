@@ -742,8 +742,8 @@ class ModelSizes:
 def smoothen(weight):
     """Fills the weight of a patch embedding, (D, S·V), so that close byte values have close vectors; 256 stands apart.
 
-    At each of the S positions in a patch, 98 % of the variance are sines and cosines of half a period to four periods over the bytes,
-    in random directions. The standard deviation is 0.12.
+    At each of the S positions in a patch, 98 % of the variance are sines and cosines of half a period to four periods over
+    the bytes, in random directions. The standard deviation is 0.12.
     """
     patch_size, width, std, smooth_share = weight.shape[1] // NUM_SYMBOLS, weight.shape[0], 0.12, 0.98
     angles = torch.arange(256)[:, None] * torch.tensor([0.5, 1.0, 2.0, 4.0]) * (2 * torch.pi / 256)  # (256, 4)
