@@ -75,7 +75,7 @@ SEED: int = 0
 LOAD_FROM_CHECKPOINT: bool = True
 # Start a new run from PRE_WEIGHTS_PATH. True or False.
 LOAD_FROM_PRE_CHECKPOINT: bool = False
-# Train on pairs of files: "abc->mid" one direction, "abc&mid" both. None = on plain files.
+# Train on pairs of files, or score them in MODE "evaluate": "abc->mid" one direction, "abc&mid" both. None = plain files.
 CONVERSION_MODE: str | None = None
 # Log to Weights & Biases. True or False; WANDB_MODE=offline in the environment keeps it on this machine.
 WANDB_LOG: bool = False
