@@ -79,7 +79,8 @@ SEED: int = 0
 LOAD_FROM_CHECKPOINT: bool = True
 # Start a new run from PRE_WEIGHTS_PATH. True or False.
 LOAD_FROM_PRE_CHECKPOINT: bool = False
-# Train on pairs of files: "abc->mid" one direction, "abc&mid" both; upper or lower case is all one. None = on plain files.
+# Train on pairs of files, or score them in MODE "evaluate": "abc->mid" one direction, "abc&mid" both; upper or lower case
+# is all one. None = plain files.
 CONVERSION_MODE: str | None = None
 # The label of a file, to classify: "name" (its name up to the first "_", and its extension: Business_1.txt is Business.txt),
 # "prefix" (up to the last "_", and its extension) or "folder" (the folder that it lies in: Business/1.txt is Business).

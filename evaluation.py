@@ -193,14 +193,14 @@ class Windows:
         if len(paths) == 1:
             return utils.read_window(paths[0], self.patch_size, window[0], window[1], int(self.sizes[index]))
         patches, counted = utils.ByteDataset(self.examples, self.patch_size, self.patch_length)[index]
-        if len(patches) != self.totals[index]:
+        if len(patches) != self.totals[index] or counted[self.given[index] :].sum() != self.sizes[index] + 1:
             raise system.UserError("has another size than when it was listed")
         return patches, counted
 
 
 @torch.inference_mode()
 def predict(model, sequences, contexts, dtype, num_likeliest=1):
-    """Returns what a generative model holds of the patches of sequences that follow their contexts.
+    """Returns how well a generative model predicts the patches of sequences that follow their contexts.
 
     Args:
         model: bGPTLMHeadModel in eval mode.
@@ -218,12 +218,16 @@ def predict(model, sequences, contexts, dtype, num_likeliest=1):
     targets = (place >= torch.tensor(contexts)[:, None]) & (batch.masks[:, 1:] == 1)  # (B, P-1)
     with devices.autocast(model.device, dtype):
         output = model(batch.patches_on(model.device), batch.masks, targets)
-    found = [output.nats.float(), output.logits.argmax(-1, keepdim=True), None]  # (N, S), (N, S, k)
     if num_likeliest > 1:
-        found[2], found[1] = output.logits.float().softmax(-1).topk(num_likeliest)
+        probabilities, likeliest = output.logits.float().softmax(-1).topk(num_likeliest)  # (N, S, k) each
+    else:
+        probabilities, likeliest = None, output.logits.argmax(-1, keepdim=True)
     counts = targets.sum(1).tolist()
-    arrays = [[None] * len(counts) if each is None else [a.numpy() for a in each.cpu().split(counts)] for each in found]
-    return list(zip(*arrays))
+
+    def by_sequence(rows):
+        return [None] * len(counts) if rows is None else [part.numpy() for part in rows.cpu().split(counts)]
+
+    return list(zip(*map(by_sequence, (output.nats.float(), likeliest, probabilities))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -231,6 +231,7 @@ def test_the_report_says_what_the_predictions_are():
     confusion = np.array([[5, 1, 0], [2, 2, 0], [0, 0, 0]])
     assert evaluation.classification_report(confusion, ["a.txt", "b.txt", "long.name"]).splitlines() == [
         "accuracy 0.7000 (7 of 10 files), balanced accuracy 0.6667",
+        "95 % interval of the accuracy: 0.3968 to 0.8922",
         "label      precision  recall  files  predicted",
         "a.txt         0.7143  0.8333      6          7",
         "b.txt         0.6667  0.5000      4          3",
@@ -242,7 +243,7 @@ def test_the_report_says_what_the_predictions_are():
         "2 long.name  0  0  0",
     ]
     many = evaluation.classification_report(np.eye(31), [str(i) for i in range(31)])
-    assert "column:" not in many and len(many.splitlines()) == 33
+    assert "column:" not in many and len(many.splitlines()) == 34
 
 
 def test_accuracy_and_loss_are_those_of_single_files(folder, trained):
