@@ -279,7 +279,10 @@ class Run:
         hold_out: how its evaluation examples are held out, for checkpoints.
     """
 
-    def __init__(self, processes, model, sizes, dtype, settings, train, held_out, best_name, higher_is_better, no_totals, labels=None, hold_out=None):
+    def __init__(
+        self, processes, model, sizes, dtype, settings, train, held_out, best_name, higher_is_better, no_totals,
+        labels=None, hold_out=None,
+    ):  # fmt: skip
         self.processes, self.model, self.sizes, self.dtype, self.settings = processes, model, sizes, dtype, settings
         self.train, self.held_out, self.labels, self._hold_out = train, held_out, labels, hold_out
         self.best_name, self.higher_is_better, self._no_totals = best_name, higher_is_better, no_totals
@@ -389,7 +392,7 @@ class Run:
         if found.get("order") != ORDER:
             print(f"the checkpoint is from a version that drew the order of an epoch in another way: {anew}")
             return
-        if isinstance(found["data"]["TRAIN_FOLDERS"], str) and (np.diff(self.train.files.places) < 0).any():
+        if isinstance(found.get("data", {}).get("TRAIN_FOLDERS"), str) and (np.diff(self.train.files.places) < 0).any():
             print(f"the checkpoint is from a version that took the files of several folders in another order: {anew}")
             return
         if found["config"]["SEED"] != self.settings["SEED"]:
