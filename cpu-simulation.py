@@ -145,7 +145,7 @@ def read_options(argv=None):
 
 
 if __name__ == "__main__":
-    system.start(read_options)  # answers mistakes before NumPy has loaded, which takes longer than all that is above
+    system.start(read_options, unstoppable=("stderr",))  # answers mistakes before NumPy has loaded, which takes longer than all that is above
 
 import dataclasses
 
@@ -940,4 +940,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    system.run(main, unstoppable=("stderr",), hint="; the same command again starts over and ends with the same result")
+    system.run(main, hint="; the same command again starts over and ends with the same result")

@@ -45,11 +45,11 @@ def table(labels, train_counts, held_out_counts):
     return lines
 
 
-def warnings(files, truth, labels, held_out_counts, mode):
+def warnings(paths, truth, labels, held_out_counts, mode):
     """Returns what looks wrong with the labels of training files, a line each that says what to do about it.
 
     Args:
-        files: a sequence of their paths.
+        paths: an iterable of their paths.
         truth: int64 (n,), the indices of their labels.
         labels: list of str.
         held_out_counts: int (labels,), the evaluation files of each label.
@@ -59,12 +59,12 @@ def warnings(files, truth, labels, held_out_counts, mode):
     extensions = collections.Counter()  # of the training files
     first_files = {}  # {label: its first file}
     folders = {}  # {folder that files lie in: its number}
-    pairs = set()  # (label, number of a folder) of all files
+    numbers = np.empty(len(truth), np.int64)  # the number of each file's folder
     prefixes = {}  # {label by "name": {label by "prefix": an example}}, of names such as new_york_1.txt
-    for path, label in zip(files, truth.tolist()):
+    for index, (path, label) in enumerate(zip(paths, truth.tolist())):
         extensions[listing.extension_of(path)] += 1
         first_files.setdefault(label, path)
-        pairs.add((label, folders.setdefault(os.path.dirname(path), len(folders))))
+        numbers[index] = folders.setdefault(os.path.dirname(path), len(folders))
         if mode == "name" and re.search(r"_.*[^\d_].*_\d+$", os.path.splitext(os.path.basename(path))[0]):
             prefixes.setdefault(label, {}).setdefault(label_of(path, "prefix"), path)
     lines = []
@@ -94,14 +94,15 @@ def warnings(files, truth, labels, held_out_counts, mode):
             "--LABELS prefix ends at the last"
         )
     # where files are only numbered in folders named after their label, a label by name occurs once in each folder
-    if mode != "folder" and 1 < len(folders) < len(labels) and len(pairs) > len(files) / 2:
+    num_pairs = len(np.unique(truth * len(folders) + numbers))  # of a label and a folder
+    if mode != "folder" and 1 < len(folders) < len(labels) and num_pairs > len(truth) / 2:
         names = sorted(os.path.basename(folder) for folder in folders)
         lines.append(
-            f"{len(labels)} labels for {len(files)} files, which lie in {len(folders)} folders ({_named(names)}): if the folders are "
+            f"{len(labels)} labels for {len(truth)} files, which lie in {len(folders)} folders ({_named(names)}): if the folders are "
             "the labels, give --LABELS folder"
         )
-    elif len(labels) > len(files) / 2:
-        lines.append(f"{len(labels)} labels for {len(files)} files: {described(mode)}")
+    elif len(labels) > len(truth) / 2:
+        lines.append(f"{len(labels)} labels for {len(truth)} files: {described(mode)}")
 
     total = int(held_out_counts.sum())
     if total < FEW_FILES:

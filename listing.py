@@ -18,15 +18,10 @@ def extension_of(path):
     return os.path.splitext(path)[1][1:]
 
 
-def count_extensions(files):
-    """Returns {extension in lower case: how many of the files have it}, the most frequent first."""
-    return dict(collections.Counter(extension_of(path).lower() for path in files).most_common())
-
-
 def describe_extensions(files, most=5):
-    """Returns the extensions of files with their counts, for messages; of many, the `most` most frequent."""
-    counts = count_extensions(files)
-    shown = [f"{count} {system.escape_name('.' + extension) if extension else 'without any'}" for extension, count in counts.items()]
+    """Returns the extensions of files, in lower case, with their counts, for messages; of many, the `most` most frequent."""
+    counts = collections.Counter(extension_of(path).lower() for path in files).most_common()
+    shown = [f"{count} {system.escape_name('.' + extension) if extension else 'without any'}" for extension, count in counts]
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} other extensions" if len(shown) > most else "")
 
 

@@ -356,7 +356,7 @@ def progress_options():
     return {"ncols": 120, "mininterval": 60, "maxinterval": 60}
 
 
-def start(*checks):
+def start(*checks, unstoppable=("stdout", "stderr")):
     """Answers a script's options and the likeliest mistakes at once; called before the script imports PyTorch.
 
     From here on, Ctrl-C ends the script without a traceback.
@@ -364,7 +364,13 @@ def start(*checks):
     Args:
         checks: functions of no arguments, called one after another: the first reads the command line, others raise UserError
             for what can be told without PyTorch.
+        unstoppable: the streams whose reader may go away, see `Unstoppable`.
     """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):  # a notebook's has no such thing
+            stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that no terminal can show
+        setattr(sys, name, Unstoppable(stream) if name in unstoppable else stream)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load, no Python code can catch it everywhere
     with _messages(quiet=not is_first_process()):
@@ -372,19 +378,13 @@ def start(*checks):
             check()
 
 
-def run(main, unstoppable=("stdout", "stderr"), hint=""):
+def run(main, hint=""):
     """Runs a script's main function and exits: a user's mistake is one message and status 1, a signal 128 and its number.
 
     Args:
         main: function of no arguments; what it returns is the exit status.
-        unstoppable: the streams whose reader may go away, see `Unstoppable`.
         hint: what follows "stopped by Ctrl-C".
     """
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")
-        if hasattr(stream, "reconfigure"):  # a notebook's has no such thing
-            stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that no terminal can show
-        setattr(sys, name, Unstoppable(stream) if name in unstoppable else stream)
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # not where a shell has it ignored
             signal.signal(number, _raise_once)

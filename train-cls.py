@@ -94,7 +94,7 @@ def find_examples(by_label):
         train, held_out, truth, held_out_truth = train.select(kept), train.select(chosen), truth[kept], truth[chosen]
     train_counts, held_out_counts = (np.bincount(each, minlength=len(labels)) for each in (truth, held_out_truth))
     print("\n".join(labeling.table(list(labels), train_counts, held_out_counts)))
-    for line in labeling.warnings([path for path, in train], truth, list(labels), held_out_counts, config.LABELS):
+    for line in labeling.warnings((path for path, in train), truth, list(labels), held_out_counts, config.LABELS):
         print(f"warning: {line}")
     return train, torch.from_numpy(truth), held_out, torch.from_numpy(held_out_truth), labels
 

@@ -219,8 +219,8 @@ class Run:
     """
 
     def __init__(
-        self, processes, model, sizes, dtype, settings, train, held_out, best_name, higher_is_better, no_totals, labels=None,
-        hold_out=None,
+        self, processes, model, sizes, dtype, settings, train, held_out, best_name, higher_is_better, no_totals,
+        labels=None, hold_out=None,
     ):  # fmt: skip
         self.processes, self.model, self.sizes, self.dtype, self.settings = processes, model, sizes, dtype, settings
         self.train, self.held_out, self.labels, self._hold_out = train, held_out, labels, hold_out
@@ -333,7 +333,7 @@ class Run:
         if found.get("order") != ORDER:
             print(f"the checkpoint is from a version that drew the order of an epoch in another way: {anew}")
             return
-        if isinstance(found["data"]["TRAIN_FOLDERS"], str) and (np.diff(self.train.files.places) < 0).any():
+        if isinstance(found.get("data", {}).get("TRAIN_FOLDERS"), str) and (np.diff(self.train.files.places) < 0).any():
             print(f"the checkpoint is from a version that took the files of several folders in another order: {anew}")
             return
         if found["config"]["SEED"] != self.settings["SEED"]:
