@@ -334,7 +334,7 @@ def test_pairs(tmp_path, tiny_checkpoint):
     assert done.returncode == 0 and list(report_of(tmp_path, "one")["groups"]) == ["all", "mid->abc"]
     for constants, words in [
         ({"CONVERSION_MODE": "abc->mid", "INPUT_EXT": "mid"}, "INPUT_EXT: 'mid' is not what CONVERSION_MODE"),
-        ({"CONVERSION_MODE": "abc->wav"}, "no two of those extensions share a folder"),
+        ({"CONVERSION_MODE": "abc->wav"}, "no two files of those extensions share a folder"),
     ]:
         assert words in one_message(evaluate(tmp_path, **constants))
 
