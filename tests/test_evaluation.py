@@ -355,7 +355,7 @@ def test_a_file_that_changes_on_the_way_is_named(tmp_path, tiny_model):
     os.unlink(tmp_path / "c.x")
     failed = []
     scores = score(tiny_model, utils.Examples.of(files), tmp_path, 2, failed)
-    pairs = utils.pair_files(write_files(tmp_path / "pairs", {"a.x": b"12345", "a.y": b"12345"}), "x->y")
+    pairs = selection.pair_files(write_files(tmp_path / "pairs", {"a.x": b"12345", "a.y": b"12345"}), "x->y")
     (tmp_path / "pairs" / "a.y").write_bytes(b"123456")  # as many patches as before
     assert not score(tiny_model, pairs, tmp_path, 2, failed) and failed.pop()[1] == "has another size than when it was listed"
     assert set(scores) == {"b.x"}
