@@ -12,8 +12,7 @@ The patch-level decoder reads whole patches and sums up patches 0..i in one vect
 decoder writes patch i+1, symbol by symbol. The first is deep and runs once per patch, the second is shallow and runs once
 per byte.
 
-A byte enters the model twice: in `PatchLevelDecoder.embed`, as part of a patch, and in `ByteLevelDecoder.forward`, as a
-symbol.
+A byte enters the model twice: in `PatchLevelDecoder.embed`, in a patch, and in `ByteLevelDecoder.forward`, by itself.
 
 Dimensions in shape comments: B sequences in a batch, P patches in a sequence, S symbols in a patch (PATCH_SIZE),
 D width (HIDDEN_SIZE), N patches of a batch that are real or targets, V = 257 symbols, H = D/64 attention heads, T places
@@ -187,10 +186,7 @@ class Examples:
         return Examples(self.files, np.stack((self.indices, self.indices[:, ::-1]), axis=1).reshape(-1, 2))
 
     def lengths(self, patch_size, patch_length=None):
-        """Returns the patches of each example's sequence, int64 (n,): of a pair all, of a file at most `patch_length`.
-
-        None: all of a file, too.
-        """
+        """Returns the patches of each example's sequence, int64 (n,); of a file at most `patch_length`, unless that is None."""
         content = -(-self.files.sizes[self.indices].clip(min=0) // patch_size)  # (n, 1) or (n, 2)
         lengths = content.sum(1) + self.indices.shape[1] + 1  # an extension patch for each file, one end patch
         return lengths if self.indices.shape[1] == 2 or patch_length is None else lengths.clip(max=patch_length)
@@ -330,8 +326,7 @@ class Batch:
 
         The batches have nearly the same number of patches, see `balanced_parts`.
         """
-        found = filter(len, balanced_parts(self.lengths, parts))
-        return [(rows, Batch(self._sequences[row] for row in rows)) for rows in found]
+        return [(rows, Batch(self._sequences[i] for i in rows)) for rows in balanced_parts(self.lengths, parts) if len(rows)]
 
     def patches_on(self, device):
         """Returns the patches as the models want them, int64 (B, P, S), on a device; they are copied to a GPU asynchronously."""
@@ -745,10 +740,9 @@ def smoothen(weight):
     At each of the S positions in a patch, 98 % of the variance are sines and cosines of half a period to four periods over
     the bytes, in random directions. The standard deviation is 0.12.
     """
-    patch_size, width, std, smooth_share = weight.shape[1] // NUM_SYMBOLS, weight.shape[0], 0.12, 0.98
     angles = torch.arange(256)[:, None] * torch.tensor([0.5, 1.0, 2.0, 4.0]) * (2 * torch.pi / 256)  # (256, 4)
     waves = torch.cat((angles.sin(), angles.cos()), dim=1) / 2  # (256, 8), rows of norm 1
-    vectors = torch.randn(patch_size, NUM_SYMBOLS, width)  # (S, V, D)
-    vectors[:, :256] *= (1 - smooth_share) ** 0.5
-    vectors[:, :256] += smooth_share**0.5 * waves @ torch.randn(patch_size, 8, width)
-    weight.copy_(vectors.flatten(0, 1).t() * std)  # (S, V, D) -> (S·V, D) -> (D, S·V)
+    vectors = torch.randn(weight.shape[1] // NUM_SYMBOLS, NUM_SYMBOLS, len(weight))  # (S, V, D)
+    vectors[:, :256] *= 0.02**0.5
+    vectors[:, :256] += 0.98**0.5 * waves @ torch.randn(len(vectors), 8, len(weight))
+    weight.copy_(vectors.flatten(0, 1).t() * 0.12)  # (S, V, D) -> (S·V, D) -> (D, S·V)
