@@ -374,7 +374,7 @@ def _finish(windows, index, file, folder):
         index=index,
         path=paths[-1],
         name=" -> ".join(os.path.relpath(path, folder) for path in paths),
-        group="->".join(extensions) if len(paths) == 2 else f".{extensions[0]}" if extensions[0] else "no extension",
+        group="->".join(extensions).lower() if len(paths) == 2 else f".{extensions[0]}" if extensions[0] else "no extension",
         top1=int(file.is_top1.sum()),
         exact=bool(file.is_top1.all()) and int(windows.given[index]) + size // windows.patch_size < windows.patch_length,
         stretches=surprising_stretches(bits),

@@ -361,11 +361,10 @@ def find_examples(files, patch_size, patch_length):
     """
     if config.CONVERSION_MODE is None:
         return utils.Examples.of(files), []
-    pairs = selection.find_pairs(files, config.CONVERSION_MODE, "INPUT_FOLDER")
-    if selection.split_conversion_mode(config.CONVERSION_MODE)[2]:
-        pairs = pairs.both_ways()
+    pairs = selection.directed(selection.find_pairs(files, config.CONVERSION_MODE, "INPUT_FOLDER"), config.CONVERSION_MODE)
     if config.INPUT_EXT is not None:
-        pairs = pairs.select([i for i, (source, _) in enumerate(pairs) if listing.extension_of(source) == config.INPUT_EXT])
+        wanted = config.INPUT_EXT.lower()
+        pairs = pairs.select([i for i, (source, _) in enumerate(pairs) if listing.extension_of(source).lower() == wanted])
         if not pairs:
             raise system.UserError(f"INPUT_EXT: {config.INPUT_EXT!r} is not what CONVERSION_MODE {config.CONVERSION_MODE!r} converts from")
     lengths = pairs.lengths(patch_size)

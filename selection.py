@@ -62,6 +62,11 @@ def find_pairs(files, mode, name):
     return pairs
 
 
+def directed(examples, mode):
+    """Returns Examples in the directions of a CONVERSION_MODE, or None: "&" gives each pair both ways."""
+    return examples.both_ways() if mode is not None and split_conversion_mode(mode)[2] else examples
+
+
 def fitting_pairs(pairs, patch_size, patch_length):
     """Returns the pairs that fit in a sequence, and the patches of the longest pair of all (0 if there are none)."""
     lengths = pairs.lengths(patch_size, patch_length)

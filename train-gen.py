@@ -59,7 +59,7 @@ def find_examples():
     else:
         kept, chosen = selection.hold_out(len(train), config.EVAL_SPLIT, config.SEED)
         train, held_out = train.select(kept), train.select(chosen)
-    return directed(train), directed(held_out)
+    return tuple(selection.directed(examples, config.CONVERSION_MODE) for examples in (train, held_out))
 
 
 def group_files(folders, name):
@@ -78,13 +78,6 @@ def group_files(folders, name):
             raise system.UserError(message)
         print(message)
     return fitting
-
-
-def directed(examples):
-    """Returns Examples in the directions of CONVERSION_MODE: "&" gives each pair both ways."""
-    if config.CONVERSION_MODE is not None and selection.split_conversion_mode(config.CONVERSION_MODE)[2]:
-        return examples.both_ways()
-    return examples
 
 
 def sample_targets(masks, most, rng):

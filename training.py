@@ -101,7 +101,6 @@ def compile_model(model):
             decoder.parts = tuple(torch.compile(part, dynamic=True) for part in decoder.parts)
 
 
-
 class NoLogger:
     """A logger that does nothing, in place of Weights & Biases when WANDB_LOG is False."""
 

@@ -332,6 +332,11 @@ def test_pairs(tmp_path, tiny_checkpoint):
     assert "1 of 5 files are in no pair" in done.stdout and len(report["pairs_that_do_not_fit"]) == 2
     done = evaluate(tmp_path, CONVERSION_MODE="abc&mid", INPUT_EXT="mid", OUTPUT_FOLDER="one")
     assert done.returncode == 0 and list(report_of(tmp_path, "one")["groups"]) == ["all", "mid->abc"]
+    (tmp_path / "input" / "a.mid").rename(tmp_path / "input" / "a.MID")  # pairs ignore case, and so does INPUT_EXT
+    done = evaluate(tmp_path, CONVERSION_MODE="abc&mid", INPUT_EXT="mid", OUTPUT_FOLDER="upper")
+    assert done.returncode == 0, done.stderr
+    upper, lower = (report_of(tmp_path, folder)["groups"]["mid->abc"] for folder in ("upper", "one"))
+    assert upper["bits_per_byte"] == lower["bits_per_byte"]
     for constants, words in [
         ({"CONVERSION_MODE": "abc->mid", "INPUT_EXT": "mid"}, "INPUT_EXT: 'mid' is not what CONVERSION_MODE"),
         ({"CONVERSION_MODE": "abc->wav"}, "no two files of those extensions share a folder"),

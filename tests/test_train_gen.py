@@ -234,13 +234,10 @@ def test_pairs_and_inputs_in_upper_case(tmp_path):
     assert done.returncode == 0 and "trained on plain files, without CONVERSION_MODE" in done.stdout
 
 
-def test_both_directions_of_a_pair_are_examples(monkeypatch):
-    script = load_script("train-gen")
+def test_both_directions_of_a_pair_are_examples():
     pairs = selection.pair_files(listing.Files([b"1.abc", b"1.mid"], [0, 0]), "abc->mid")
-    monkeypatch.setattr(config, "CONVERSION_MODE", "abc&mid")
-    assert list(script.directed(pairs)) == [("1.abc", "1.mid"), ("1.mid", "1.abc")]
-    monkeypatch.setattr(config, "CONVERSION_MODE", "abc->mid")
-    assert list(script.directed(pairs)) == [("1.abc", "1.mid")]
+    assert list(selection.directed(pairs, "abc&mid")) == [("1.abc", "1.mid"), ("1.mid", "1.abc")]
+    assert list(selection.directed(pairs, "abc->mid")) == [("1.abc", "1.mid")]
 
 
 def test_weights_of_another_run_are_kept(folder):
