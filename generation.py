@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from utils import END, HEAD_SIZE, Ragged
+from utils import END, HEAD_SIZE, NUM_SYMBOLS, Ragged
 
 PREFILL_PATCHES = 8192  # most patches of prompts that go through the model at once
 
@@ -43,20 +43,30 @@ def filter_probabilities(logits, sampling):
     if sampling.temperature == 0:
         return F.one_hot(probabilities.argmax(-1), probabilities.shape[-1]).double()
     if 0 < sampling.top_k < probabilities.shape[-1] or sampling.top_p < 1:
-        ranked, symbols = probabilities.sort(dim=-1, descending=True, stable=True)  # (B, V) both
+        ranked = sort_descending(probabilities)  # (B, V)
         if sampling.top_k:
-            ranked[:, sampling.top_k :] = 0
-            ranked /= ranked.sum(-1, keepdim=True)
+            ranked = ranked[:, : sampling.top_k]
+        count = torch.full((len(ranked), 1), ranked.shape[1], device=logits.device)  # (B, 1), how many symbols stay
         if sampling.top_p < 1:
-            before = ranked.cumsum(-1) - ranked  # probability of all symbols ahead
-            ranked[before > sampling.top_p] = 0
-            ranked /= ranked.sum(-1, keepdim=True)
-        probabilities = torch.zeros_like(ranked).scatter_(-1, symbols, ranked)
+            sums = ranked.cumsum(-1)
+            count = (sums - ranked <= sampling.top_p * sums[:, -1:]).sum(-1, keepdim=True)
+        least = ranked.gather(1, count - 1)  # (B, 1), the probability of the last one that stays
+        more, equal = probabilities > least, probabilities == least
+        stays = more | (equal & (equal.cumsum(-1) + more.sum(-1, keepdim=True) <= count))
+        probabilities = probabilities * stays
     if sampling.temperature != 1:
         # in logarithms, relative to the most likely symbol, so that low temperatures do not underflow
         logs = probabilities.log()
         probabilities = ((logs - logs.amax(-1, keepdim=True)) / sampling.temperature).exp()
     return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def sort_descending(values):
+    """Returns each row of values (B, V) in descending order."""
+    if values.device.type != "cpu":
+        return values.sort(dim=-1, descending=True).values
+    # NumPy sorts up to ten times faster, without the places that PyTorch's sort finds too
+    return torch.from_numpy(-np.sort(-values.numpy(), axis=-1))
 
 
 def sample_symbols(logits, sampling, uniforms):
@@ -78,11 +88,15 @@ def sample_symbols(logits, sampling, uniforms):
 # Layers for few rows
 # ---------------------------------------------------------------------------------------------------------------------
 
+SMALL_WEIGHT = 2**17  # a weight of at most so many numbers is multiplied by PyTorch's own product, a larger one by oneDNN
 
-class PackedLinear:
-    """A linear layer for few rows at a time; on a CPU, its weight is laid out once in the way that oneDNN reads it.
 
-    PyTorch's own product lays the weight out anew in every call; for a few dozen rows that takes as long as the product.
+class SmallLinear:
+    """A linear layer for few rows at a time, by the cheapest product for its size and device.
+
+    On a CPU, PyTorch's own product lays the weight out anew in every call; for a few dozen rows that takes as long as the
+    product. So the weight is laid out once in the way that oneDNN reads it, but for small ones: a call of oneDNN takes some
+    30 microseconds before it begins.
 
     Args:
         weight: (out, in).
@@ -92,19 +106,39 @@ class PackedLinear:
 
     def __init__(self, weight, bias=None, gelu=False):
         self.weight, self.bias, self.gelu = weight, bias, gelu
+        self.least_rows = 1  # of fewer, the libraries add up in another order
+        is_exact = weight.device.type == "cpu" and weight.dtype == torch.float32
         self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if weight.dtype != torch.float32:
-            self.packed = self.packed and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if weight.dtype == torch.bfloat16:
+            self.packed = self.packed and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        elif not is_exact or weight.numel() <= SMALL_WEIGHT:
+            self.packed = False
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)  # best for 32 rows, good for all
+        elif weight.shape[0] < weight.shape[1]:
+            self.weight = weight.t().contiguous().t()  # short rows are read faster
+        else:
+            self.weight = weight.contiguous()
+        if is_exact:  # found out by trying, for it differs between processors
+            x = torch.arange(32.0 * weight.shape[1]).sin().view(32, -1)
+            many = self(x)
+            differing = [count for count in range(1, 17) if not torch.equal(self(x[:count]), many[:count])]
+            self.least_rows = max(differing, default=0) + 1
 
-    def __call__(self, x):
-        """Returns (N, out) for x (N, in). A row's numbers do not depend on the other rows, nor on how many there are."""
+    def __call__(self, x, residual=None):
+        """Returns (N, out) for x (N, in), added to `residual` (N, out) unless that is None.
+
+        In float32 on a CPU, a row's numbers depend neither on the other rows, nor on how many there are.
+        """
+        if len(x) < self.least_rows:
+            filled = self(F.pad(x, (0, 0, 0, self.least_rows - len(x))))[: len(x)]
+            return filled if residual is None else filled + residual
         if not self.packed:
             x = F.linear(x, self.weight, self.bias)
-            return F.gelu(x, approximate="tanh") if self.gelu else x
-        if len(x) == 1 and x.dtype == torch.float32:  # for a single row, oneDNN adds up in another order
-            return self(torch.cat((x, x)))[:1]
+            x = F.gelu(x, approximate="tanh") if self.gelu else x
+            return x if residual is None else x + residual
+        if residual is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
         then = ("gelu", [], "tanh") if self.gelu else ("none", [], "")
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *then)
 
@@ -122,49 +156,40 @@ class Blocks:
         self.layers = [
             (
                 block.ln_1,
-                PackedLinear(block.attn.c_attn.weight.t(), block.attn.c_attn.bias),
-                PackedLinear(block.attn.c_proj.weight.t(), block.attn.c_proj.bias),
+                SmallLinear(self._by_heads(block.attn.c_attn.weight.t()), self._by_heads(block.attn.c_attn.bias)),
+                SmallLinear(block.attn.c_proj.weight.t(), block.attn.c_proj.bias),
                 block.ln_2,
-                PackedLinear(block.mlp.c_fc.weight.t(), block.mlp.c_fc.bias, gelu=True),
-                PackedLinear(block.mlp.c_proj.weight.t(), block.mlp.c_proj.bias),
+                SmallLinear(block.mlp.c_fc.weight.t(), block.mlp.c_fc.bias, gelu=True),
+                SmallLinear(block.mlp.c_proj.weight.t(), block.mlp.c_proj.bias),
             )
             for block in gpt2.h
         ]
+
+    def _by_heads(self, weight):
+        """Returns a weight (3·D, …) of queries, keys and values as (H·3·64, …): those of a head beside each other."""
+        return weight.unflatten(0, (3, self.num_heads, HEAD_SIZE)).transpose(0, 1).flatten(0, 2)
 
     def __call__(self, x, attend):
         """Returns (N, D) for x (N, D), positions added.
 
         Args:
-            attend: function (layer, qkv) with qkv (N, 3, H, 64), the queries, keys and values; returns (N, D).
+            attend: function (layer, qkv) with qkv (N, H, 3, 64), the queries, keys and values; returns (N, D).
         """
         for layer, (norm_1, qkv, attended, norm_2, inner, outer) in enumerate(self.layers):
-            # (N, D) -> (N, 3·D) -> (N, 3, H, 64)
-            x = x + attended(attend(layer, qkv(norm_1(x)).view(len(x), 3, self.num_heads, HEAD_SIZE)))
-            x = x + outer(inner(norm_2(x)))
-        return self.last_norm(x)
+            # (N, D) -> (N, 3·D) -> (N, H, 3, 64)
+            x = attended(attend(layer, qkv(normalize(x, norm_1)).view(len(x), self.num_heads, 3, HEAD_SIZE)), x)
+            x = outer(inner(normalize(x, norm_2)), x)
+        return normalize(x, self.last_norm)
+
+
+def normalize(x, norm):
+    """Returns what an nn.LayerNorm makes of x (N, D); several calls of Python less than calling it."""
+    return torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def round_up(number, multiple):
     """Returns the smallest multiple of `multiple` that is `number` or more."""
     return -(-number // multiple) * multiple
-
-
-def attend_once(queries, keys, values, mask=None):
-    """Returns the attention (B, D) of one query for each row. A row's numbers do not depend on the other rows.
-
-    PyTorch's scaled_dot_product_attention is no faster for one query on a CPU, and the last digits of what it returns
-    there depend on the row's place in the batch.
-
-    Args:
-        queries: (B, H, 64).
-        keys, values: (B, H, T, 64); where T is the longest row's, it must be a multiple of 16: a row's rounding would depend
-            on it otherwise.
-        mask: (B, 1, 1, T), added to the scores.
-    """
-    scores = torch.matmul((queries * HEAD_SIZE**-0.5).unsqueeze(2), keys.transpose(2, 3))  # (B, H, 1, T)
-    if mask is not None:
-        scores = scores + mask
-    return torch.matmul(torch.softmax(scores, dim=-1), values).flatten(1)  # (B, H, 1, 64) -> (B, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,15 +202,51 @@ class KVCache:
 
     On a CPU they are float32 also for a bf16 model: PyTorch's attention of one query is then up to three times faster.
 
+    Args:
+        gpt2: the GPT2Model.
+        batch_size: B.
+        length: the most positions that are used.
+
     Attributes:
-        keys, values: (layers, B, H, T, 64), T the number of positions, rounded up to a multiple of 16.
+        held: (layers, B, H, 2, T, 64), the keys and the values; T is `length`, rounded up to a multiple of 16.
+        unseen: (positions, T), added to the scores of a query at each position: 0 for what it sees, -inf for what is later.
     """
 
-    def __init__(self, gpt2, batch_size):
-        config = gpt2.config
-        shape = (config.n_layer, batch_size, config.n_head, round_up(config.n_positions, 16), HEAD_SIZE)
+    def __init__(self, gpt2, batch_size, length):
+        config, length = gpt2.config, round_up(length, 16)
         dtype = torch.float32 if gpt2.device.type == "cpu" else gpt2.dtype
-        self.keys, self.values = torch.zeros(2, *shape, dtype=dtype, device=gpt2.device)
+        self.model_dtype = gpt2.dtype
+        self.held = torch.zeros(config.n_layer, batch_size, config.n_head, 2, length, HEAD_SIZE, dtype=dtype, device=gpt2.device)
+        self.unseen = torch.full((length, length), -torch.inf, dtype=dtype, device=gpt2.device).triu(1)
+
+    def mask(self, positions, longest):
+        """Returns what `attend` adds to the scores of queries at `positions`, int64 (N,): (N·H, 1, longest)."""
+        unseen = self.unseen[positions, None, None, :longest]  # (N, 1, 1, longest)
+        return unseen.expand(-1, self.held.shape[2], -1, -1).flatten(0, 1)
+
+    def attend(self, layer, qkv, mask, where, rows=None):
+        """Keeps the keys and values of N queries, each at one position of a sequence; returns their attention (N, D).
+
+        A query's numbers do not depend on the others. PyTorch's scaled_dot_product_attention is no faster for one query on
+        a CPU, and the last digits of what it returns there depend on the row's place in the batch.
+
+        Args:
+            layer: its number.
+            qkv: (N, H, 3, 64).
+            mask: (N·H, 1, longest), see `mask`.
+            where: (rows, positions), each an int64 tensor (N,), or rows a slice and positions one number.
+            rows: int64 (N,), the row that each query sees; None = the first N.
+        """
+        cache, qkv, (put_rows, positions) = self.held[layer], qkv.to(self.held.dtype), where
+        cache[put_rows, :, :, positions] = qkv[:, :, 1:]  # (N, H, 2, 64)
+        seen = cache[: len(qkv)] if rows is None else cache.index_select(0, rows)  # (N, H, 2, T, 64)
+        keys, values = seen[:, :, :, : mask.shape[2]].flatten(0, 1).unbind(1)  # (N·H, longest, 64) each
+        queries = qkv[:, :, 0].flatten(0, 1).unsqueeze(1)  # (N·H, 1, 64)
+        scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=HEAD_SIZE**-0.5)  # (N·H, 1, longest)
+        return torch.bmm(scores.softmax(-1), values).view(len(qkv), -1).to(self.model_dtype)
+
+
+GUESSED_ROWS = 8  # so many symbols go through the byte-level decoder at once at least, guessed ones if there are fewer rows
 
 
 class PatchWriter:
@@ -198,24 +259,25 @@ class PatchWriter:
         model: bGPTLMHeadModel in eval mode.
         batch_size: B, the number of rows.
         sampling: a Sampling.
-        fixed_shapes: compute with few different shapes, rounded up to powers of two; the results are the same. None = on
-            CUDA only, where each shape is captured once as a graph.
+        on_device: write without a look at what was written, symbol by symbol, with few different shapes, rounded up to
+            powers of two; the results are the same in float32. None = on CUDA only, where each shape is captured as a graph.
 
     Attributes:
         captures: whether steps run as CUDA graphs.
     """
 
-    def __init__(self, model, batch_size, sampling, fixed_shapes=None):
+    def __init__(self, model, batch_size, sampling, on_device=None):
         patch_level, gpt2 = model.patch_level_decoder, model.byte_level_decoder.base.transformer
         self.model, self.patch_level, self.sampling, self.device = model, patch_level, sampling, model.device
         self.size, self.length, self.batch_size = model.patch_size, model.patch_length, batch_size
         self.captures = self.device.type == "cuda"
-        self.fixed_shapes = self.captures if fixed_shapes is None else fixed_shapes
+        self.on_device = self.captures if on_device is None else on_device
         self.graphs = {}  # (rows, longest) -> captured graph, its results
         self.patch_blocks, self.byte_blocks = Blocks(patch_level.base), Blocks(gpt2)
-        self.symbol_vectors, self.symbol_positions = gpt2.wte, gpt2.wpe.weight
-        self.head = PackedLinear(model.byte_level_decoder.base.lm_head.weight)
-        self.patch_cache, self.byte_cache = KVCache(patch_level.base, batch_size), KVCache(gpt2, batch_size)
+        self.symbol_vectors, self.symbol_positions = gpt2.wte.weight, gpt2.wpe.weight
+        self.head = SmallLinear(model.byte_level_decoder.base.lm_head.weight)
+        self.patch_cache = KVCache(patch_level.base, batch_size, self.length)
+        self.byte_cache = KVCache(gpt2, batch_size, self.size)
         zeros = functools.partial(torch.zeros, dtype=torch.int64, device=self.device)
         self.newest = zeros(batch_size, self.size)  # (B, S), the newest whole patch of each row
         self.positions = zeros(batch_size)  # (B,), where it stands
@@ -263,10 +325,9 @@ class PatchWriter:
         place = torch.tensor(places, device=self.device)[ragged.sequence]  # (N,), the row of the cache that each patch goes to
 
         def attend(layer, qkv):
-            qkv = qkv.to(self.patch_cache.keys.dtype)
-            self.patch_cache.keys[layer, place, :, ragged.position] = qkv[:, 1]
-            self.patch_cache.values[layer, place, :, ragged.position] = qkv[:, 2]
-            return ragged.attend(qkv).flatten(1).to(self.patch_level.dtype)  # (N, D)
+            qkv = qkv.to(self.patch_cache.held.dtype)  # (N, H, 3, 64)
+            self.patch_cache.held[layer][place, :, :, ragged.position] = qkv[:, :, 1:]
+            return ragged.attend(qkv.transpose(1, 2)).flatten(1).to(self.patch_level.dtype)  # (N, D)
 
         padded = pad_sequence(patches, batch_first=True).to(self.device)  # (B, P, S)
         embedded = self.patch_level.embed(padded[ragged.sequence, ragged.position])  # (N, D)
@@ -276,8 +337,8 @@ class PatchWriter:
         """Moves a row, whose cache holds `count` patches, to another row."""
         for state in (self.newest, self.positions, self.given, self.num_given, self.uniforms):
             state[target] = state[source]
-        for state in (self.patch_cache.keys, self.patch_cache.values):
-            state[:, target, :, :count] = state[:, source, :, :count]
+        held = self.patch_cache.held  # (layers, B, H, 2, T, 64)
+        held[:, target, :, :, :count] = held[:, source, :, :, :count]
 
     def step(self, num_rows, longest):
         """Writes the next patch of each of the first `num_rows` rows, and waits for the device once.
@@ -291,10 +352,14 @@ class PatchWriter:
             nats: float64 (num_rows,), minus the log-probability of the drawn symbols, the 256 that ends them included.
         """
         rows, longest = num_rows, round_up(longest, 16)
-        if self.fixed_shapes:
-            rows = min(1 << (num_rows - 1).bit_length(), self.batch_size)
-            longest = min(1 << (max(longest, 64) - 1).bit_length(), self.patch_cache.keys.shape[3])
-        patches, nats = (self._replay if self.captures else self._write)(rows, longest)
+        if self.on_device:
+            rows = min(1 << (rows - 1).bit_length(), self.batch_size)
+            longest = min(1 << (max(longest, 64) - 1).bit_length(), self.patch_cache.held.shape[4])
+            patches, nats = (self._replay if self.captures else self._write)(rows, longest)
+        elif num_rows < GUESSED_ROWS:
+            patches, nats = self._write_guessing(rows, longest)
+        else:
+            patches, nats = self._write(rows, longest)
         self.newest[:rows] = patches
         self.positions[:rows] = (self.positions[:rows] + 1).clamp(max=self.length - 2)  # clamps idle rows only
         self.num_given[:rows] = 0
@@ -323,44 +388,69 @@ class PatchWriter:
 
         It changes nothing but the caches, at the positions of its own patches, so that it may run twice.
         """
-        encoded = self.step_patch_level(rows, longest)  # (B, D)
+        x = self.step_patch_level(rows, longest)  # (B, D)
         given, num_given = self.given[:rows], self.num_given[:rows]
         uniforms = self.uniforms[torch.arange(rows, device=self.device), self.positions[:rows] + 1]  # (B, S)
-        patches, logits, x = torch.empty_like(given), [], encoded
-
-        def attend(layer, qkv):
-            queries, keys, values = qkv.to(self.byte_cache.keys.dtype).unbind(1)  # (B, H, 64) each
-            self.byte_cache.keys[layer, :rows, :, j] = keys
-            self.byte_cache.values[layer, :rows, :, j] = values
-            held = (self.byte_cache.keys[layer, :rows, :, : j + 1], self.byte_cache.values[layer, :rows, :, : j + 1])
-            return attend_once(queries, *held).to(encoded.dtype)
-
+        patches, logits = torch.empty_like(given), []
+        masks = self.byte_cache.unseen[: self.size, None, None]  # (S, 1, 1, T)
         for j in range(self.size):
+            attend = functools.partial(self.byte_cache.attend, mask=masks[j], where=(slice(rows), j))
             logits.append(self.head(self.byte_blocks(x + self.symbol_positions[j], attend)))  # (B, V)
             drawn = sample_symbols(logits[-1], self.sampling, uniforms[:, j])
             patches[:, j] = torch.where(j < num_given, given[:, j], drawn)
-            x = self.symbol_vectors(patches[:, j])  # (B, D)
-        # S of (B, V) -> (B, V, S), as cross_entropy wants it -> (B, S)
-        nats = F.cross_entropy(torch.stack(logits, dim=2).float(), patches, reduction="none").double()
+            x = F.embedding(patches[:, j], self.symbol_vectors)  # (B, D)
+        return patches, self._nats(torch.stack(logits, dim=1), patches, num_given)
+
+    def _write_guessing(self, rows, longest):
+        """What `_write` returns, with fewer passes of the byte-level decoder, on a CPU.
+
+        A pass takes few rows more in hardly more time. So the next symbols of a patch are guessed, and one pass draws each
+        of them from those before it. They are right up to and with the first that was guessed wrong: each symbol's random
+        number is fixed beforehand. What the others became is the next guess (Jacobi iteration with coupled random numbers).
+        The first guess is the patch before.
+        """
+        encoded = self.step_patch_level(rows, longest)  # (B, D)
+        num_given, starts = self.num_given[:rows], self.positions[:rows] + 1
+        uniforms = self.uniforms[torch.arange(rows), starts]  # (B, S)
+        is_given = torch.arange(self.size) < num_given.unsqueeze(1)  # (B, S)
+        patches = torch.where(is_given, self.given[:rows], self.newest[:rows])
+        logits = encoded.new_empty(rows, self.size, NUM_SYMBOLS)
+        vectors = torch.cat((self.symbol_vectors, encoded))  # (V + B, D), what the decoder reads at a symbol, and at first
+        guesses, givens, known = patches.numpy(), is_given.numpy(), np.zeros(rows, dtype=np.int64)
+        while (known < self.size).any():
+            active = np.flatnonzero(known < self.size)  # (n,)
+            ahead = np.arange(-(-GUESSED_ROWS // len(active)))  # (w,)
+            row, column = active.repeat(len(ahead)), np.minimum(known[active, None] + ahead, self.size - 1).reshape(-1)  # (n·w,)
+            read = np.where(column == 0, NUM_SYMBOLS + row, guesses[row, column - 1])
+            places = row, column = torch.from_numpy(row), torch.from_numpy(column)
+            x = F.embedding(torch.from_numpy(read), vectors) + F.embedding(column, self.symbol_positions)
+            mask = self.byte_cache.mask(column, self.byte_cache.held.shape[4])
+            attend = functools.partial(self.byte_cache.attend, mask=mask, where=places, rows=row)
+            logits[places] = found = self.head(self.byte_blocks(x, attend))  # (n·w, V)
+            drawn = torch.where(is_given[places], patches[places], sample_symbols(found, self.sampling, uniforms[places]))
+            agrees = (drawn == patches[places]).view(len(active), -1).numpy()  # (n, w)
+            patches[places] = drawn
+            known[active] += np.minimum(agrees.cumprod(1).sum(1) + 1, len(ahead))
+            ends = (guesses == END) & ~givens & (np.arange(self.size) < known[:, None])  # (B, S)
+            known[ends.any(1)] = self.size  # what comes after the end is of no use
+        return patches, self._nats(logits, patches, num_given)
+
+    def _nats(self, logits, patches, num_given):
+        """Returns minus the log-probability of the drawn symbols of patches (B, S), float64 (B,), from logits (B, S, V)."""
+        # (B, S, V) -> (B·S, V) -> (B·S,) -> (B, S)
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), patches.flatten(), reduction="none").view(patches.shape).double()
         is_drawn = torch.arange(self.size, device=self.device) >= num_given.unsqueeze(1)  # (B, S)
         ends = (is_drawn & (patches == END)).long()
-        return patches, (nats * (is_drawn & (ends.cumsum(1) - ends == 0))).sum(1)
+        return torch.where(is_drawn & (ends.cumsum(1) - ends == 0), nats, 0).sum(1)
 
     def step_patch_level(self, rows, longest):
         """Runs the newest patches of the first `rows` rows through the patch-level decoder: (B, D)."""
         positions = self.positions[:rows]
-        row = torch.arange(rows, device=self.device)
-        # (B, 1, 1, longest), added to the attention's scores: a row sees what it holds, not what other rows hold beyond
-        unseen = torch.arange(longest, device=self.device) > positions.unsqueeze(1)
-        mask = self.patch_cache.keys.new_zeros(rows, longest).masked_fill(unseen, -torch.inf).view(rows, 1, 1, longest)
-
-        def attend(layer, qkv):
-            queries, keys, values = qkv.to(mask.dtype).unbind(1)  # (B, H, 64) each
-            self.patch_cache.keys[layer, row, :, positions] = keys
-            self.patch_cache.values[layer, row, :, positions] = values
-            held = (self.patch_cache.keys[layer, :rows, :, :longest], self.patch_cache.values[layer, :rows, :, :longest])
-            return attend_once(queries, *held, mask).to(self.patch_level.dtype)
-
+        attend = functools.partial(
+            self.patch_cache.attend,
+            mask=self.patch_cache.mask(positions, longest),  # a row sees what it holds, not what other rows hold beyond
+            where=(torch.arange(rows, device=self.device), positions),
+        )
         embedded = self.patch_level.embed(self.newest[:rows])  # (B, D)
         return self.patch_blocks(embedded + self.patch_level.base.wpe(positions), attend)
 
