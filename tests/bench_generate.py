@@ -1,7 +1,12 @@
 """How fast files are generated, against the least that this machine could take and against the plain way of doing it.
 
-    python tests/bench_generate.py [--parts rate ragged memory] [--samples 1 8 32 100] [--contexts 16 128 500]
-        [--precisions fp32 bf16] [--rounds 5]
+    python tests/bench_generate.py [--size quick|small|paper] [--parts rate ragged memory] [--samples 1 8 32 100]
+        [--contexts 16 128 500] [--precisions fp32 bf16] [--rounds 5]
+    python tests/bench_generate.py --size small --against FOLDER [--weights weights.pth] [--extension abc] [--samples 1 12 64]
+
+With --against, whole generations take turns with those of another commit, whose worktree FOLDER is: `git worktree add FOLDER
+COMMIT`. Both draw the same random numbers, with TOP_P 0.9, and the bytes that they write are compared too. How fast a few
+samples are written hangs on how well the model guesses, which random weights do very well: give a trained model's --weights.
 
 One step writes one patch of S = 16 bytes for each sample: one step of the patch-level decoder, and 16 of the byte-level
 one. At paper size (12 + 3 layers, D = 768), with C patches before it, a step of one sample takes
@@ -19,7 +24,9 @@ patch-level decoder, and for each byte the patch's whole prefix through the byte
 """
 
 import argparse
+import hashlib
 import itertools
+import multiprocessing
 import os
 import platform
 import statistics
@@ -30,20 +37,26 @@ import time
 import numpy as np
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if __name__ == "__main__":  # a process that `compare` starts imports the modules of its own folder
+    sys.path.insert(0, ROOT)
 
-import devices  # noqa: E402
-import generation  # noqa: E402
-import utils  # noqa: E402
+    import devices
+    import generation
+    import utils
 
-SIZES = {"PATCH_SIZE": 16, "PATCH_LENGTH": 512, "HIDDEN_SIZE": 768, "PATCH_NUM_LAYERS": 12, "BYTE_NUM_LAYERS": 3}
+SIZES = {  # 0.9, 5.1 and 110 million parameters
+    "quick": {"PATCH_SIZE": 2, "PATCH_LENGTH": 32, "HIDDEN_SIZE": 128, "PATCH_NUM_LAYERS": 3, "BYTE_NUM_LAYERS": 1},
+    "small": {"PATCH_SIZE": 16, "PATCH_LENGTH": 128, "HIDDEN_SIZE": 256, "PATCH_NUM_LAYERS": 3, "BYTE_NUM_LAYERS": 2},
+    "paper": {"PATCH_SIZE": 16, "PATCH_LENGTH": 512, "HIDDEN_SIZE": 768, "PATCH_NUM_LAYERS": 12, "BYTE_NUM_LAYERS": 3},
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build(dtype, device, **sizes):
-    """Returns a model of paper size, but for `sizes`, with the same random weights each time."""
+def build(args, dtype, device, **sizes):
+    """Returns a model of the size asked for, but for `sizes`, with the same random weights each time."""
     torch.manual_seed(0)
-    return utils.ModelSizes(**(SIZES | sizes)).build().to(device, dtype).eval()
+    return utils.ModelSizes(**(SIZES[args.size] | sizes)).build().to(device, dtype).eval()
 
 
 def timed(function):
@@ -98,8 +111,7 @@ def write_plainly(model, prefix):
 def filled_writer(model, batch_size):
     """Returns a PatchWriter whose rows hold full contexts of random symbols, keys and values."""
     writer = generation.PatchWriter(model, batch_size, generation.Sampling())
-    for state in (writer.patch_cache.keys, writer.patch_cache.values):
-        state.normal_()
+    writer.patch_cache.held.normal_()
     writer.newest.random_(256)
     writer.uniforms.uniform_()
     return writer
@@ -114,12 +126,12 @@ def step(writer, samples, context):
 def measure_rate(args, device):
     """Prints bytes/s and the ratio to the plain way; all are measured in turn in every round."""
     read = bandwidth(device)
-    plain = build(torch.float32, device)
-    prefixes = {context: torch.randint(256, (1, context, SIZES["PATCH_SIZE"]), device=device) for context in args.contexts}
+    plain, size = build(args, torch.float32, device), SIZES[args.size]["PATCH_SIZE"]
+    prefixes = {context: torch.randint(256, (1, context, size), device=device) for context in args.contexts}
     writers, rates = {}, {}
     for name in args.precisions:
         rates[name] = matrix_rate(DTYPES[name], device)
-        writers[name] = filled_writer(build(DTYPES[name], device), max(args.samples))
+        writers[name] = filled_writer(build(args, DTYPES[name], device), max(args.samples))
     ways = list(itertools.product(args.precisions, args.samples))
     if device.type == "cuda":
         ways += [(f"{name} without graphs", samples) for name, samples in ways]
@@ -149,7 +161,7 @@ def measure_rate(args, device):
             if way != "plain":
                 precision = name.split()[0]
                 share = f"({floor(writers[precision].model, samples, context, rates[precision], read) / middle:.0%})"
-            line += f"{samples * SIZES['PATCH_SIZE'] / middle:>12,.0f} {share:>6}"
+            line += f"{samples * size / middle:>12,.0f} {share:>6}"
         ratios = [
             samples * sum(seconds["plain", context][turn] for context in args.contexts)
             / sum(seconds[way, context][turn] for context in args.contexts)
@@ -179,14 +191,14 @@ def generation_rate(model, prompts, batch_size):
 def measure_ragged(args, device):
     """Prints the rate of 200 prompts and outputs of very different lengths, against that of 32 equal ones as long on average."""
     rng = np.random.default_rng(0)
-    size = SIZES["PATCH_SIZE"]
+    size = SIZES[args.size]["PATCH_SIZE"]
     prompts = [rng.integers(256, size=n * size) for n in rng.integers(4, 61, 200)]
     for name in args.precisions:
         # random weights end a sequence at each symbol with a chance of about 1/257
-        various = build(DTYPES[name], device)
+        various = build(args, DTYPES[name], device)
         _, lengths = generation_rate(various, prompts, 32)  # warms up, too
         mean = round(np.mean(lengths) / size)  # patches
-        equal = silence_end(build(DTYPES[name], device, PATCH_LENGTH=32 + mean))
+        equal = silence_end(build(args, DTYPES[name], device, PATCH_LENGTH=32 + mean))
         rates = []
         for turn in range(3):  # in turn
             rate, lengths = generation_rate(various, prompts, 32)
@@ -202,8 +214,8 @@ def measure_ragged(args, device):
 
 def measure_memory(args, device):
     """Prints the peak memory of 32 samples that fill the whole context, above what holds the model."""
-    model = silence_end(build(torch.bfloat16, device))
-    prompt = np.zeros(500 * SIZES["PATCH_SIZE"], dtype=np.int64)
+    model = silence_end(build(args, torch.bfloat16, device))
+    prompt = np.zeros((model.patch_length - 12) * model.patch_size, dtype=np.int64)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         generation_rate(model, [prompt] * 32, 32)
@@ -214,7 +226,7 @@ def measure_memory(args, device):
             file.write("5")  # Linux: forget the peak so far
         generation_rate(model, [prompt] * 32, 32)
         peak = _memory("VmHWM") - before
-    print(f"bf16, 32 samples of all 512 patches: {peak / 2**30:.2f} GiB above the model")
+    print(f"bf16, 32 samples of all {model.patch_length} patches: {peak / 2**30:.2f} GiB above the model")
 
 
 def _memory(field):
@@ -223,24 +235,97 @@ def _memory(field):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
+def serve(folder, sizes, weights, extension, pipe):
+    """The main function of a process that generates with the code in a folder: answers each number of samples and seed with
+    (seconds, bytes, a digest of them)."""
+    sys.path.insert(0, folder)
+    import utils
+
+    if os.path.exists(os.path.join(folder, "generation.py")):
+        import generation
+    else:
+        generation = utils  # as in 710d7f7
+    torch.manual_seed(0)
+    model = utils.ModelSizes(**sizes).build().eval()
+    if weights is not None:
+        model.load_state_dict(weights)
+    pipe.send(None)
+    while True:
+        samples, seed = pipe.recv()
+        start = utils.extension_patch(extension, sizes["PATCH_SIZE"])
+        prompts = [generation.Prompt(i, start, [seed, i]) for i in range(samples)]
+        begin = time.perf_counter()
+        done = list(generation.generate(model, prompts, samples, generation.Sampling(top_p=0.9)))
+        seconds = time.perf_counter() - begin
+        written = b"".join(c.symbols.tobytes() for c in sorted(done, key=lambda c: c.key))
+        pipe.send((seconds, sum(len(c.symbols) for c in done), hashlib.md5(written).hexdigest()))
+
+
+def compare(args):
+    """Prints the rates of whole generations, in float32 on the CPU, of this code and that in another folder, in turns."""
+    sizes, weights = SIZES[args.size], None
+    if args.weights:
+        import dataclasses
+
+        import checkpoint
+
+        model, _ = checkpoint.load_model(args.weights)
+        decoders = model.patch_level_decoder.base.config, model.byte_level_decoder.base.config
+        sizes = dataclasses.asdict(utils.ModelSizes(model.patch_size, model.patch_length, decoders[0].n_embd, *(c.n_layer for c in decoders)))
+        sizes.pop("num_labels")
+        weights = model.state_dict()
+    context, pipes = multiprocessing.get_context("spawn"), []
+    for folder in (os.path.abspath(args.against), ROOT):
+        ours, theirs = context.Pipe()
+        context.Process(target=serve, args=(folder, sizes, weights, args.extension, theirs), daemon=True).start()
+        ours.recv()
+        pipes.append(ours)
+    print(f"whole generations of {args.weights or f'{args.size} size with random weights'}, medians of {args.rounds} alternating rounds; "
+          f"before: the code in {args.against}")
+    print(f"{'samples':>8} {'bytes':>8} {'before, bytes/s':>16} {'now, bytes/s':>14} {'ratio':>7} (range over the rounds)")
+    for samples in args.samples:
+        rates, written = [], 0
+        for seed in range(args.rounds + 1):  # the first one warms up
+            answers = []
+            for pipe in pipes:
+                pipe.send((samples, seed))
+                answers.append(pipe.recv())
+            assert answers[0][1:] == answers[1][1:], "the two wrote different bytes"
+            if seed:
+                rates.append([count / seconds for seconds, count, _ in answers])
+                written += answers[0][1]
+        ratios = [after / before for before, after in rates]
+        before, after = (statistics.median(values) for values in zip(*rates))
+        print(f"{samples:>8} {written:>8,} {before:>16,.0f} {after:>14,.0f} {statistics.median(ratios):>6.2f}x ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+
+
 def main():
     parts = {"rate": measure_rate, "ragged": measure_ragged, "memory": measure_memory}
     parser = argparse.ArgumentParser(description="Time generation against its floor and against the plain way.")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--size", choices=SIZES, default="paper")
     parser.add_argument("--samples", nargs="+", type=int, default=[1, 8, 32, 100])
-    parser.add_argument("--contexts", nargs="+", type=int, default=[16, 128, 500])
+    parser.add_argument("--contexts", nargs="+", type=int, help="patches before the one that is written; default: 16 128 500 at paper size")
+    parser.add_argument("--against", help="a worktree of another commit, to compare whole generations with")
+    parser.add_argument("--weights", help="a checkpoint, for --against")
+    parser.add_argument("--extension", default="abc", help="of the files that it writes, for --against")
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    length = SIZES[args.size]["PATCH_LENGTH"]
+    args.contexts = args.contexts or [length // 32, length // 4, length - length // 40]
     device = devices.pick_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, {_processor()}"
-    print(f"{name}; {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}; 110,084,352 parameters")
+    print(f"{name}; {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}; {args.size} size, {SIZES[args.size]}")
+    if args.against:
+        compare(args)
+        return
     if len(args.parts) == 1:
         parts[args.parts[0]](args, device)
         return
     for part in args.parts:  # in processes of their own, so that each starts with empty memory
         options = ["--samples", *map(str, args.samples), "--contexts", *map(str, args.contexts), "--precisions", *args.precisions]
-        command = [sys.executable, __file__, "--parts", part, *options, "--rounds", str(args.rounds)]
+        command = [sys.executable, __file__, "--size", args.size, "--parts", part, *options, "--rounds", str(args.rounds)]
         sys.stdout.flush()
         subprocess.run(command, check=True)
 

@@ -5,10 +5,14 @@ rate, measured between the steps, and the median over the rounds of the speed ag
 
     python tests/bench_train.py [--size paper] [--batch 1] [--rounds 5] [--variants naive fp32 bf16] [--dropout 0.1]
     python tests/bench_train.py --files abc_midi/train --batch 16 --variants padded-fp32 fp32 ideal-fp32
+    python tests/bench_train.py --size quick --batch 64 --against FOLDER --variants before-fp32 fp32
 
 Variants: naive, fp32, bf16, fp16 (CUDA only), with -compile for COMPILE (bf16-compile); megabyte-fp32 and megabyte-bf16 are
 MEGABYTE-pytorch of about the same size, if it is installed (`pip install MEGABYTE-pytorch==0.3.6`), with the same dropout of
 attention weights and within its feed-forward layers; megabyte-fp32-default leaves its dropout at its default, 0.
+
+With --against, before-fp32, before-bf16 and before-fp16 are those of another commit, whose worktree FOLDER is: `git worktree
+add FOLDER COMMIT`.
 
 With --files, the sequences are those of files drawn at random, the same in all variants. padded-fp32 lets the patch-level
 decoder work on their padding too, as it did before; ideal-fp32 has as many real patches in as many sequences of one length.
@@ -23,8 +27,6 @@ import statistics
 import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,14 +34,22 @@ import transformers
 from torch import nn
 from transformers import GPT2LMHeadModel, GPT2Model
 
-import devices
-import listing
-import training
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# the process of a variant "before-…" imports the modules of --against
+sys.path.insert(0, os.environ.get("BENCH_TRAIN_CODE", ROOT))
+
 import utils
 
-SIZES = {  # 0.9, 5.5 and 110 million parameters
+if os.path.exists(os.path.join(os.path.dirname(utils.__file__), "devices.py")):
+    import devices
+    import listing
+    import training
+else:
+    devices = utils  # as in 710d7f7
+
+SIZES = {  # 0.9, 5.1 and 110 million parameters
     "quick": utils.ModelSizes(PATCH_SIZE=2, PATCH_LENGTH=32, HIDDEN_SIZE=128, PATCH_NUM_LAYERS=3, BYTE_NUM_LAYERS=1),
-    "small": utils.ModelSizes(PATCH_SIZE=16, PATCH_LENGTH=512, HIDDEN_SIZE=256, PATCH_NUM_LAYERS=3, BYTE_NUM_LAYERS=2),
+    "small": utils.ModelSizes(PATCH_SIZE=16, PATCH_LENGTH=128, HIDDEN_SIZE=256, PATCH_NUM_LAYERS=3, BYTE_NUM_LAYERS=2),
     "paper": utils.ModelSizes(PATCH_SIZE=16, PATCH_LENGTH=512, HIDDEN_SIZE=768, PATCH_NUM_LAYERS=12, BYTE_NUM_LAYERS=3),
 }
 
@@ -124,7 +134,7 @@ def synchronize(device):
 
 def make_loss(variant, sizes, dropout, device):
     """Returns (module, function of patches, masks and targets that returns the loss) of a variant."""
-    name, _, option = variant.removeprefix("padded-").removeprefix("ideal-").partition("-")
+    name, _, option = variant.removeprefix("before-").removeprefix("padded-").removeprefix("ideal-").partition("-")
     if name == "megabyte":
         from MEGABYTE_pytorch import MEGABYTE
 
@@ -190,11 +200,14 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="paper")
     parser.add_argument("--batch", type=int, default=1, help="sequences in a step")
     parser.add_argument("--files", help="folder of files to draw the sequences from; else full ones of random bytes")
+    parser.add_argument("--against", help="a worktree of another commit, for the variants before-…")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2, help="steps before those that count")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--variants", nargs="+", default=["naive", "fp32", "bf16"])
     options = parser.parse_args()
+    if any(variant.startswith("before-") for variant in options.variants) and not options.against:
+        parser.error("the variants before-… need --against")
     sizes, device = SIZES[options.size], devices.pick_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
@@ -207,6 +220,7 @@ def main():
     for variant in options.variants:
         pipes[variant], theirs = context.Pipe()
         arguments = (variant, sizes, options, theirs)
+        os.environ["BENCH_TRAIN_CODE"] = os.path.abspath(options.against) if variant.startswith("before-") else ROOT
         context.Process(target=run_variant, args=arguments, daemon=True).start()
     found = {variant: [] for variant in options.variants}
     dtypes = {variant: torch.bfloat16 if "16" in variant else torch.float32 for variant in options.variants}
