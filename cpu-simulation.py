@@ -415,10 +415,11 @@ def write_instances(folder, memory, initial, num_registers):
     for b, length in enumerate(np.diff(offsets)):
         program = "".join(map(assembly, words[b, :length].tolist()))
         instances[hashlib.md5(program.encode(), usedforsecurity=False).hexdigest()] = b
-    temporary = os.path.join(folder, f"{UNFINISHED}{os.getpid()}.tmp")
-    for name, b in instances.items():
-        content = memory[b].tobytes() + initial_states[b].tobytes() + states[offsets[b] : offsets[b + 1]].tobytes()
-        system.write_whole(os.path.join(folder, f"{name}.bin"), content, temporary, synced=False)
+    files = (
+        (f"{name}.bin", memory[b].tobytes() + initial_states[b].tobytes() + states[offsets[b] : offsets[b + 1]].tobytes())
+        for name, b in instances.items()
+    )
+    system.write_small_files(folder, files, temporary=f"{UNFINISHED}{os.getpid()}.tmp")
     return len(memory)
 
 

@@ -104,6 +104,8 @@ class SmallLinear:
         gelu: whether the tanh-GELU follows.
     """
 
+    LEAST_ROWS = {}  # shape of a weight -> `least_rows`, found out by trying, for it differs between processors
+
     def __init__(self, weight, bias=None, gelu=False):
         self.weight, self.bias, self.gelu = weight, bias, gelu
         self.least_rows = 1  # of fewer, the libraries add up in another order
@@ -119,19 +121,22 @@ class SmallLinear:
             self.weight = weight.t().contiguous().t()  # short rows are read faster
         else:
             self.weight = weight.contiguous()
-        if is_exact:  # found out by trying, for it differs between processors
-            x = torch.arange(32.0 * weight.shape[1]).sin().view(32, -1)
-            many = self(x)
-            differing = [count for count in range(1, 17) if not torch.equal(self(x[:count]), many[:count])]
-            self.least_rows = max(differing, default=0) + 1
+        if is_exact:
+            if weight.shape not in self.LEAST_ROWS:
+                x = torch.arange(32.0 * weight.shape[1]).sin().view(32, -1)
+                many = self(x)
+                differing = [count for count in range(1, 17) if not torch.equal(self(x[:count]), many[:count])]
+                self.LEAST_ROWS[weight.shape] = max(differing, default=0) + 1
+            self.least_rows = self.LEAST_ROWS[weight.shape]
 
     def __call__(self, x, residual=None):
         """Returns (N, out) for x (N, in), added to `residual` (N, out) unless that is None.
 
         In float32 on a CPU, a row's numbers depend neither on the other rows, nor on how many there are.
         """
-        if len(x) < self.least_rows:
-            filled = self(F.pad(x, (0, 0, 0, self.least_rows - len(x))))[: len(x)]
+        count = x.shape[0]
+        if count < self.least_rows:
+            filled = self(torch.constant_pad_nd(x, (0, 0, 0, self.least_rows - count)))[:count]
             return filled if residual is None else filled + residual
         if not self.packed:
             x = F.linear(x, self.weight, self.bias)
@@ -152,13 +157,13 @@ class Blocks:
 
     def __init__(self, gpt2):
         assert gpt2.config.activation_function == "gelu_pytorch_tanh"  # see _fused
-        self.num_heads, self.last_norm = gpt2.config.n_head, gpt2.ln_f
+        self.num_heads, self.last_norm = gpt2.config.n_head, layer_norm(gpt2.ln_f)
         self.layers = [
             (
-                block.ln_1,
+                layer_norm(block.ln_1),
                 SmallLinear(self._by_heads(block.attn.c_attn.weight.t()), self._by_heads(block.attn.c_attn.bias)),
                 SmallLinear(block.attn.c_proj.weight.t(), block.attn.c_proj.bias),
-                block.ln_2,
+                layer_norm(block.ln_2),
                 SmallLinear(block.mlp.c_fc.weight.t(), block.mlp.c_fc.bias, gelu=True),
                 SmallLinear(block.mlp.c_proj.weight.t(), block.mlp.c_proj.bias),
             )
@@ -177,14 +182,16 @@ class Blocks:
         """
         for layer, (norm_1, qkv, attended, norm_2, inner, outer) in enumerate(self.layers):
             # (N, D) -> (N, 3·D) -> (N, H, 3, 64)
-            x = attended(attend(layer, qkv(normalize(x, norm_1)).view(len(x), self.num_heads, 3, HEAD_SIZE)), x)
-            x = outer(inner(normalize(x, norm_2)), x)
-        return normalize(x, self.last_norm)
+            x = attended(attend(layer, qkv(norm_1(x)).view(-1, self.num_heads, 3, HEAD_SIZE)), x)
+            x = outer(inner(norm_2(x)), x)
+        return self.last_norm(x)
 
 
-def normalize(x, norm):
-    """Returns what an nn.LayerNorm makes of x (N, D); several calls of Python less than calling it."""
-    return torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+def layer_norm(norm):
+    """Returns an nn.LayerNorm as a function that is called faster."""
+    return functools.partial(
+        torch.layer_norm, normalized_shape=norm.normalized_shape, weight=norm.weight, bias=norm.bias, eps=norm.eps
+    )
 
 
 def round_up(number, multiple):
@@ -239,14 +246,17 @@ class KVCache:
         """
         cache, qkv, (put_rows, positions) = self.held[layer], qkv.to(self.held.dtype), where
         cache[put_rows, :, :, positions] = qkv[:, :, 1:]  # (N, H, 2, 64)
-        seen = cache[: len(qkv)] if rows is None else cache.index_select(0, rows)  # (N, H, 2, T, 64)
+        count = qkv.shape[0]
+        seen = cache[:count] if rows is None else cache.index_select(0, rows)  # (N, H, 2, T, 64)
         keys, values = seen[:, :, :, : mask.shape[2]].flatten(0, 1).unbind(1)  # (N·H, longest, 64) each
         queries = qkv[:, :, 0].flatten(0, 1).unsqueeze(1)  # (N·H, 1, 64)
         scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=HEAD_SIZE**-0.5)  # (N·H, 1, longest)
-        return torch.bmm(scores.softmax(-1), values).view(len(qkv), -1).to(self.model_dtype)
+        return torch.bmm(scores.softmax(-1), values).view(count, -1).to(self.model_dtype)
 
 
-GUESSED_ROWS = 8  # so many symbols go through the byte-level decoder at once at least, guessed ones if there are fewer rows
+# Where guessing pays, as measured: see RESULTS.md.
+GUESSED_ROWS = 4  # symbols that go through the byte-level decoder at once, if there are fewer rows; some of them are guessed
+GUESSED_SIZE = 16  # the least PATCH_SIZE
 
 
 class PatchWriter:
@@ -261,17 +271,19 @@ class PatchWriter:
         sampling: a Sampling.
         on_device: write without a look at what was written, symbol by symbol, with few different shapes, rounded up to
             powers of two; the results are the same in float32. None = on CUDA only, where each shape is captured as a graph.
+        guesses: guess symbols of a few rows, see `_write_guessing`; the results are the same in float32. None = where it pays.
 
     Attributes:
         captures: whether steps run as CUDA graphs.
     """
 
-    def __init__(self, model, batch_size, sampling, on_device=None):
+    def __init__(self, model, batch_size, sampling, on_device=None, guesses=None):
         patch_level, gpt2 = model.patch_level_decoder, model.byte_level_decoder.base.transformer
         self.model, self.patch_level, self.sampling, self.device = model, patch_level, sampling, model.device
         self.size, self.length, self.batch_size = model.patch_size, model.patch_length, batch_size
         self.captures = self.device.type == "cuda"
         self.on_device = self.captures if on_device is None else on_device
+        self.guesses = not self.on_device and (self.size >= GUESSED_SIZE if guesses is None else guesses)
         self.graphs = {}  # (rows, longest) -> captured graph, its results
         self.patch_blocks, self.byte_blocks = Blocks(patch_level.base), Blocks(gpt2)
         self.symbol_vectors, self.symbol_positions = gpt2.wte.weight, gpt2.wpe.weight
@@ -356,7 +368,7 @@ class PatchWriter:
             rows = min(1 << (rows - 1).bit_length(), self.batch_size)
             longest = min(1 << (max(longest, 64) - 1).bit_length(), self.patch_cache.held.shape[4])
             patches, nats = (self._replay if self.captures else self._write)(rows, longest)
-        elif num_rows < GUESSED_ROWS:
+        elif self.guesses and rows < GUESSED_ROWS:
             patches, nats = self._write_guessing(rows, longest)
         else:
             patches, nats = self._write(rows, longest)

@@ -1,5 +1,6 @@
 """How much faster cpu-simulation.py generates than the plain way: one instruction at a time, with the file opened anew to
-append each state. Prints the time per instruction and the instances per second of both, measured in turn, and their ratio.
+append each state. Prints the time per instruction and the instances per second of both, measured in turn, and their ratio; and
+the floor: how long the system takes to make as many files of the same sizes, and nothing else, in as many processes.
 
     python tests/bench_cpu.py [--instances 60000] [--plain 150] [--rounds 5] [--dir FOLDER]
 
@@ -8,6 +9,7 @@ The tests use the plain machine below too: it says a second time, in other words
 
 import argparse
 import hashlib
+import multiprocessing
 import os
 import platform
 import random
@@ -156,6 +158,26 @@ def generate(folder, rng, count, num_registers=10, memory_size=1024, num_min_pro
     return steps
 
 
+def make_files(folder, sizes):
+    """Makes files of so many bytes each, in the quickest way that leaves their names."""
+    descriptor, content = os.open(folder, os.O_RDONLY), bytes(max(sizes))
+    for number, size in enumerate(sizes):
+        name = hashlib.md5(f"{os.getpid()} {number}".encode()).hexdigest()
+        file = os.open(f"{name}.bin", os.O_WRONLY | os.O_CREAT, 0o666, dir_fd=descriptor)
+        os.write(file, content[:size])
+        os.close(file)
+    os.close(descriptor)
+
+
+def make_files_together(folder, sizes, count):
+    """Calls make_files in `count` processes."""
+    processes = [multiprocessing.Process(target=make_files, args=(folder, sizes[start::count])) for start in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
 def main():
     parser = argparse.ArgumentParser(description="Time cpu-simulation.py against the plain way.")
     parser.add_argument("--instances", type=int, default=60000, help="of cpu-simulation.py, per round")
@@ -169,23 +191,32 @@ def main():
         subprocess.run([*command, "--num_train_instance", str(args.instances)], check=True, capture_output=True)
 
     rng = random.Random(0)  # the same instances as the script's own, counted here
-    steps = sum(len(draw(rng, 10, 1, 255)[2]) for _ in range(args.instances))
-    plain_times, fast_times, ratios = [], [], []  # seconds per instruction
+    steps, lengths = 0, {}  # of all instances; of each program, which is one file
+    for _ in range(args.instances):
+        *_, lines = draw(rng, 10, 1, 255)
+        steps += len(lines)
+        lengths["".join(lines)] = len(lines)
+    sizes = [1024 + 16 * (length + 1) for length in lengths.values()]  # bytes of each file
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    plain_times, fast_times, ratios, shares = [], [], [], []  # seconds per instruction; shares of the floor
     with tempfile.TemporaryDirectory(dir=args.dir) as top:
         for turn in range(args.rounds + 1):  # the first one warms up
-            one, other = os.path.join(top, f"plain{turn}"), os.path.join(top, f"fast{turn}")
+            one, other, bare = (os.path.join(top, f"{name}{turn}") for name in ("plain", "fast", "bare"))
             os.mkdir(one)
+            os.mkdir(bare)
             begin = time.perf_counter()
             plain_steps = generate(one, random.Random(turn), args.plain)
             middle = time.perf_counter()
             fast(other)
             end = time.perf_counter()
+            make_files_together(bare, sizes, cores)
+            floor = time.perf_counter() - end
             if turn:  # nothing is deleted between rounds: some file systems are slow for a while after that
                 plain_times.append((middle - begin) / plain_steps)
                 fast_times.append((end - middle) / steps)
                 ratios.append(plain_times[-1] / fast_times[-1])
+                shares.append(floor / (end - middle))
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"{platform.processor() or platform.machine()}, {cores} cores, {platform.system()}, Python {platform.python_version()}; "
           f"10 registers, 1024 bytes of memory, programs of 1 to 255 instructions; median of {args.rounds} rounds")
     per_instance = steps / args.instances
@@ -194,6 +225,8 @@ def main():
         print(f"{name:<18} {1e6 * middle:7.3f} us per instruction ({1e6 * min(times):.3f} to {1e6 * max(times):.3f})  "
               f"{1 / middle / per_instance:9,.0f} instances/s")
     print(f"ratio              {statistics.median(ratios):7.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
+    print(f"share of the floor {statistics.median(shares):6.0%} ({min(shares):.0%} to {max(shares):.0%}): "
+          f"making {len(sizes):,} files of these sizes in {cores} processes")
     rate = 1 / statistics.median(fast_times) / per_instance
     print(f"2,100,000 + 21,000 instances at that rate: {2121000 / rate / 60:.1f} minutes")
 

@@ -41,6 +41,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if __name__ == "__main__":  # a process that `compare` starts imports the modules of its own folder
     sys.path.insert(0, ROOT)
 
+    import checkpoint
     import devices
     import generation
     import utils
@@ -250,8 +251,8 @@ def serve(folder, sizes, weights, extension, pipe):
     if weights is not None:
         model.load_state_dict(weights)
     pipe.send(None)
-    while True:
-        samples, seed = pipe.recv()
+    while (asked := pipe.recv()) is not None:
+        samples, seed = asked
         start = utils.extension_patch(extension, sizes["PATCH_SIZE"])
         prompts = [generation.Prompt(i, start, [seed, i]) for i in range(samples)]
         begin = time.perf_counter()
@@ -265,23 +266,23 @@ def compare(args):
     """Prints the rates of whole generations, in float32 on the CPU, of this code and that in another folder, in turns."""
     sizes, weights = SIZES[args.size], None
     if args.weights:
-        import dataclasses
-
-        import checkpoint
-
         model, _ = checkpoint.load_model(args.weights)
-        decoders = model.patch_level_decoder.base.config, model.byte_level_decoder.base.config
-        sizes = dataclasses.asdict(utils.ModelSizes(model.patch_size, model.patch_length, decoders[0].n_embd, *(c.n_layer for c in decoders)))
-        sizes.pop("num_labels")
         weights = model.state_dict()
+        sizes = {
+            "PATCH_SIZE": model.patch_size,
+            "PATCH_LENGTH": model.patch_length,
+            "HIDDEN_SIZE": model.config.n_embd,
+            "PATCH_NUM_LAYERS": model.patch_level_decoder.config.n_layer,
+            "BYTE_NUM_LAYERS": model.byte_level_decoder.config.n_layer,
+        }
     context, pipes = multiprocessing.get_context("spawn"), []
     for folder in (os.path.abspath(args.against), ROOT):
         ours, theirs = context.Pipe()
         context.Process(target=serve, args=(folder, sizes, weights, args.extension, theirs), daemon=True).start()
         ours.recv()
         pipes.append(ours)
-    print(f"whole generations of {args.weights or f'{args.size} size with random weights'}, medians of {args.rounds} alternating rounds; "
-          f"before: the code in {args.against}")
+    what = args.weights or f"{args.size} size with random weights"
+    print(f"whole generations of {what}, medians of {args.rounds} alternating rounds; before: the code in {args.against}")
     print(f"{'samples':>8} {'bytes':>8} {'before, bytes/s':>16} {'now, bytes/s':>14} {'ratio':>7} (range over the rounds)")
     for samples in args.samples:
         rates, written = [], 0
@@ -296,7 +297,10 @@ def compare(args):
                 written += answers[0][1]
         ratios = [after / before for before, after in rates]
         before, after = (statistics.median(values) for values in zip(*rates))
-        print(f"{samples:>8} {written:>8,} {before:>16,.0f} {after:>14,.0f} {statistics.median(ratios):>6.2f}x ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+        print(f"{samples:>8} {written:>8,} {before:>16,.0f} {after:>14,.0f} {statistics.median(ratios):>6.2f}x "
+              f"({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+    for pipe in pipes:
+        pipe.send(None)
 
 
 def main():
@@ -305,7 +309,7 @@ def main():
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--size", choices=SIZES, default="paper")
     parser.add_argument("--samples", nargs="+", type=int, default=[1, 8, 32, 100])
-    parser.add_argument("--contexts", nargs="+", type=int, help="patches before the one that is written; default: 16 128 500 at paper size")
+    parser.add_argument("--contexts", nargs="+", type=int, help="patches before the one that is written; at paper size 16 128 500")
     parser.add_argument("--against", help="a worktree of another commit, to compare whole generations with")
     parser.add_argument("--weights", help="a checkpoint, for --against")
     parser.add_argument("--extension", default="abc", help="of the files that it writes, for --against")
@@ -316,7 +320,8 @@ def main():
     args.contexts = args.contexts or [length // 32, length // 4, length - length // 40]
     device = devices.pick_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, {_processor()}"
-    print(f"{name}; {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}; {args.size} size, {SIZES[args.size]}")
+    print(f"{name}; {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}; {args.size} size, "
+          f"{', '.join(f'{constant} {value}' for constant, value in SIZES[args.size].items())}")
     if args.against:
         compare(args)
         return

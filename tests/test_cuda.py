@@ -37,7 +37,8 @@ def build(**sizes):
 
 def ragged_batch(patch_size):
     random = np.random.default_rng(0)
-    return as_batch([utils.to_patches(bytes(random.integers(0, 256, n, dtype=np.uint8)), "bin", patch_size) for n in (0, 3, 30, 41)])
+    contents = [random.integers(0, 256, n, dtype=np.uint8) for n in (0, 3, 30, 41)]
+    return as_batch([utils.to_patches(content, "bin", patch_size) for content in contents])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -191,19 +191,19 @@ def test_first_symbol_is_drawn_from_the_models_own_distribution(tiny_model):
     assert ((counts - expected) ** 2 / expected).sum() < 24.3
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7])
 @pytest.mark.parametrize("sampling", [GREEDY, generation.Sampling(top_p=0.9)])
 def test_guessing_and_shapes_change_nothing(tiny_model, rows, sampling):
-    """What CUDA graphs are captured of, symbol by symbol with more rows and positions than are in use, against guessed patches."""
+    """What CUDA graphs are captured of, with more rows and positions than are in use, against guessed symbols."""
     with torch.no_grad():
         tiny_model.byte_level_decoder.base.transformer.wte.weight[256] *= 1.6
     prompts = [generation.Prompt(i, symbols, [0, i]) for i, symbols in enumerate(ragged_prompts(4)[:rows])]
-    writers = [generation.PatchWriter(tiny_model, 7, sampling, on_device=plainly) for plainly in (False, True)]
+    writers = [generation.PatchWriter(tiny_model, 7, sampling, **way) for way in ({"guesses": True}, {"on_device": True})]
     longest = max(len(prompt.symbols) // 4 for prompt in prompts)
     with torch.inference_mode():
         for writer in writers:
             writer.admit(list(range(rows)), prompts)
-        for later in range(3):
+        for later in range(5):
             results = [writer.step(rows, longest + later) for writer in writers]
             ended = []
             for row, (patch, other) in enumerate(zip(results[0][0].tolist(), results[1][0].tolist())):
