@@ -57,6 +57,7 @@ import listing
 import report_page
 import selection
 import utils
+import windowing
 
 INDEX_SECONDS = 60  # seconds after which the index is written anew, so that a killed run's outputs are listed, too
 
@@ -382,7 +383,7 @@ def evaluate_files(model, files, dtype, check_stop):
     The arguments are those of `classify_files`; the model is a bGPTLMHeadModel.
     """
     examples, unfit = find_examples(files, model.patch_size, model.patch_length)
-    windows, scores, failed = evaluation.Windows(examples, model.patch_size, model.patch_length), [], []
+    windows, scores, failed = windowing.evaluation_windows(examples, model.patch_size, model.patch_length), [], []
     total = int(windows.sizes.sum() + len(examples))
     with tqdm(total=total, unit="B", unit_scale=True, desc=config.MODE, **system.progress_options()) as bar:
 
