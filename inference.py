@@ -299,7 +299,10 @@ def classify_files(model, labels, label_mode, files, dtype, check_stop):
     """
     examples = utils.Examples.of(files)
     dataset = utils.ByteDataset(examples, model.patch_size, model.patch_length)
-    order = np.argsort(examples.lengths(model.patch_size, model.patch_length), kind="stable").tolist()  # least padding
+    lengths = examples.lengths(model.patch_size)
+    if longer := int((lengths > model.patch_length).sum()):
+        print(f"{longer} of {len(files)} files are longer than the model's {model.patch_length} patches: their heads are classified")
+    order = np.argsort(lengths.clip(max=model.patch_length), kind="stable").tolist()  # least padding
     found, failed = {}, []  # found: {index of a file: [(probability, index of a label), …]}, the likeliest first
     with tqdm(total=len(files), unit="file", desc=config.MODE, **system.progress_options()) as bar:
         for start in range(0, len(order), config.INFERENCE_BATCH_SIZE):

@@ -50,13 +50,17 @@ def process_batches(processes, dataset, order, batch_size, num_workers, while_wa
     """
     size = batch_size * processes.count
     steps = [order[start : start + size] for start in range(0, len(order), size)]
-    mine = [step[utils.balanced_parts(dataset.lengths(step), processes.count)[processes.rank]] for step in steps]
-    read = [indices if len(indices) else step[:1] for indices, step in zip(mine, steps)]
+
+    def mine(step):
+        return step[utils.balanced_parts(dataset.lengths(step), processes.count)[processes.rank]]
+
+    # one step at a time, for an epoch may have very many
+    read = (indices if len(indices := mine(step)) else step[:1] for step in steps)
     batches = utils.batches(dataset, read, num_workers, while_waiting)
-    for step, indices in zip(steps, mine):
+    for step in steps:
         with processes.agreeing():
             batch = next(batches)
-        yield batch, indices, len(step)
+        yield batch, mine(step), len(step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

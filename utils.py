@@ -360,7 +360,7 @@ def batches(dataset, index_batches, num_workers=0, while_waiting=None):
 
     Args:
         dataset: a ByteDataset.
-        index_batches: a sequence of integer arrays.
+        index_batches: iterable of integer arrays.
         num_workers: processes that read; their batches come through pipes, not through shared memory, of which containers
             have little. They end with the iteration, or with the main process.
         while_waiting: called now and then while a worker has not read the next batch yet; it may raise an error.
