@@ -64,7 +64,7 @@ def find_examples():
 
 def group_files(folders, name):
     """Returns the files of folders as Examples; in a CONVERSION_MODE, the pairs that fit in a sequence."""
-    files = listing.list_readable_files(folders, name)
+    files = listing.list_readable_files(folders, name, training.own_paths(config.as_dict()))
     if config.CONVERSION_MODE is None:
         return utils.Examples.of(files)
     pairs = selection.find_pairs(files, config.CONVERSION_MODE, name)

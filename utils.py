@@ -244,6 +244,10 @@ def balanced_parts(lengths, count):
     return [np.array(sorted(part), dtype=np.int64) for part in parts]
 
 
+class UnreadableFile(system.UserError):
+    """A file that was there when the files were listed cannot be read any more, or no longer fits."""
+
+
 class ByteDataset:
     """Files, or pairs of files, as sequences of patches.
 
@@ -268,7 +272,7 @@ class ByteDataset:
         """Returns (patches int16 (P, S), counted bool (P, S)), see `read_patches`.
 
         Raises:
-            UserError: a file cannot be read, or a pair no longer fits.
+            UnreadableFile: a file cannot be read, or a pair no longer fits.
         """
         paths = self.examples[index]
         try:
@@ -279,9 +283,9 @@ class ByteDataset:
                 # the input file without its end patch, then the whole target file
                 patches, counted = (np.concatenate((s[:-1], t)) for s, t in zip(source, target))
         except OSError as error:
-            raise system.UserError(f"cannot read {error.filename or paths!r}: {error.strerror}") from None
+            raise UnreadableFile(f"cannot read {error.filename or paths!r}: {error.strerror}") from None
         if len(patches) > self.patch_length:
-            raise system.UserError(f"{' and '.join(paths)} have grown since the start: they no longer fit in PATCH_LENGTH")
+            raise UnreadableFile(f"{' and '.join(paths)} have grown since the start: they no longer fit in PATCH_LENGTH")
         counted[0] = False  # the first patch is given, not predicted
         return patches, counted
 
@@ -357,7 +361,8 @@ def batches(dataset, index_batches, num_workers=0, while_waiting=None):
         while_waiting: called now and then while a worker has not read the next batch yet; it may raise an error.
 
     Raises:
-        UserError: a file cannot be read, or a worker was killed.
+        UnreadableFile: a file cannot be read, or a pair no longer fits.
+        UserError: a worker was killed.
     """
     if num_workers == 0:
         results = map(dataset.read, index_batches)

@@ -158,22 +158,29 @@ def test_torchrun(folder):
     assert_same_end(folder, "torchrun", "forked")
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_one_process_that_fails_ends_all_with_its_message(folder, num_processes):
-    """A file vanishes during the run."""
-    (folder / "broken").mkdir(exist_ok=True)
-    for path in (folder / "train").iterdir():
-        (folder / "broken" / path.name).write_bytes(path.read_bytes())
-    gone, latest = folder / "broken" / "gone.bin", folder / f"fails{num_processes}-last.pth"
+@pytest.mark.parametrize("num_processes, num_workers", [(1, 0), (1, 2), (2, 0), (2, 2)])
+def test_a_file_that_vanishes_ends_a_run_whose_state_is_saved(folder, num_processes, num_workers):
+    """One process fails: all end with its message; without consent a rerun is refused, with it the epoch begins anew."""
+    name = f"vanishes{num_processes}{num_workers}"
+    shutil.copytree(folder / "train", folder / name)
+    gone, settings = folder / name / "gone.bin", {"TRAIN_FOLDERS": [name], "SAVE_MINUTES": 60, "NUM_WORKERS": num_workers}
     gone.write_bytes(b"x")
-    running = start(folder, f"fails{num_processes}", num_processes, TRAIN_FOLDERS=["broken"], NUM_EPOCHS=10000)
-    while running[0].process.is_alive() and not latest.exists():
+    running = start(folder, name, num_processes, **settings, NUM_EPOCHS=10000)
+    while running[0].process.is_alive() and not (folder / f"{name}-last.pth").exists():
         time.sleep(0.01)
     gone.unlink()
-    done = [process.wait(120) for process in running]
+    done = [process.wait(60) for process in running]
     said = "".join(one_message(process) if process.stderr.strip() else "" for process in done)
     assert [process.returncode for process in done] == [1] * num_processes
-    assert said.count("cannot read 'broken/gone.bin'") == 1
+    state = load(folder, f"{name}-last")
+    assert said.count(f"cannot read '{name}/gone.bin': No such file or directory. When it is back, the same command goes on") == 1
+    assert f"The state of epoch {state['epoch'] + 1} after {state['position']} examples is saved" in said
+    rest = {**settings, "NUM_EPOCHS": state["epoch"] + 1}
+    refused = "".join(process.wait().stderr for process in start(folder, name, num_processes, **rest))
+    assert f"; 1 gone ({name}/gone.bin)." in refused and "add --ALLOW_CHANGED_FILES True" in refused
+    done = train(folder, name, num_processes=num_processes, **rest, ALLOW_CHANGED_FILES=True)
+    assert f"1 gone ({name}/gone.bin): epoch {state['epoch'] + 1} begins anew with the files as they are" in done.stdout
+    assert load(folder, f"{name}-last")["epoch"] == state["epoch"] + 1
 
 
 def test_unreadable_files_are_left_out_before_training(folder):
@@ -200,9 +207,54 @@ def test_a_rerun_names_the_files_that_differ(folder):
     (folder / "grows" / "4.bin").write_bytes(b"other than 5 bytes")
     for i in range(12):
         (folder / "grows" / f"new{i}.bin").write_bytes(b"")
+    before = (folder / "grows-last.pth").read_bytes()
     message = one_message(start(folder, "grows", TRAIN_FOLDERS=["grows"], NUM_EPOCHS=2)[0].wait())
     assert "12 added (grows/new0.bin, grows/new1.bin," in message and " and 2 more)" in message
-    assert "1 of another size (grows/4.bin), 1 gone (a checkpoint keeps no names)" in message
+    assert "1 of another size (grows/4.bin), 1 gone (grows/2.bin)" in message
+    assert (folder / "grows-last.pth").read_bytes() == before
+    state = load(folder, "grows-last")
+    del state["names"]
+    torch.save(state, folder / "grows-last.pth")
+    message = one_message(start(folder, "grows", TRAIN_FOLDERS=["grows"], NUM_EPOCHS=2)[0].wait())
+    assert "1 gone (an older checkpoint keeps no names)" in message
+
+
+def test_other_evaluation_files_begin_a_new_best(folder):
+    """Their figures do not compare; the former best model is kept. Files that were trained on are counted."""
+    (folder / "pool").mkdir()
+    for i in range(10):
+        (folder / "pool" / f"{i}.bin").write_bytes(b"x" * i)
+    held = {"TRAIN_FOLDERS": ["pool"], "EVAL_FOLDERS": [], "EVAL_SPLIT": 0.3, "ALLOW_CHANGED_FILES": True}
+    assert "ALLOW_CHANGED_FILES" in train(folder, "pool", **held, NUM_EPOCHS=1).stdout
+    best = (folder / "pool.pth").read_bytes()
+    for i in range(10, 15):
+        (folder / "pool" / f"{i}.bin").write_bytes(b"x" * i)
+    done = train(folder, "pool", **held, NUM_EPOCHS=2)
+    known, now = (torch.load(path, weights_only=True)["data"] for path in (folder / "pool.pth.bak", folder / "pool.pth"))
+    num_seen = int(torch.isin(now["EVAL_FOLDERS"][:, 0], known["TRAIN_FOLDERS"][:, 0]).sum())
+    assert f"the run has trained on {num_seen} of these 4" in done.stdout and num_seen > 0
+    assert "the next epoch counts as the best so far" in done.stdout
+    assert load(folder, "pool")["best_epoch"] == 2 and (folder / "pool.pth.bak").read_bytes() == best
+    (folder / "pool.pth.bak").unlink()
+    assert "begins anew" not in train(folder, "pool", **held, NUM_EPOCHS=3).stdout
+
+
+def test_the_files_of_runs_are_no_data(tmp_path, folder):
+    """`--TRAIN_FOLDERS .`: weights, log, backups, outputs and wandb are left out, and the run goes on."""
+    for i in range(6):
+        (tmp_path / f"{i}.bin").write_bytes(b"x" * i)
+    shutil.copytree(folder / "eval", tmp_path / "eval")
+    for name in ("own.pth.bak", "output/1.bin", "output/index.tsv", "wandb/run/files/x.json", ".bgpt-01234567-x.tmp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    here = {"TRAIN_FOLDERS": ["."], "EVAL_FOLDERS": ["./eval"]}
+    done = train(tmp_path, "own", **here, NUM_EPOCHS=1)
+    assert "left out (./output/, ./own.pth.bak, ./wandb/)" in done.stdout and "; 9 training and 3 evaluation examples" in done.stdout
+    done = train(tmp_path, "own", **here, NUM_EPOCHS=2)
+    assert "TRAIN_FOLDERS: 6 files and folders" in done.stdout and "goes on from own-last.pth after epoch 1" in done.stdout
+    assert "(./output/, ./own-last.pth, ./own.pth, ./own.pth.bak, ./own.txt, ./wandb/)" in done.stdout
+    named = {"TRAIN_FOLDERS": ["output"], "EVAL_FOLDERS": ["eval"]}  # a folder that is asked for is data
+    assert "; 2 training and 3 evaluation" in train(tmp_path, "other", **named, NUM_EPOCHS=1).stdout
 
 
 def test_the_same_data_under_another_name(folder, tmp_path):
@@ -504,3 +556,37 @@ def test_progress_in_a_file_is_short(folder):
     """As with `2> log`: a line a minute, not ten a second."""
     done = train(folder, "quiet", TRAIN_FOLDERS=["train", "many"], NUM_EPOCHS=2)
     assert 0 < len(done.stderr) < 4000 and "epoch 2 train" in done.stderr
+
+
+def read_from_a_pipe(path):
+    """Puts a pipe in the place of a file: whoever opens it waits for ever, as on a network disk whose server is gone."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("num_processes, num_workers", [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_read_that_never_ends_does_not_keep_a_run_from_stopping(folder, number, num_processes, num_workers):
+    """The state of the last finished step is saved, though no step comes any more."""
+    name = f"hangs{number}{num_processes}{num_workers}"
+    shutil.copytree(folder / "train", folder / name)
+    settings = {"TRAIN_FOLDERS": [name], "SAVE_MINUTES": 60, "NUM_WORKERS": num_workers}
+    running = start(folder, name, num_processes, **settings, NUM_EPOCHS=10000)
+    while running[0].process.is_alive() and not (folder / f"{name}-last.pth").exists():
+        time.sleep(0.01)
+    read_from_a_pipe(folder / name / "9.bin")
+    time.sleep(1)
+    for process in running:
+        process.send(number)
+    sent = time.monotonic()
+    done = [process.wait(30) for process in running]
+    assert time.monotonic() - sent < 10 and [process.returncode for process in done] == [128 + number] * num_processes
+    state, words = load(folder, f"{name}-last"), "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    assert f"stopped by {words} in epoch {state['epoch'] + 1} after {state['position']} examples: the same" in done[0].stderr
+    assert not any("Traceback" in process.stderr for process in done)
+    assert_nothing_hidden(folder)
+
+
+def assert_nothing_hidden(folder):
+    """Checks that no run has left a lock or an unfinished file, unless one was killed, whose names the first tests know."""
+    assert not list(folder.glob(".bgpt-*"))
