@@ -1,5 +1,6 @@
 """What all scripts share and needs no PyTorch: errors, whole files, locks, signals, streams, how a script starts and ends."""
 
+import builtins
 import collections
 import concurrent.futures
 import contextlib
@@ -394,7 +395,7 @@ def progress_options():
 
 def _is_notebook():
     """Returns whether a script runs within IPython, as by %run: the process was there before it and goes on after it."""
-    return "IPython" in sys.modules
+    return hasattr(builtins, "__IPYTHON__")
 
 
 def start(*checks, unstoppable=("stdout", "stderr")):

@@ -45,6 +45,14 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture()
+def own_folder(folder, tmp_path):
+    """A working folder with the same files, which no other test leaves anything in."""
+    for part in ("train", "eval"):
+        shutil.copytree(folder / part, tmp_path / part)
+    return tmp_path
+
+
 def start(folder, name, num_processes=1, file_limit=None, **changes):
     """Starts a training run whose files are named after `name`; returns its processes, as torchrun would start them."""
     settings = {**SETTINGS, "WEIGHTS_PATH": f"{name}.pth", "LOGS_PATH": f"{name}.txt", **changes}
@@ -73,6 +81,12 @@ def assert_same_end(folder, name, other):
         for key in ("model", "optimizer", "epoch", "best_epoch", "min_eval_loss", "figures", "random_states"):
             torch.testing.assert_close(*(state[key] for state in states), rtol=0, atol=0)
     assert not list(folder.glob(".*.tmp")) and not list(folder.glob("*.bak"))
+
+
+def wait_for(path, running):
+    """Waits until a file is there, as long as the first of some running processes runs."""
+    while running[0].process.is_alive() and not path.exists():
+        time.sleep(0.01)
 
 
 def stop(folder, name, number, after=0.0, **changes):
@@ -159,28 +173,26 @@ def test_torchrun(folder):
 
 
 @pytest.mark.parametrize("num_processes, num_workers", [(1, 0), (1, 2), (2, 0), (2, 2)])
-def test_a_file_that_vanishes_ends_a_run_whose_state_is_saved(folder, num_processes, num_workers):
+def test_a_file_that_vanishes_ends_a_run_whose_state_is_saved(own_folder, num_processes, num_workers):
     """One process fails: all end with its message; without consent a rerun is refused, with it the epoch begins anew."""
-    name = f"vanishes{num_processes}{num_workers}"
-    shutil.copytree(folder / "train", folder / name)
-    gone, settings = folder / name / "gone.bin", {"TRAIN_FOLDERS": [name], "SAVE_MINUTES": 60, "NUM_WORKERS": num_workers}
+    gone, settings = own_folder / "train" / "gone.bin", {"SAVE_MINUTES": 60, "NUM_WORKERS": num_workers}
     gone.write_bytes(b"x")
-    running = start(folder, name, num_processes, **settings, NUM_EPOCHS=10000)
-    while running[0].process.is_alive() and not (folder / f"{name}-last.pth").exists():
-        time.sleep(0.01)
+    running = start(own_folder, "gone", num_processes, **settings, NUM_EPOCHS=10000)
+    wait_for(own_folder / "gone-last.pth", running)
     gone.unlink()
     done = [process.wait(60) for process in running]
     said = "".join(one_message(process) if process.stderr.strip() else "" for process in done)
     assert [process.returncode for process in done] == [1] * num_processes
-    state = load(folder, f"{name}-last")
-    assert said.count(f"cannot read '{name}/gone.bin': No such file or directory. When it is back, the same command goes on") == 1
+    state = load(own_folder, "gone-last")
+    assert said.count("cannot read 'train/gone.bin': No such file or directory. When it is back, the same command goes on") == 1
     assert f"The state of epoch {state['epoch'] + 1} after {state['position']} examples is saved" in said
     rest = {**settings, "NUM_EPOCHS": state["epoch"] + 1}
-    refused = "".join(process.wait().stderr for process in start(folder, name, num_processes, **rest))
-    assert f"; 1 gone ({name}/gone.bin)." in refused and "add --ALLOW_CHANGED_FILES True" in refused
-    done = train(folder, name, num_processes=num_processes, **rest, ALLOW_CHANGED_FILES=True)
-    assert f"1 gone ({name}/gone.bin): epoch {state['epoch'] + 1} begins anew with the files as they are" in done.stdout
-    assert load(folder, f"{name}-last")["epoch"] == state["epoch"] + 1
+    refused = "".join(process.wait().stderr for process in start(own_folder, "gone", num_processes, **rest))
+    assert "; 1 gone (train/gone.bin)." in refused and "add --ALLOW_CHANGED_FILES True" in refused
+    assert not list(own_folder.glob(".*"))
+    done = train(own_folder, "gone", num_processes=num_processes, **rest, ALLOW_CHANGED_FILES=True)
+    assert f"1 gone (train/gone.bin): epoch {state['epoch'] + 1} begins anew with the files as they are" in done.stdout
+    assert load(own_folder, "gone-last")["epoch"] == state["epoch"] + 1
 
 
 def test_unreadable_files_are_left_out_before_training(folder):
@@ -558,35 +570,99 @@ def test_progress_in_a_file_is_short(folder):
     assert 0 < len(done.stderr) < 4000 and "epoch 2 train" in done.stderr
 
 
-def read_from_a_pipe(path):
-    """Puts a pipe in the place of a file: whoever opens it waits for ever, as on a network disk whose server is gone."""
-    path.unlink()
-    os.mkfifo(path)
-
-
 @pytest.mark.parametrize("num_processes, num_workers", [(1, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_read_that_never_ends_does_not_keep_a_run_from_stopping(folder, number, num_processes, num_workers):
+def test_a_read_that_never_ends_does_not_keep_a_run_from_stopping(own_folder, number, num_processes, num_workers):
     """The state of the last finished step is saved, though no step comes any more."""
-    name = f"hangs{number}{num_processes}{num_workers}"
-    shutil.copytree(folder / "train", folder / name)
-    settings = {"TRAIN_FOLDERS": [name], "SAVE_MINUTES": 60, "NUM_WORKERS": num_workers}
-    running = start(folder, name, num_processes, **settings, NUM_EPOCHS=10000)
-    while running[0].process.is_alive() and not (folder / f"{name}-last.pth").exists():
-        time.sleep(0.01)
-    read_from_a_pipe(folder / name / "9.bin")
+    running = start(own_folder, "hangs", num_processes, NUM_WORKERS=num_workers, SAVE_MINUTES=60, NUM_EPOCHS=10000)
+    wait_for(own_folder / "hangs-last.pth", running)
+    (own_folder / "train" / "9.bin").unlink()
+    os.mkfifo(own_folder / "train" / "9.bin")  # who opens it waits for ever, as on a disk of the network whose server is gone
     time.sleep(1)
     for process in running:
         process.send(number)
     sent = time.monotonic()
     done = [process.wait(30) for process in running]
     assert time.monotonic() - sent < 10 and [process.returncode for process in done] == [128 + number] * num_processes
-    state, words = load(folder, f"{name}-last"), "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    state, words = load(own_folder, "hangs-last"), "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
     assert f"stopped by {words} in epoch {state['epoch'] + 1} after {state['position']} examples: the same" in done[0].stderr
     assert not any("Traceback" in process.stderr for process in done)
-    assert_nothing_hidden(folder)
+    assert not list(own_folder.glob(".*"))
 
 
-def assert_nothing_hidden(folder):
-    """Checks that no run has left a lock or an unfinished file, unless one was killed, whose names the first tests know."""
-    assert not list(folder.glob(".bgpt-*"))
+def test_a_hanging_reader_does_not_keep_a_run_that_has_batches_from_ending(own_folder):
+    """The run stops within a step; the reader, which is stopped itself, is killed, not waited for."""
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        pytest.skip("this system does not tell the children of a process")
+    running = start(own_folder, "reads", NUM_WORKERS=1, NUM_EPOCHS=10000)[0]
+    wait_for(own_folder / "reads-last.pth", [running])
+    readers, deadline = [], time.monotonic() + 60
+    while not readers and time.monotonic() < deadline:
+        readers = children_of(running.process)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended with its epoch
+        os.kill(int(readers[0]), signal.SIGSTOP)
+    running.send(signal.SIGTERM)
+    assert "stopped by SIGTERM in epoch" in one_message(running.wait(10), 143)
+
+
+def test_a_terminal_that_is_closed_stops_a_run(own_folder):
+    """With the state saved."""
+    running = start(own_folder, "closed", NUM_EPOCHS=10000)
+    done = interrupt(running, own_folder / "closed-last.pth", signal.SIGHUP)[0]
+    assert "stopped by SIGHUP in epoch" in one_message(done, 129) and not list(own_folder.glob(".*"))
+    assert load(own_folder, "closed-last")["epoch"] < 10000
+
+
+def test_signals_that_a_shell_has_ignored_stay_ignored():
+    """As by `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with system.delayed_signals(impatient=True) as stop_signal:
+            for number in (signal.SIGHUP, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+            assert stop_signal() == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("end", ["twice Ctrl-C", "full disk", "no numbers", "a process that cannot begin"])
+def test_no_end_leaves_locks_or_unfinished_files(own_folder, tmp_path_factory, end):
+    """Other ends are looked at in the tests above."""
+    if end == "twice Ctrl-C":
+        running = start(own_folder, "end", NUM_EPOCHS=10000)
+        wait_for(own_folder / "end-last.pth", running)
+        for _ in range(2):
+            running[0].send(signal.SIGINT)
+            time.sleep(0.01)
+    elif end == "full disk":
+        running = start(own_folder, "end", file_limit=100_000)
+    elif end == "no numbers":
+        running = start(own_folder, "end", LEARNING_RATE=1e38)
+    else:
+        other = tmp_path_factory.mktemp("other")
+        for part in ("train", "eval"):
+            (other / part).symlink_to(own_folder / part)
+        (other / "end.pth").mkdir()  # it cannot write there
+        settings, places = options(**SETTINGS, WEIGHTS_PATH="end.pth"), (own_folder, other)
+        environments = torchrun_environments(2)
+        running = [Running("train-gen.py", *settings, cwd=cwd, env=env) for cwd, env in zip(places, environments)]
+    done = [process.wait(60) for process in running]
+    assert all(process.returncode == (130 if end == "twice Ctrl-C" else 1) for process in done), done[0].stderr
+    assert not list(own_folder.glob(".*"))
+
+
+def test_a_small_dev_shm(own_folder):
+    """As a container has it, 64 MB or less: here, smaller than a batch."""
+    mount = "mount -t tmpfs -o size=128k none /dev/shm"
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("mounts are not allowed here")
+    for i in range(16):
+        (own_folder / "train" / f"long{i}.bin").write_bytes(bytes(range(256)) * 128)
+    settings = {**SETTINGS, "PATCH_SIZE": 256, "PATCH_LENGTH": 64, "BATCH_SIZE": 16, "NUM_EPOCHS": 1, "NUM_WORKERS": 2}
+    command = [sys.executable, str(ROOT / "train-gen.py"), *options(**settings)]
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", *command], cwd=own_folder, capture_output=True, text=True,
+        timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
