@@ -85,7 +85,7 @@ class Files:
 def list_files(folders, name, extension=None, own=()):
     """Returns all files below the folders, each once, as Files; hidden files and folders are left out.
 
-    Prints how many are left out because they are a run's own.
+    Prints how many are left out because they are a run's own, and which folders within cannot be read.
 
     Args:
         folders: list of paths.
@@ -94,14 +94,14 @@ def list_files(folders, name, extension=None, own=()):
         own: paths of files and folders that runs write or start from. Folders that are asked for are searched all the same.
 
     Raises:
-        UserError: a folder is missing, is a file, or cannot be read.
+        UserError: one of the folders is missing, is a file, or cannot be read.
     """
     system.check_folders(folders, name)
     wanted = None if extension is None else extension.lower()
     paths, sizes, places, seen = [], array.array("q"), array.array("i"), set()
     roots = [os.path.normpath(os.fsencode(folder)) for folder in folders]
     waiting, links = [(folder, place) for place, folder in enumerate(roots)], []
-    own_ids, found_own = _file_ids(own) - _file_ids(roots), []
+    own_ids, found_own, lost = _file_ids(own) - _file_ids(roots), [], {}
     while waiting or links:
         folder, place = (waiting or links).pop()  # links to folders come last: what they lead to keeps its own name
         real = os.path.realpath(folder)
@@ -128,7 +128,12 @@ def list_files(folders, name, extension=None, own=()):
                             sizes.append(size)
                             places.append(place)
         except OSError as error:
-            raise system.UserError(f"{name}: cannot read the folder {os.fsdecode(folder)!r}: {error.strerror}") from None
+            if folder in roots:
+                raise system.UserError(f"{name}: cannot read the folder {os.fsdecode(folder)!r}: {error.strerror}") from None
+            lost[os.fsdecode(folder)] = error.strerror
+    if lost:
+        why = ", ".join(sorted(set(lost.values())))
+        print(f"{name}: {len(lost)} folders cannot be read and are left out ({first_names(lost)}): {why}")
     if found_own:
         names = first_names(map(os.fsdecode, found_own))
         print(f"{name}: {len(found_own)} files and folders that runs themselves write or start from are left out ({names})")

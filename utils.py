@@ -22,6 +22,7 @@ Nothing here reads config.py: sizes and settings are arguments.
 """
 
 import copy
+import errno
 import dataclasses
 import hashlib
 import os
@@ -375,6 +376,10 @@ def batches(dataset, index_batches, num_workers=0, while_waiting=None):
         )  # fmt: skip
     try:
         yield from map(Batch, results)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise system.UserError("too many open files: lower NUM_WORKERS, or allow more with `ulimit -n`") from None
     except BrokenProcessPool:
         raise system.UserError("a reading process was killed; is memory short? Lower NUM_WORKERS") from None
 

@@ -53,12 +53,13 @@ def own_folder(folder, tmp_path):
     return tmp_path
 
 
-def start(folder, name, num_processes=1, file_limit=None, **changes):
+def start(folder, name, num_processes=1, file_limit=None, open_files=None, **changes):
     """Starts a training run whose files are named after `name`; returns its processes, as torchrun would start them."""
     settings = {**SETTINGS, "WEIGHTS_PATH": f"{name}.pth", "LOGS_PATH": f"{name}.txt", **changes}
     environments = torchrun_environments(num_processes) if num_processes > 1 else [{}]
     return [
-        Running("train-gen.py", *options(**settings), cwd=folder, env=env, file_limit=file_limit) for env in environments
+        Running("train-gen.py", *options(**settings), cwd=folder, env=env, file_limit=file_limit, open_files=open_files)
+        for env in environments
     ]
 
 
@@ -428,6 +429,40 @@ def test_what_cannot_be_said_on_a_full_disk_ends_nothing():
     print("a line" * 10000, file=system.Unstoppable(stream), flush=True)
     with pytest.raises(OSError):
         stream.close()
+
+
+def test_what_cannot_be_said_to_a_closed_terminal_ends_nothing():
+    """As where a run was left in the background, and its terminal is gone."""
+    terminal, descriptor = os.openpty()
+    stream = open(descriptor, "w")
+    os.close(terminal)
+    with pytest.raises(OSError, match="Input/output error"):
+        os.write(descriptor, b"a line")
+    print("a line", file=system.Unstoppable(stream), flush=True)
+    with pytest.raises(OSError):
+        stream.close()
+
+
+def test_too_many_readers_for_the_open_files_that_are_allowed(own_folder):
+    running = start(own_folder, "few", NUM_WORKERS=16, open_files=64)[0]
+    assert "lower NUM_WORKERS, or allow more with `ulimit -n`" in one_message(running.wait())
+
+
+def test_weights_whose_folder_vanishes_do_not_end_a_run(own_folder):
+    """As on a drive that is unplugged for a while; where it comes back, the run goes on saving there."""
+    (own_folder / "drive").mkdir()
+    running = start(own_folder, "drive/run", NUM_EPOCHS=10000)
+    wait_for(own_folder / "drive" / "run-last.pth", running)
+    (own_folder / "drive").rename(own_folder / "unplugged")
+    time.sleep(0.3)
+    assert running[0].process.is_alive()
+    (own_folder / "unplugged").rename(own_folder / "drive")
+    before = (own_folder / "drive" / "run-last.pth").stat().st_mtime_ns
+    while running[0].process.is_alive() and (own_folder / "drive" / "run-last.pth").stat().st_mtime_ns == before:
+        time.sleep(0.01)
+    running[0].send(signal.SIGTERM)
+    done = running[0].wait(30)
+    assert "stopped by SIGTERM" in one_message(done, 143) and "cannot save drive/run-last.pth" in done.stdout
 
 
 def test_weights_that_are_no_numbers_are_not_saved(folder):
