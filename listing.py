@@ -166,7 +166,7 @@ def first_names(paths):
 
 
 def _size_and_id(entry):
-    """Returns the bytes in the file of an os.DirEntry, and its place on the disk, see `_file_ids`; where it is gone, -1 and None."""
+    """Returns the bytes in the file of an os.DirEntry and its place on the disk, see `_file_ids`; -1 and None where it is gone."""
     try:
         found = entry.stat()
     except FileNotFoundError:

@@ -203,6 +203,14 @@ class State:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def start_anew(path):
+    """Returns how to start a new run from the weights of a run that cannot go on, as a clause for messages."""
+    return (
+        f"to start a new run from its weights, set WEIGHTS_PATH to another path, PRE_WEIGHTS_PATH to {path!r} and "
+        "LOAD_FROM_PRE_CHECKPOINT to True"
+    )
+
+
 def no_number(epoch):
     """Returns the UserError for a loss or a weight that is no number."""
     return system.UserError(
@@ -322,7 +330,7 @@ class Run:
 
     def _check_fits(self, found, path):
         """Raises UserError if a checkpoint is of a run on other labels or pairs."""
-        before, anew = found.get("config") or {}, self._how_to_start_anew(path)
+        before, anew = found.get("config") or {}, start_anew(path)
         mode = self.settings["CONVERSION_MODE"]
         if before.get("CONVERSION_MODE", mode) != mode:
             raise system.UserError(
@@ -332,12 +340,6 @@ class Run:
             mode = checkpoint.label_mode(found)
             why = "" if mode == self.settings["LABELS"] else f" (LABELS was {mode!r} and is now {self.settings['LABELS']!r})"
             raise system.UserError(f"TRAIN_FOLDERS: the labels or their order are not those of {path!r}{why}; {anew}")
-
-    def _how_to_start_anew(self, path):
-        return (
-            f"to start a new run from its weights, set WEIGHTS_PATH to another path, PRE_WEIGHTS_PATH to {path!r} and "
-            "LOAD_FROM_PRE_CHECKPOINT to True"
-        )
 
     def _compare_files(self, found, path):
         """Returns {constant: what differs} for the files that are not those of a checkpoint's run.
@@ -362,7 +364,7 @@ class Run:
         if differences and not self.settings["ALLOW_CHANGED_FILES"]:
             raise system.UserError(
                 "\n".join(differences.values()) + ".\nTo go on with the files as they are, the epoch in hand anew, add "
-                f"--ALLOW_CHANGED_FILES True; {self._how_to_start_anew(path)}"
+                f"--ALLOW_CHANGED_FILES True; {start_anew(path)}"
             )
         self._warn_of_leaks(differences, data)
         return differences
@@ -375,7 +377,7 @@ class Run:
             num_seen = int(torch.isin(hashes[:, 0], known[:, 0]).sum())
             if num_seen:
                 print(
-                    f"warning: EVAL_SPLIT holds out other files now; the run has trained on {num_seen} of these {len(hashes)}, so that "
+                    f"warning: EVAL_SPLIT holds out other files now; the run has trained on {num_seen} of these {len(hashes)}, so "
                     "their figures look better than they are. A folder in EVAL_FOLDERS stays apart"
                 )
 
@@ -553,7 +555,7 @@ class Run:
             raise system.UserError("stopped while waiting for a file") from None
         except utils.UnreadableFile as error:
             raise system.UserError(
-                f"{error}. When it is back, the same command goes on; with --ALLOW_CHANGED_FILES True also without it"
+                f"{error}. When it is back, {self._same_command()} goes on; with --ALLOW_CHANGED_FILES True also without it"
             ) from None
 
     def _save_before_end(self):
@@ -569,13 +571,15 @@ class Run:
             self._leave(number)
         return f". The state of {self._where()} is saved" if self._is_saved else ". The latest state could not be saved"
 
+    def _same_command(self):
+        return "the same command" + (" with LOAD_FROM_CHECKPOINT True" if not self.settings["LOAD_FROM_CHECKPOINT"] else "")
+
     def _where(self):
         return f"epoch {self.state.epoch + 1} after {self.state.position} examples"
 
     def _leave(self, number):
         """Ends the run, on all processes, with the number of a stop signal; its state is saved."""
-        again = "the same command" + (" with LOAD_FROM_CHECKPOINT True" if not self.settings["LOAD_FROM_CHECKPOINT"] else "")
-        again = f"{again} goes on from there" if self._is_saved else "the latest state could not be saved"
+        again = f"{self._same_command()} goes on from there" if self._is_saved else "the latest state could not be saved"
         self.processes.leave(f"stopped by {system.signal_name(number)} in {self._where()}: {again}", 128 + number)
 
     def _save_or_stop(self):
