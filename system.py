@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # how writing fails when nothing more fits
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; a job system; a terminal that is closed
+_CPU_TIMES = "/proc/stat"
 _STALE_SECONDS = 3600  # an unfinished file that nobody has written to for so long is nobody's
 
 
@@ -418,6 +419,40 @@ def start(*checks, unstoppable=("stdout", "stderr")):
     with _messages(quiet=not is_first_process()):
         for check in checks:
             check()
+
+
+def choose_waiting():
+    """Has this process's threads wait for each other asleep where other processes keep the CPU busy; called before PyTorch loads.
+
+    The threads of GNU's OpenMP, which PyTorch brings on Linux, spin for milliseconds while they wait: on an idle machine that
+    is fastest, but beside a busy process it takes the core from the very thread that the others wait for. How they wait does
+    not change what they compute; how many they are would, so that stays. OMP_WAIT_POLICY or GOMP_SPINCOUNT in the environment
+    decide instead; processes that torchrun started take each other for others, and have one thread each anyway.
+    """
+    is_told = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "WORLD_SIZE"} & set(os.environ)
+    if is_told or "torch" in sys.modules or not os.path.exists(_CPU_TIMES):
+        return
+    cores, times = os.sched_getaffinity(0), []
+    for wait in (0.1, 0):
+        with open(_CPU_TIMES) as file:
+            times.append(cpu_times(file.read(), cores))
+        time.sleep(wait)
+    busy, total = (after - before for before, after in zip(*times))
+    if busy * len(cores) > 0.5 * total:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        print(f"other processes keep {busy / max(total, 1):.0%} of {len(cores)} CPU cores busy: OMP_WAIT_POLICY is set to passive")
+
+
+def cpu_times(text, cores):
+    """Returns the (busy, whole) time of some cores since the machine started, from the text of Linux's /proc/stat."""
+    busy = whole = 0
+    for line in text.splitlines():
+        name, *ticks = line.split()
+        if name.startswith("cpu") and name != "cpu" and int(name[3:]) in cores:
+            ticks = list(map(int, ticks[:8]))  # user, nice, system, idle, waiting for a disk, two of interrupts, stolen by a host
+            whole += sum(ticks)
+            busy += sum(ticks) - ticks[3] - ticks[4]
+    return busy, whole
 
 
 def run(main, hint=""):
