@@ -4,7 +4,7 @@
         [--rounds 2]
 
 Each variant is a process of its own, since OpenMP reads its variables when PyTorch is loaded. The training step is that of the
-README's quick start (1.2 million parameters, 64 sequences of 32 patches of 2 bytes, float32); the patch of 16 bytes is one of
+README's quick start (0.9 million parameters, 64 sequences of 32 patches of 2 bytes, float32); the patch of 16 bytes is one of
 a single sample of a model of 5.1 million. A busy process is `while True: pass`. Times are means over `--seconds`, the median of
 the rounds: where threads wait for one that another process keeps from running, the median of the steps would hide it.
 """
