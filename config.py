@@ -82,6 +82,8 @@ NUM_WORKERS: int = 0
 SEED: int = 0
 # Go on from this run's own checkpoint, if there is one. True or False.
 LOAD_FROM_CHECKPOINT: bool = True
+# Go on from it also when files were added, are gone or have another size; the epoch in hand then begins anew. True or False.
+ALLOW_CHANGED_FILES: bool = False
 # Start a new run from PRE_WEIGHTS_PATH. True or False.
 LOAD_FROM_PRE_CHECKPOINT: bool = False
 # Train on pairs of files, or score them in MODE "evaluate": "abc->mid" one direction, "abc&mid" both; upper or lower case
@@ -129,6 +131,8 @@ TEMPERATURE: float = 1.0
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks and the command line
 # ---------------------------------------------------------------------------------------------------------------------
+
+_overridden = {}  # {constant: its value before the command line changed it}
 
 _MODES = ("generate", "convert", "complete", "classify", "evaluate")
 _SCHEDULES = ("cosine", "constant")
@@ -283,6 +287,8 @@ def override(argv=None):
         SystemExit: status 2 and one line on stderr, for an unknown option, a wrong type or an illegal value, here or
             in this file; status 0 after --help.
     """
+    globals().update(_overridden)  # what an earlier script of the same notebook was given is not meant for this one
+    _overridden.clear()
     types = _types()
     parser = _make_parser()
     given, unknown = parser.parse_known_args(argv)
@@ -306,4 +312,5 @@ def override(argv=None):
         if value != globals()[name]:
             if system.is_first_process():
                 print(f"{name} = {value!r} (config.py: {globals()[name]!r})")
+            _overridden[name] = globals()[name]
             globals()[name] = value

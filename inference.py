@@ -37,7 +37,7 @@ def check_folders():
 
 if __name__ == "__main__":
     # here, so that mistakes are answered before the seconds that PyTorch takes to load
-    system.start(config.override, check_settings)
+    system.start(config.override, check_settings, system.choose_waiting)
 
 import dataclasses
 import time

@@ -225,26 +225,38 @@ def path_fingerprint(examples):
     return digest.hexdigest()
 
 
-def describe_difference(examples, hashes, known):
+def pack_names(examples):
+    """Returns uint8 (bytes,), compressed: what the files of Examples are known by, in the order of `Examples.hashes`."""
+    packer, packed = zlib.compressobj(), bytearray()
+    for file in examples.indices.reshape(-1).tolist():
+        packed += packer.compress(examples.files.identity(file) + b"\0")
+    return np.frombuffer(packed + packer.flush(), dtype=np.uint8).copy()
+
+
+def unpack_names(packed):
+    """Returns the list of bytes that `pack_names` packed."""
+    return zlib.decompress(packed.tobytes()).split(b"\0")[:-1]
+
+
+def describe_difference(examples, hashes, known, names):
     """Returns which files were added, are gone or have changed in size, as a clause for messages; "" if none.
 
     Args:
         examples: the Examples now.
         hashes: their `Examples.hashes`.
-        known: those of the examples before, of which no names are kept.
+        known: those of the examples before.
+        names: what `pack_names` packed of the examples before; None = unknown, as of older checkpoints.
     """
     files = examples.indices.reshape(-1)
+    gone, where = np.unique(known[:, 0], return_index=True)  # a pair in both directions has each file twice
+    is_gone = ~np.isin(gone, hashes[:, 0])
+    lost = [None if names is None else examples.files.locate(names[i]) for i in where[is_gone].tolist()]
     known = known[np.argsort(known[:, 0])]
     nearest = known[np.searchsorted(known[:, 0], hashes[:, 0]).clip(max=len(known) - 1)]  # int64 (files, 2)
     is_known = nearest[:, 0] == hashes[:, 0]
-    clauses = []
-    for what, chosen in (("added", ~is_known), ("of another size", is_known & (nearest[:, 1] != hashes[:, 1]))):
-        found = np.unique(files[chosen]).tolist()  # a pair in both directions has each file twice
-        if found:
-            names = ", ".join(system.escape_name(examples.files[file]) for file in found[: listing.SHOWN_FILES])
-            more = f" and {len(found) - listing.SHOWN_FILES} more" if len(found) > listing.SHOWN_FILES else ""
-            clauses.append(f"{len(found)} {what} ({names}{more})")
-    gone = len(np.setdiff1d(known[:, 0], hashes[:, 0]))
-    if gone:
-        clauses.append(f"{gone} gone (a checkpoint keeps no names)")
+    found = {"added": ~is_known, "of another size": is_known & (nearest[:, 1] != hashes[:, 1])}
+    found = {what: [examples.files[file] for file in np.unique(files[chosen]).tolist()] for what, chosen in found.items()}
+    clauses = [f"{len(paths)} {what} ({listing.first_names(paths)})" for what, paths in found.items() if paths]
+    if lost:
+        clauses.append(f"{len(lost)} gone ({'an older checkpoint keeps no names' if names is None else listing.first_names(lost)})")
     return "; " + ", ".join(clauses) if clauses else ""

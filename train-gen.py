@@ -24,7 +24,7 @@ def check_settings():
 
 if __name__ == "__main__":
     # here, so that mistakes are answered before the seconds that PyTorch takes to load
-    system.start(config.override, check_settings)
+    system.start(config.override, check_settings, system.choose_waiting)
 
 import dataclasses
 import time
@@ -70,7 +70,7 @@ def cuts_windows():
 
 def group_files(folders, name):
     """Returns the files of folders as Examples; in a CONVERSION_MODE, the pairs that fit in a sequence."""
-    files = listing.list_readable_files(folders, name)
+    files = listing.list_readable_files(folders, name, training.own_paths(config.as_dict()))
     if config.CONVERSION_MODE is None:
         return utils.Examples.of(files)
     pairs = selection.find_pairs(files, config.CONVERSION_MODE, name)

@@ -23,6 +23,7 @@ Nothing here reads config.py: sizes and settings are arguments.
 
 import copy
 import dataclasses
+import errno
 import hashlib
 import os
 import sys
@@ -48,6 +49,10 @@ HEAD_SIZE = 64  # width of an attention head
 # ---------------------------------------------------------------------------------------------------------------------
 # Files <-> patches
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class UnreadableFile(system.UserError):
+    """A file that was there when the files were listed cannot be read any more, has another size, or no longer fits."""
 
 
 def extension_patch(extension, patch_size):
@@ -113,7 +118,7 @@ def read_window(path, patch_size, first, last, size):
     """
     with open(path, "rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_size != size:
-            raise system.UserError("has another size than when it was listed")
+            raise UnreadableFile("has another size than when it was listed")
         return _read_between(file, size, patch_size, first, last)
 
 
@@ -270,7 +275,7 @@ class ByteDataset:
         The first two are those of `read_patches`; context is how many patches at the beginning are given, not predicted: 1.
 
         Raises:
-            UserError: a file cannot be read, or a pair no longer fits.
+            UnreadableFile: a file cannot be read, or a pair no longer fits.
         """
         paths = self.examples[index]
         try:
@@ -281,9 +286,9 @@ class ByteDataset:
                 # the input file without its end patch, then the whole target file
                 patches, counted = (np.concatenate((s[:-1], t)) for s, t in zip(source, target))
         except OSError as error:
-            raise system.UserError(f"cannot read {error.filename or paths!r}: {error.strerror}") from None
+            raise UnreadableFile(f"cannot read {error.filename or paths!r}: {error.strerror}") from None
         if len(patches) > self.patch_length:
-            raise system.UserError(f"{' and '.join(paths)} have grown since the start: they no longer fit in PATCH_LENGTH")
+            raise UnreadableFile(f"{' and '.join(paths)} have grown since the start: they no longer fit in PATCH_LENGTH")
         return patches, counted, 1
 
     def _seed(self, index):
@@ -366,7 +371,8 @@ def batches(dataset, index_batches, num_workers=0, while_waiting=None):
         while_waiting: called now and then while a worker has not read the next batch yet; it may raise an error.
 
     Raises:
-        UserError: a file cannot be read, or a worker was killed.
+        UnreadableFile: a file cannot be read, or a pair no longer fits.
+        UserError: a worker was killed.
     """
     if num_workers == 0:
         results = map(dataset.read, index_batches)
@@ -379,6 +385,10 @@ def batches(dataset, index_batches, num_workers=0, while_waiting=None):
         )  # fmt: skip
     try:
         yield from map(Batch, results)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise system.UserError("too many open files: lower NUM_WORKERS, or allow more with `ulimit -n`") from None
     except BrokenProcessPool:
         raise system.UserError("a reading process was killed; is memory short? Lower NUM_WORKERS") from None
 

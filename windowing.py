@@ -15,7 +15,6 @@ import zlib
 
 import numpy as np
 
-import system
 import utils
 
 ADVANCE = 0.5  # in evaluation, windows advance by this share of PATCH_LENGTH: the rest of each is context
@@ -107,7 +106,7 @@ class Windows:
 
         Raises:
             OSError: a file cannot be read.
-            UserError: it has another size than when it was listed.
+            utils.UnreadableFile: it has another size than when it was listed.
         """
         (first, last, predicted), paths = window, self.examples[index]
         if len(paths) == 1:
@@ -115,21 +114,21 @@ class Windows:
         else:
             *sequence, _ = utils.ByteDataset(self.examples, self.patch_size, self.patch_length)[index]
             if len(sequence[0]) != self.totals[index] or sequence[1][predicted:].sum() != self.sizes[index] + 1:
-                raise system.UserError("has another size than when it was listed")
+                raise utils.UnreadableFile("has another size than when it was listed")
         return *sequence, predicted - first
 
     def read(self, numbers):
         """Returns the windows of these numbers, a list of what a `utils.Batch` is made of.
 
         Raises:
-            UserError: a file cannot be read, or has another size than when it was listed.
+            utils.UnreadableFile: a file cannot be read, or has another size than when it was listed.
         """
         found = []
         for index, *window in zip(*map(np.ndarray.tolist, self.bounds(np.asarray(numbers)))):
             try:
                 found.append(self.read_window(index, window))
             except OSError as error:
-                raise system.UserError(f"cannot read {self.examples[index][0]!r}: {error.strerror}") from None
-            except system.UserError as error:
-                raise system.UserError(f"{self.examples[index][0]!r} {error}") from None
+                raise utils.UnreadableFile(f"cannot read {self.examples[index][0]!r}: {error.strerror}") from None
+            except utils.UnreadableFile as error:
+                raise utils.UnreadableFile(f"{self.examples[index][0]!r} {error}") from None
         return found

@@ -225,6 +225,26 @@ def test_files_that_cannot_be_read_are_left_out_and_named(tmp_path, monkeypatch,
     assert len(lines) == 12 and lines[0].startswith("TRAIN_FOLDERS: 14 of 17") and lines[-1] == "  and 4 more"
 
 
+def test_folders_within_that_cannot_be_read_are_left_out_and_named(tmp_path, monkeypatch, capsys):
+    """Such as lost+found on a drive of one's own; a folder that was asked for must be readable."""
+    for name in ("1.x", "lost+found/2.x", "sub/3.x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    scandir = os.scandir
+
+    def refuse(folder):  # root may read all
+        if os.fsencode(folder).endswith(b"lost+found"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [os.path.basename(path) for path in listing.list_files([str(tmp_path)], "TRAIN_FOLDERS")] == ["1.x", "3.x"]
+    expected = f"TRAIN_FOLDERS: 1 folders cannot be read and are left out ({tmp_path}/lost+found): Permission denied"
+    assert capsys.readouterr().out.splitlines() == [expected]
+    with pytest.raises(system.UserError, match="cannot read the folder .*lost.found': Permission denied"):
+        listing.list_files([str(tmp_path), str(tmp_path / "lost+found")], "TRAIN_FOLDERS")
+
+
 def test_parts_have_nearly_the_same_number_of_patches():
     random = np.random.default_rng(0)
     for count, n in ((1, 5), (2, 16), (8, 64), (3, 2), (4, 0)):

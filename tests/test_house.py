@@ -16,7 +16,7 @@ IMPORTS = {  # arrows point down: {module: the modules of this repository that i
     "devices": {"system"},
     "checkpoint": {"system", "utils"},
     "generation": {"system", "utils"},
-    "windowing": {"system", "utils"},
+    "windowing": {"utils"},
     "evaluation": {"system", "listing", "selection", "utils", "windowing", "devices", "checkpoint", "generation"},
     "report_page": {"system", "utils", "windowing", "evaluation"},
     "index_page": {"system", "listing"},
