@@ -438,17 +438,17 @@ def code_files(model, files, check_stop):
 
     The arguments are those of `classify_files`; the model is a bGPTLMHeadModel in float32 on the CPU.
     """
-    import compression  # here, since no other MODE needs the package constriction
+    import lossless  # here, since no other MODE needs the package constriction
 
     is_compressing, failed = config.MODE == "compress", []
     paths = [files[i] for i in np.argsort(-files.sizes, kind="stable")]  # the longest first: the short ones fill up the last batches
     if not is_compressing:
-        paths = [path for path in paths if path.endswith(compression.SUFFIX)]
+        paths = [path for path in paths if path.endswith(lossless.SUFFIX)]
         if not paths:
-            raise system.UserError(f"INPUT_FOLDER: no file in {config.INPUT_FOLDER!r} ends in {compression.SUFFIX}")
+            raise system.UserError(f"INPUT_FOLDER: no file in {config.INPUT_FOLDER!r} ends in {lossless.SUFFIX}")
         if len(paths) < len(files):
-            print(f"{len(files) - len(paths)} of {len(files)} files do not end in {compression.SUFFIX} and are left out")
-    coder = compression.Coder(model, config.INFERENCE_BATCH_SIZE)
+            print(f"{len(files) - len(paths)} of {len(files)} files do not end in {lossless.SUFFIX} and are left out")
+    coder = lossless.Coder(model, config.INFERENCE_BATCH_SIZE)
     total = int(files.sizes.clip(min=0).sum()) * (1 + config.VERIFY) if is_compressing else None  # else the containers know
     sizes, start = [], time.monotonic()  # sizes: (bytes of the file, of its container, with xz) of each
     try:
@@ -459,12 +459,12 @@ def code_files(model, files, check_stop):
                 check_stop()
 
             if is_compressing:
-                coded = compression.compress(coder, paths, config.VERIFY, progress, failed)
+                coded = lossless.compress(coder, paths, config.VERIFY, progress, failed)
             else:
-                coded = compression.decompress(coder, paths, progress, failed)
+                coded = lossless.decompress(coder, paths, progress, failed)
             for path, content, container in coded:
                 output = os.path.join(config.OUTPUT_FOLDER, os.path.relpath(path, config.INPUT_FOLDER))
-                output = output + compression.SUFFIX if is_compressing else output.removesuffix(compression.SUFFIX)
+                output = output + lossless.SUFFIX if is_compressing else output.removesuffix(lossless.SUFFIX)
                 result = container if is_compressing else content
                 if write_output(output, result, holds(output, result), failed):
                     sizes.append((len(content), len(container), len(evaluation.COMPRESSORS["xz -9e"](content))))

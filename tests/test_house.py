@@ -18,12 +18,12 @@ IMPORTS = {  # arrows point down: {module: the modules of this repository that i
     "generation": {"system", "utils"},
     "evaluation": {"system", "listing", "selection", "utils", "devices", "checkpoint", "generation"},
     "report_page": {"system", "utils", "evaluation"},
-    "compression": {"system", "listing", "utils", "generation", "evaluation"},
+    "lossless": {"system", "listing", "utils", "generation", "evaluation"},
     "index_page": {"system", "listing"},
     "training": {"system", "listing", "selection", "utils", "devices", "checkpoint"},
     "train-gen": {"config", "system", "listing", "selection", "utils", "devices", "checkpoint", "evaluation", "training"},
     "train-cls": {"config", "system", "listing", "selection", "labeling", "utils", "devices", "checkpoint", "evaluation", "training"},
-    "inference": {"config", "system", "listing", "selection", "labeling", "utils", "devices", "checkpoint", "evaluation", "generation", "compression", "index_page", "report_page"},
+    "inference": {"config", "system", "listing", "selection", "labeling", "utils", "devices", "checkpoint", "evaluation", "generation", "lossless", "index_page", "report_page"},
     "cpu-simulation": {"system", "listing"},
 }
 

@@ -1,8 +1,7 @@
 """Compresses any file with a trained model, and decompresses it, byte for byte: entropy coding by the model's probabilities.
 
-A file is cut into stretches of STRETCH·L·S bytes (L = PATCH_LENGTH, S = PATCH_SIZE), mostly one. Each is coded on its own, as
-a file of the same extension, so that many can be coded at once; within a stretch, windows of L patches advance as those of MODE
-evaluate do. The model gives a probability to each of 256 bytes (the length is known, so that no symbol for the end is needed), and
+A file is cut into stretches of 32 KB, mostly one. Each is coded on its own, as a file of the same extension, so that many can be
+coded at once; within a stretch, windows of PATCH_LENGTH patches advance as those of MODE evaluate do. The model gives a probability to each of 256 bytes (the length is known, so that no symbol for the end is needed), and
 a range coder turns bytes into about as many bits as those probabilities say.
 
 What is coded can be decoded only where the model computes the same probabilities, to the last digit. So both directions go through
@@ -25,7 +24,8 @@ A container, the file name.ext.bgpt, little-endian:
     …      words of each stretch but the last, as varints
     …      the stretches, 32-bit words as constriction's range coder makes them
 
-What else the numbers depend on (how windows advance, STRETCH, the coder's fixed-point numbers) belongs to the version.
+The module has this name because `compression` is a package of Python's own since 3.14, which gzip and others import.
+What else a code depends on (how windows advance, STRETCH, the coder's fixed-point numbers) belongs to the version.
 """
 
 import binascii
@@ -50,7 +50,7 @@ from utils import END
 
 SUFFIX = ".bgpt"
 STORED, CODED = 0xB0, 0xB1
-STRETCH = 8  # a stretch is as long as so many windows
+STRETCH = 2**15  # bytes of the stretches of a file; the last may be shorter
 
 _FAMILY = constriction.stream.model.Categorical(perfect=False)  # 24-bit fixed-point probabilities, none of them 0
 _PENDING = 64  # symbols that are encoded in one call
@@ -79,6 +79,7 @@ class Stretch:
         self.owner, self.extension, self.size = owner, extension, size
         self.content = bytearray(content)
         self.done = 0  # bytes that are coded
+        self._windows = None  # those that are still to come
 
     @property
     def finished(self):
@@ -87,8 +88,10 @@ class Stretch:
 
     def next_prompt(self, patch_size, patch_length):
         """Returns the Prompt of the window that codes the next byte: the extension patch, or the content before that byte."""
-        total, scored = utils.count_patches(self.size, patch_size), 1 + self.done // patch_size
-        [first] = [first for first, _, start in evaluation.split_windows(total, patch_length) if start == scored]
+        if self._windows is None:
+            self._windows = iter(evaluation.split_windows(utils.count_patches(self.size, patch_size), patch_length))
+        first, _, scored = next(self._windows)
+        assert self.done == (scored - 1) * patch_size  # the window before was full
         if first > 0:  # patch 1 is the first of the content
             return generation.Prompt(self, np.array(self.content[(first - 1) * patch_size : self.done]), [0])
         return self.prompt_from_extension(patch_size)
@@ -179,7 +182,6 @@ class Coder(generation.PatchWriter):
 
     Attributes:
         waiting: deque of stretches to code before others.
-        stretch_size: bytes of the stretches of a file, the last of which may be shorter.
         weights, machine: what containers hold of the model and of what computes its numbers, bytes.
     """
 
@@ -189,7 +191,6 @@ class Coder(generation.PatchWriter):
         self._stretches = [None] * batch_size  # of each row
         self._num_coded = 0  # bytes
         self.waiting = collections.deque()
-        self.stretch_size = STRETCH * self.length * self.size
         self.weights = _digest_weights(model)[:2]
         self.machine = self._digest_machine()[:1]
 
@@ -345,15 +346,15 @@ def unpack(container, extension, coder):
             f"here: {describe_machine()}"
         )
     try:
-        return Container(checksum, None, _split(view, coder.stretch_size))
+        return Container(checksum, None, _split(view))
     except IndexError:
         raise BadContainer("is damaged: what it says of its length cannot be") from None
 
 
-def _split(view, stretch_size):
+def _split(view):
     """Returns the parts of a Container from what follows the digests; raises IndexError where lengths do not fit."""
     size, view = _read_varint(view)
-    count = max(-(-size // stretch_size), 1)
+    count = max(-(-size // STRETCH), 1)
     if count > len(view):  # before anything is made of a number that may be huge
         raise IndexError("more stretches than bytes")
     lengths = []
@@ -364,7 +365,7 @@ def _split(view, stretch_size):
     if len(view) % 4 or min(lengths) < 1:
         raise IndexError("a stretch without words")
     words, ends = np.frombuffer(view, dtype="<u4"), np.cumsum(lengths)
-    sizes = [stretch_size] * (count - 1) + [size - stretch_size * (count - 1)]
+    sizes = [STRETCH] * (count - 1) + [size - STRETCH * (count - 1)]
     return [(size, words[end - length : end].astype(np.uint32)) for size, length, end in zip(sizes, lengths, ends)]
 
 
@@ -415,8 +416,8 @@ def compress(coder, files, verify, progress, failed):
             except OSError as error:
                 failed.append((path, error.strerror))
                 continue
-            starts = range(0, max(len(job.content), 1), coder.stretch_size)
-            yield from job.begin([Encoding(job, job.extension, job.content[i : i + coder.stretch_size]) for i in starts])
+            starts = range(0, max(len(job.content), 1), STRETCH)
+            yield from job.begin([Encoding(job, job.extension, job.content[i : i + STRETCH]) for i in starts])
 
     for stretch in coder.run(stretches(), progress):
         job = stretch.owner
