@@ -1,8 +1,9 @@
 """Compresses any file with a trained model, and decompresses it, byte for byte: entropy coding by the model's probabilities.
 
 A file is cut into stretches of 32 KB, mostly one. Each is coded on its own, as a file of the same extension, so that many can be
-coded at once; within a stretch, windows of PATCH_LENGTH patches advance as those of MODE evaluate do. The model gives a probability to each of 256 bytes (the length is known, so that no symbol for the end is needed), and
-a range coder turns bytes into about as many bits as those probabilities say.
+coded at once; within a stretch, windows of PATCH_LENGTH patches advance as those of MODE evaluate do. The model gives a
+probability to each of 256 bytes (the length is known, so no symbol is needed for the end), and a range coder turns the bytes into
+about as many bits as those probabilities say.
 
 What is coded can be decoded only where the model computes the same probabilities, to the last digit. So both directions go through
 one PatchWriter, in float32 on a CPU, where a row's numbers depend neither on its batch nor on the number of threads.
@@ -24,8 +25,9 @@ A container, the file name.ext.bgpt, little-endian:
     …      words of each stretch but the last, as varints
     …      the stretches, 32-bit words as constriction's range coder makes them
 
-The module has this name because `compression` is a package of Python's own since 3.14, which gzip and others import.
 What else a code depends on (how windows advance, STRETCH, the coder's fixed-point numbers) belongs to the version.
+
+The module cannot be called `compression`: since Python 3.14 that is a package of its own, which gzip and others import.
 """
 
 import binascii

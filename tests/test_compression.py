@@ -1,8 +1,7 @@
 """Lossless compression: what is compressed comes back, or a message says why not; MODE compress as a user runs it."""
 
+import binascii
 import os
-import subprocess
-import sys
 import tracemalloc
 
 import numpy as np
@@ -82,8 +81,6 @@ def decompress(coder, folder, containers):
 
 def seal(container, extension=b"abc"):
     """Returns a container with the CRC-16 that fits it, as somebody makes it who wants it to be decoded."""
-    import binascii
-
     check = binascii.crc_hqx((extension if container[0] == lossless.CODED else b"") + container[3:], container[0])
     return container[:1] + check.to_bytes(2, "little") + container[3:]
 
