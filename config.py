@@ -21,7 +21,8 @@ import system
 TRAIN_FOLDERS: list[str] = ["cpu_states/train"]
 # Folders of evaluation files. With none, or none in them, EVAL_SPLIT of the training files are held out instead.
 EVAL_FOLDERS: list[str] = ["cpu_states/test"]
-# Share of the training files held out when EVAL_FOLDERS holds none (at least one file). Between 0 and 1, exclusive.
+# Share of the training files held out when EVAL_FOLDERS holds none: whole files, at least one; of a file longer than
+# PATCH_LENGTH with more than this share of all patches, its end (see LONG_FILES). Between 0 and 1, exclusive.
 EVAL_SPLIT: float = 0.01
 # Pre-trained checkpoint to start from when LOAD_FROM_PRE_CHECKPOINT is True. A .pth file.
 PRE_WEIGHTS_PATH: str = "weights-pre.pth"
@@ -71,6 +72,10 @@ DROPOUT: float = 0.1
 PRECISION: str = "auto"
 # Compile the model for this device before training (torch.compile; needs a C++ compiler on CPUs). True or False.
 COMPILE: bool = False
+# What train-gen.py sees of a file longer than PATCH_LENGTH: "windows" (in an epoch all of it, in windows that begin elsewhere
+# in each; evaluation covers it whole, and EVAL_SPLIT may hold out its end) or "crop" (published: in an epoch one crop, drawn
+# from its head, body or tail; evaluation covers its head). train-cls.py always takes crops.
+LONG_FILES: str = "windows"
 # Processes that read training files beside the main one. 0 = the main process reads.
 NUM_WORKERS: int = 0
 # Decides every random number of a run. From 0 to 2**63 - 1.
@@ -131,6 +136,7 @@ TEMPERATURE: float = 1.0
 _MODES = ("generate", "convert", "complete", "classify", "evaluate", "compress", "decompress")
 _SCHEDULES = ("cosine", "constant")
 _STARTS = ("published", "smooth")
+_LONG_FILES = ("windows", "crop")
 _LABELS = ("name", "prefix", "folder")
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -170,6 +176,7 @@ def _legal_values():
             'None, or two different extensions such as "abc->mid" (one direction) or "abc&mid" (both)',
         ),
         "LABELS": _one_of(_LABELS),
+        "LONG_FILES": _one_of(_LONG_FILES),
         "MODE": _one_of(_MODES),
         "SEED": (lambda v: 0 <= v < 2**63, "from 0 to 2**63 - 1"),
         "TOP_K": (lambda v: 0 <= v <= 257, "from 0 (all) to 257"),

@@ -27,7 +27,7 @@ def check_settings():
         if importlib.util.find_spec("constriction") is None:
             raise system.UserError(f"MODE {config.MODE!r} needs the package constriction: pip install -r requirements.txt")
         if config.PRECISION not in ("auto", "fp32"):
-            raise system.UserError(f"PRECISION is {config.PRECISION!r}; MODE {config.MODE!r} computes in float32 only: auto or fp32")
+            raise system.UserError(f"PRECISION is {config.PRECISION!r}; MODE {config.MODE!r} computes in float32: auto or fp32")
 
 
 def check_folders():
@@ -67,6 +67,7 @@ import listing
 import report_page
 import selection
 import utils
+import windowing
 
 INDEX_SECONDS = 60  # seconds after which the index is written anew, so that a killed run's outputs are listed, too
 
@@ -407,7 +408,7 @@ def evaluate_files(model, files, dtype, check_stop):
     The arguments are those of `classify_files`; the model is a bGPTLMHeadModel.
     """
     examples, unfit = find_examples(files, model.patch_size, model.patch_length)
-    windows, scores, failed = evaluation.Windows(examples, model.patch_size, model.patch_length), [], []
+    windows, scores, failed = windowing.evaluation_windows(examples, model.patch_size, model.patch_length), [], []
     total = int(windows.sizes.sum() + len(examples))
     with tqdm(total=total, unit="B", unit_scale=True, desc=config.MODE, **system.progress_options()) as bar:
 
@@ -441,7 +442,7 @@ def code_files(model, files, check_stop):
     import lossless  # here, since no other MODE needs the package constriction
 
     is_compressing, failed = config.MODE == "compress", []
-    paths = [files[i] for i in np.argsort(-files.sizes, kind="stable")]  # the longest first: the short ones fill up the last batches
+    paths = [files[i] for i in np.argsort(-files.sizes, kind="stable")]  # the longest first, so that the last batches are full
     if not is_compressing:
         paths = [path for path in paths if path.endswith(lossless.SUFFIX)]
         if not paths:

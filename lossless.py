@@ -43,11 +43,11 @@ import constriction
 import numpy as np
 import torch
 
-import evaluation
 import generation
 import listing
 import system
 import utils
+import windowing
 from utils import END
 
 SUFFIX = ".bgpt"
@@ -81,7 +81,6 @@ class Stretch:
         self.owner, self.extension, self.size = owner, extension, size
         self.content = bytearray(content)
         self.done = 0  # bytes that are coded
-        self._windows = None  # those that are still to come
 
     @property
     def finished(self):
@@ -89,14 +88,11 @@ class Stretch:
         return self.done == self.size
 
     def next_prompt(self, patch_size, patch_length):
-        """Returns the Prompt of the window that codes the next byte: the extension patch, or the content before that byte."""
-        if self._windows is None:
-            self._windows = iter(evaluation.split_windows(utils.count_patches(self.size, patch_size), patch_length))
-        first, _, scored = next(self._windows)
-        assert self.done == (scored - 1) * patch_size  # the window before was full
-        if first > 0:  # patch 1 is the first of the content
-            return generation.Prompt(self, np.array(self.content[(first - 1) * patch_size : self.done]), [0])
-        return self.prompt_from_extension(patch_size)
+        """Returns the Prompt of the next window: the extension patch or, in later windows, the content before the next byte."""
+        if self.done == 0:
+            return self.prompt_from_extension(patch_size)
+        context = (patch_length - windowing.evaluation_advance(patch_length)) * patch_size  # bytes
+        return generation.Prompt(self, np.array(self.content[self.done - context : self.done]), [0])
 
     def prompt_from_extension(self, patch_size):
         """Returns the Prompt of the extension patch and all bytes that are coded."""
@@ -344,8 +340,8 @@ def unpack(container, extension, coder):
         raise BadContainer("was compressed with another model")
     if machine != coder.machine:
         raise BadContainer(
-            "was compressed with other libraries or on another kind of processor, where the model's numbers differ in the last digits; "
-            f"here: {describe_machine()}"
+            "was compressed with other libraries or on another kind of processor, where the model's numbers differ in the last "
+            f"digits; here: {describe_machine()}"
         )
     try:
         return Container(checksum, None, _split(view))
@@ -465,6 +461,6 @@ def decompress(coder, files, progress, failed):
             continue
         content = job.decoded() if job.content is None else job.content
         if zlib.crc32(content) != job.checksum:
-            failed.append((job.path, "is damaged, or was compressed where the model's numbers differ: its content has another CRC-32"))
+            failed.append((job.path, "its content has another CRC-32: it is damaged, or the model's numbers differ here"))
             continue
         yield job.path, content, job.container

@@ -1,6 +1,7 @@
 """What to train and evaluate on: pairs for a conversion, what is held out, what two sets share, what has changed."""
 
 import collections
+import hashlib
 import itertools
 import os
 import re
@@ -144,12 +145,84 @@ def hold_out(count, share, seed, candidates=None, groups=None):
     return np.setdiff1d(np.arange(count), chosen), chosen
 
 
+def hold_out_parts(examples, share, seed, patch_size, longest):
+    """Splits Examples in two, the rest and what is held out; a file that is too large to be held out whole gives its end.
+
+    That is a file of more than `longest` patches that holds more than `share` of all patches. The others are held out whole
+    at random, at least one unless another gives its end.
+
+    Args:
+        examples: Examples of single files; of pairs with `longest` None.
+        share: EVAL_SPLIT.
+        seed: SEED.
+        patch_size: S.
+        longest: PATCH_LENGTH; None = every file is held out whole or not at all.
+
+    Returns:
+        the training Examples and the evaluation Examples.
+
+    Raises:
+        UserError: there are too few.
+    """
+    lengths = examples.lengths(patch_size)
+    is_large = (lengths > share * lengths.sum()) & (longest is not None and lengths > longest)
+    large, others = np.flatnonzero(is_large), np.flatnonzero(~is_large)
+    kept, chosen = np.arange(len(examples)), np.array([], dtype=np.int64)
+    if not len(large) or round(share * len(others)):
+        kept, chosen = hold_out(len(examples), share, seed, others)
+    # two patches at least: of the first of a part no window predicts anything
+    cuts = lengths - np.clip((share * lengths).round().astype(np.int64), 2, lengths - 2)
+    train_parts = {place: (0, int(cuts[index])) for place, index in enumerate(kept.tolist()) if is_large[index]}
+    held_out_parts = {len(chosen) + i: (int(cuts[index]), int(lengths[index])) for i, index in enumerate(large.tolist())}
+    if len(large):
+        names = ", ".join(system.escape_name(os.path.basename(examples[index][0])) for index in large[:3].tolist())
+        more = f" and {len(large) - 3} more" if len(large) > 3 else ""
+        print(f"EVAL_FOLDERS holds none: the last {share:.2%} of {names}{more} is held out for evaluation")
+    train = utils.Examples(examples.files, examples.indices[kept], train_parts)
+    return train, utils.Examples(examples.files, examples.indices[np.concatenate((chosen, large))], held_out_parts)
+
+
+def print_long_files(train, held_out, patch_size, patch_length, cuts_windows):
+    """Prints how many files of the training and evaluation Examples are longer than PATCH_LENGTH, and what of them is seen.
+
+    Args:
+        cuts_windows: whether that is all of them, or in each epoch a crop, and in evaluation the head.
+    """
+    for name, examples in (("training", train), ("evaluation", held_out)):
+        first, last = examples.spans(patch_size).T
+        longer = last - first > patch_length
+        if not longer.any() or examples.indices.shape[1] == 2:
+            continue
+        lengths = last - first
+        share = 1 if cuts_windows else lengths.clip(max=patch_length).sum() / lengths.sum()
+        who, how = ("an epoch", "a crop of each") if name == "training" else ("evaluation", "the head of each")
+        print(
+            f"longer than PATCH_LENGTH ({patch_length} patches of {patch_size} bytes): {longer.sum()} of {len(examples)} {name} "
+            f"files; {who} sees {share:.2%} of all bytes, {'all windows' if cuts_windows else how}"
+        )
+
+
 def print_overlap(train, held_out):
     """Prints how many evaluation Examples are training Examples too, by their first files."""
     found = np.array([train.files.find(held_out.files.encoded(file)) for file in held_out.indices[:, 0].tolist()])
     shared = int(np.isin(found, train.indices[:, 0]).sum())
     if shared:
         print(f"{shared} evaluation examples are training examples too: their figures say nothing about unseen files")
+
+
+def path_fingerprint(examples):
+    """Returns a hex digest of the Examples' whole paths and sizes, by which older checkpoints know them.
+
+    Their order was that of the paths, whatever the places of the folders.
+    """
+    indices, sizes = examples.indices, examples.files.sizes
+    both_ways = len(indices) > 1 and np.array_equal(indices[::2], indices[1::2, ::-1])  # pair by pair, see `both_ways`
+    keys = np.repeat(indices[::2, 0], 2) if both_ways else indices[:, 0]
+    indices = indices[np.argsort(keys, kind="stable")]
+    digest = hashlib.sha256(sizes[indices].tobytes())
+    for part in np.array_split(indices.reshape(-1), len(indices) // 65536 + 1):
+        digest.update(b"".join([examples.files.encoded(file) + b"\0" for file in part.tolist()]))
+    return digest.hexdigest()
 
 
 def describe_difference(examples, hashes, known):

@@ -93,6 +93,7 @@ def find_examples(by_label):
         kept, chosen = selection.hold_out(len(train), config.EVAL_SPLIT, config.SEED, others, truth[others] if by_label else None)
         train, held_out, truth, held_out_truth = train.select(kept), train.select(chosen), truth[kept], truth[chosen]
     train_counts, held_out_counts = (np.bincount(each, minlength=len(labels)) for each in (truth, held_out_truth))
+    selection.print_long_files(train, held_out, config.PATCH_SIZE, config.PATCH_LENGTH, cuts_windows=False)
     print("\n".join(labeling.table(list(labels), train_counts, held_out_counts)))
     for line in labeling.warnings((path for path, in train), truth, list(labels), held_out_counts, config.LABELS):
         print(f"warning: {line}")

@@ -20,6 +20,7 @@ import checkpoint
 import system
 import selection
 import utils
+import windowing
 
 MOST_EXTENSIONS = 1000  # a checkpoint lists no more extensions of training files: beyond, they are hardly kinds of files
 ORDER = "permutation"  # how the order of an epoch is drawn, for checkpoints
@@ -29,13 +30,12 @@ ORDER = "permutation"  # how the order of an epoch is drawn, for checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def process_batches(processes, dataset, lengths, order, batch_size, num_workers, while_waiting=None):
+def process_batches(processes, dataset, order, batch_size, num_workers, while_waiting=None):
     """Yields what each step of all processes reads: every example of `order` once, in one of them.
 
     Args:
         processes: the Processes.
-        dataset: a ByteDataset.
-        lengths: int (len(dataset),), patches of each example; the processes get nearly as many in each step.
+        dataset: a ByteDataset or Windows; the processes get nearly as many patches in each step.
         order: int64 (n,), indices of examples; a step takes the next `batch_size` for each process.
         batch_size: sequences per process, on average.
         num_workers, while_waiting: see `utils.batches`.
@@ -50,7 +50,7 @@ def process_batches(processes, dataset, lengths, order, batch_size, num_workers,
     """
     size = batch_size * processes.count
     steps = [order[start : start + size] for start in range(0, len(order), size)]
-    mine = [step[utils.balanced_parts(lengths[step], processes.count)[processes.rank]] for step in steps]
+    mine = [step[utils.balanced_parts(dataset.lengths(step), processes.count)[processes.rank]] for step in steps]
     read = [indices if len(indices) else step[:1] for indices, step in zip(mine, steps)]
     batches = utils.batches(dataset, read, num_workers, while_waiting)
     for step, indices in zip(steps, mine):
@@ -215,15 +215,17 @@ class Run:
         no_totals: the running sums of an epoch that has not begun.
         labels: a classifier's {label: index}.
         hold_out: how its evaluation examples are held out, for checkpoints.
+        cuts_windows: whether files longer than PATCH_LENGTH are cut into windows; else an epoch takes a crop of each.
     """
 
     def __init__(
         self, processes, model, sizes, dtype, settings, train, held_out, best_name, higher_is_better, no_totals,
-        labels=None, hold_out=None,
+        labels=None, hold_out=None, cuts_windows=False,
     ):  # fmt: skip
         self.processes, self.model, self.sizes, self.dtype, self.settings = processes, model, sizes, dtype, settings
         self.train, self.held_out, self.labels, self._hold_out = train, held_out, labels, hold_out
         self.best_name, self.higher_is_better, self._no_totals = best_name, higher_is_better, no_totals
+        self._cuts_windows = cuts_windows
         self.state = State(no_totals, processes.gather(os.urandom(8).hex())[0])
         self.files = checkpoint.RunFiles(settings["WEIGHTS_PATH"], settings["LOGS_PATH"])
         groups = parameter_groups(model, settings["EMBEDDING_START"])
@@ -282,8 +284,13 @@ class Run:
                 f"WEIGHTS_PATH: {path!r} holds a model, but not the state of a run to go on from ({error!r}). To start from "
                 "its weights, set PRE_WEIGHTS_PATH to it, LOAD_FROM_PRE_CHECKPOINT to True and LOAD_FROM_CHECKPOINT to False"
             ) from None
-        if not self.files.find_own(self.state.run_id) and self.state.best_epoch:
-            print(f"the best model of this run is not at {self.files.best}: the next epoch counts as the best so far")
+        why = None
+        if not self.files.find_own(self.state.run_id):
+            why = f"the best model of this run is not at {self.files.best}"
+        elif self._sees_other_parts(found, self.held_out):
+            why = "LONG_FILES has changed, and with it what evaluation covers"
+        if why and self.state.best_epoch:
+            print(f"{why}: the next epoch counts as the best so far")
             self.state.best_epoch, self.state.best = 0, None
         if self.processes.rank == 0:
             self.files.complete_log(self.state.log_text, self.state.log_start)
@@ -305,23 +312,30 @@ class Run:
             mode = checkpoint.label_mode(found)
             why = "" if mode == self.settings["LABELS"] else f" (LABELS was {mode!r} and is now {self.settings['LABELS']!r})"
             raise system.UserError(f"TRAIN_FOLDERS: the labels or their order are not those of {path!r}{why}; {anew}")
-        changed = [name for name in ("SEED", "EVAL_SPLIT") if before.get(name, self.settings[name]) != self.settings[name]]
+        names = ("SEED", "EVAL_SPLIT", *(["LONG_FILES"] if self.labels is None else []))
+        before = {"LONG_FILES": "crop", **before}  # what older versions and the published code do
+        changed = [name for name in names if before.get(name, self.settings[name]) != self.settings[name]]
         why = "".join(f"; {name} was {before[name]!r} and is now {self.settings[name]!r}" for name in changed)
         for (name, hashes), examples in zip(self._data.items(), (self.train, self.held_out)):
             known = data.get(name, hashes)  # published files have none
             is_older = isinstance(known, str)  # of a version that knew files by their whole paths
-            if not (known == examples.path_fingerprint() if is_older else torch.equal(known, hashes)):
+            if not (known == selection.path_fingerprint(examples) if is_older else torch.equal(known, hashes)):
                 differing = "" if is_older else selection.describe_difference(examples, hashes.numpy(), known.numpy())
                 raise system.UserError(
                     f"{name}: the files are not those that the run at {path!r} began with, by their paths below the folder and their "
                     f"sizes{differing}{why}. It can only go on with the same files; {anew}"
                 )
 
+    def _sees_other_parts(self, found, examples):
+        """Returns whether the run of a checkpoint takes other parts of some Examples, since they are long files."""
+        took_windows = (found.get("config") or {}).get("LONG_FILES") == "windows" and self.labels is None
+        return took_windows != self._cuts_windows and (examples.lengths(self.sizes.PATCH_SIZE) > self.sizes.PATCH_LENGTH).any()
+
     def _restore_position(self, found):
         """Takes over where in an epoch a checkpoint is, and its running sums; `training_batches` restores its random state."""
         position, processes, state = found.get("position", 0), self.processes, self.state
-        if type(position) is not int or not 0 <= position <= len(self.train):
-            raise ValueError(f"its position is {position!r}, but there are {len(self.train)} examples")
+        if type(position) is not int or position < 0:
+            raise ValueError(f"its position is {position!r}")
         if position == 0:
             return
         totals = [{name: float(each[name]) for name in self._no_totals} for each in found["totals"]]
@@ -338,6 +352,11 @@ class Run:
         if found["config"]["SEED"] != self.settings["SEED"]:
             print(f"SEED has changed, so {anew}, in another order")
             return
+        if self._sees_other_parts(found, self.train):
+            print(f"LONG_FILES has changed, so {anew}")
+            return
+        if position > len(self._training_set(state.epoch)):
+            raise ValueError(f"its position is {position!r}, but there are {len(self._training_set(state.epoch))} examples")
         state.position = position
         if len(totals) == processes.count:
             state.totals, self._random_state = totals[processes.rank], random_states[processes.rank]
@@ -375,15 +394,16 @@ class Run:
                 )
             )
         size = settings["BATCH_SIZE"] * processes.count
-        steps_per_epoch = -(-len(self.train) // size)
+        # of all epochs, for the windows of long files are not as many in each
+        steps = [-(-len(self._training_set(epoch)) // size) for epoch in range(max(settings["NUM_EPOCHS"], state.epoch + 1))]
         # by epochs, not by the steps that were counted: another BATCH_SIZE has other steps in an epoch
-        done = state.epoch * steps_per_epoch + -(-state.position // size)
-        steps = settings["NUM_EPOCHS"] * steps_per_epoch
-        self.scheduler = make_scheduler(self.optimizer, settings["LR_SCHEDULE"], settings["LEARNING_RATE"], steps, done)
+        done = sum(steps[: state.epoch]) + -(-state.position // size)
+        num_steps = sum(steps[: settings["NUM_EPOCHS"]])
+        self.scheduler = make_scheduler(self.optimizer, settings["LR_SCHEDULE"], settings["LEARNING_RATE"], num_steps, done)
         print(
             f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.dtype} on {processes.count} x "
             f"{processes.device.type}, seed {settings['SEED']}; {len(self.train)} training and {len(self.held_out)} "
-            f"evaluation examples, {steps_per_epoch} steps an epoch"
+            f"evaluation examples, {steps[state.epoch]} steps an epoch"
         )
         self._logger = make_logger(settings["WANDB_LOG"] and processes.rank == 0, settings, state.run_id)
         if settings["COMPILE"]:
@@ -407,33 +427,41 @@ class Run:
             if device.type == "cuda":
                 torch.cuda.set_rng_state(random_state["cuda"], device)
         self._random_state = None
-        seeds = self._seeds()
-        order = np.random.default_rng(seeds).permutation(len(self.train))[self.state.position :]
-        return self._batches("train", self.train, order, self.settings["BATCH_SIZE"], crop_seed=seeds)
+        dataset = self._training_set(self.state.epoch)
+        order = np.random.default_rng(self._seeds(self.state.epoch)).permutation(len(dataset))[self.state.position :]
+        return self._batches("train", dataset, order, self.settings["BATCH_SIZE"])
 
     def evaluation_batches(self):
         """Returns an iterator like that of `training_batches` over every evaluation example once, the shortest first."""
-        lengths = self.held_out.lengths(self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH)
-        size = self.settings["BATCH_SIZE"] // self.settings["ACCUMULATION_STEPS"]
-        return self._batches("eval", self.held_out, np.argsort(lengths, kind="stable"), size)
+        if self._cuts_windows:
+            dataset = windowing.evaluation_windows(self.held_out, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH)
+        else:
+            dataset = utils.ByteDataset(self.held_out, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH)
+        order = np.argsort(dataset.lengths(np.arange(len(dataset))), kind="stable")
+        return self._batches("eval", dataset, order, self.settings["BATCH_SIZE"] // self.settings["ACCUMULATION_STEPS"])
 
-    def _batches(self, what, examples, order, batch_size, crop_seed=None):
-        dataset = utils.ByteDataset(examples, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH, crop_seed)
-        lengths = examples.lengths(dataset.patch_size, dataset.patch_length)
+    def _training_set(self, epoch):
+        """Returns what an epoch, of which so many lie before it, trains on: a ByteDataset, or the Windows of all files."""
+        make = windowing.training_windows if self._cuts_windows else utils.ByteDataset
+        return make(self.train, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH, self._seeds(epoch))
+
+    def _batches(self, what, dataset, order, batch_size):
         self.bar = tqdm(
-            desc=f"epoch {self.state.epoch + 1} {what}", total=len(examples), initial=len(examples) - len(order), unit="file",
-            disable=self.processes.rank > 0, leave=what == "train", **system.progress_options(),
+            desc=f"epoch {self.state.epoch + 1} {what}", total=len(dataset), initial=len(dataset) - len(order),
+            unit="file" if len(dataset) == len(dataset.examples) else "window", disable=self.processes.rank > 0,
+            leave=what == "train", **system.progress_options(),
         )  # fmt: skip
         with self.bar:
             num_workers = self.settings["NUM_WORKERS"]
-            yield from process_batches(self.processes, dataset, lengths, order, batch_size, num_workers, self._stop_while_waiting)
+            yield from process_batches(self.processes, dataset, order, batch_size, num_workers, self._stop_while_waiting)
 
-    def _seeds(self):
-        return [self.settings["SEED"], self.state.epoch + 1]
+    def _seeds(self, epoch):
+        return [self.settings["SEED"], epoch + 1]
 
     def step_rng(self):
         """Returns a numpy Generator for this step and process alone."""
-        return np.random.default_rng([*self._seeds(), self.state.position, self.processes.rank, zlib.crc32(b"step")])
+        seeds = self._seeds(self.state.epoch)
+        return np.random.default_rng([*seeds, self.state.position, self.processes.rank, zlib.crc32(b"step")])
 
     def clip_gradients(self):
         """Scales the gradients down to the norm MAX_GRAD_NORM if theirs is larger, unless that is 0."""

@@ -181,7 +181,7 @@ def golden_sequences(golden):
 
 def as_batch(sequences):
     """Returns the Batch of sequences of patches, int16 (P, S) each."""
-    return utils.Batch((patches, patches != utils.END) for patches in sequences)
+    return utils.Batch((patches, patches != utils.END, 1) for patches in sequences)
 
 
 @pytest.fixture()

@@ -16,6 +16,7 @@ import evaluation
 import listing
 import lossless
 import utils
+import windowing
 
 LETTERS = b"ABCDabcd|:\n "
 
@@ -124,7 +125,7 @@ def test_any_content_comes_back(tmp_path_factory, coder, contents, extension):
 def test_sizes_are_those_that_evaluate_counts(tmp_path, coder):
     contents = {f"{size}.abc": tune(size) for size in (1, 20, 30, 60, 61, 100, 500, 1500)}
     containers = compress(coder, tmp_path / "in", contents)
-    windows = evaluation.Windows(utils.Examples.of(listing.list_files([str(tmp_path / "in")], "")), 4, 16)
+    windows = windowing.evaluation_windows(utils.Examples.of(listing.list_files([str(tmp_path / "in")], "")), 4, 16)
     scores = evaluation.score_files(coder.model, windows, str(tmp_path / "in"), 8, torch.float32, lambda count: None, [])
     bits = {score.name: score.bits for score in scores}
     for name, content in contents.items():
@@ -272,7 +273,7 @@ def test_what_cannot_be_done_is_told_and_the_rest_is_done(ready):
 def test_mistakes_are_one_message(ready):
     for mode, constants, words in [
         ("decompress", {}, "no file in 'input' ends in .bgpt"),
-        ("compress", {"PRECISION": "bf16"}, "PRECISION is 'bf16'; MODE 'compress' computes in float32 only"),
+        ("compress", {"PRECISION": "bf16"}, "PRECISION is 'bf16'; MODE 'compress' computes in float32: auto or fp32"),
         ("compress", {"OUTPUT_FOLDER": "input/sub"}, "OUTPUT_FOLDER"),
     ]:
         (ready / "input" / "b.bgpt").unlink(missing_ok=True)

@@ -368,7 +368,7 @@ def test_what_cannot_be_said_on_a_full_disk_ends_nothing():
 
 def test_weights_that_are_no_numbers_are_not_saved(folder):
     """The step itself may break them, after a loss that was a number; the run can then go on from before."""
-    done = start(folder, "broken", LEARNING_RATE=1e38)[0].wait()
+    done = start(folder, "broken", LEARNING_RATE=1e39)[0].wait()
     assert "the weights have become none" in one_message(done)
     assert "Nothing of that was saved: the same command goes on from before" in done.stderr
     train(folder, "broken")
