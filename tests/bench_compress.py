@@ -68,11 +68,13 @@ def main():
     decodings = [lossless.Decoding(None, each.extension, each.size, each.words()) for each in stretches]
     seconds.append(run(coder, decodings))
     assert [each.content for each in decodings] == [each.content for each in stretches]
-    containers = [lossless.pack(*file, coder, [each.words() for each in parts]) for *file, parts in zip(contents, extensions, encodings)]
+    codes = [[each.words() for each in parts] for parts in encodings]
+    containers = [lossless.pack(content, extension, coder, code) for content, extension, code in zip(contents, extensions, codes)]
     total, stored = sum(map(len, contents)), sum(container[0] == lossless.STORED for container in containers)
     print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {sum(p.numel() for p in model.parameters()):,} "
-        f"parameters, float32, batches of {options.batch}; {len(contents)} files, {total:,} bytes, {stored} stored"
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; float32, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, batches of {options.batch}; {len(contents)} files, "
+        f"{total:,} bytes, {stored} stored"
     )
     print("bytes/s: compress (without VERIFY) {:,.0f}, decompress {:,.0f}".format(*(total / each for each in seconds)))
     sizes = {"container": sum(map(len, containers))}

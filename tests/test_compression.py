@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, one_message, options, run_fresh, run_script
+from conftest import TINY, as_batch, one_message, options, run_fresh, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,7 +47,7 @@ def model():
     model = utils.ModelSizes(**TINY).build(dropout=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for step in range(60):
-        batch = utils.Batch((p, p != utils.END) for p in (utils.to_patches(tune(3 * i, step), "abc", 4) for i in range(16)))
+        batch = as_batch(utils.to_patches(tune(3 * i, step), "abc", 4) for i in range(16))
         loss = model(batch.patches.long(), batch.masks).loss
         optimizer.zero_grad()
         loss.backward()
@@ -65,7 +65,8 @@ def compress(coder, folder, contents, verify=False, failed=None):
     folder.mkdir(exist_ok=True)
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-    done = lossless.compress(coder, [str(folder / name) for name in contents], verify, lambda count: None, [] if failed is None else failed)
+    paths, failed = [str(folder / name) for name in contents], [] if failed is None else failed
+    done = lossless.compress(coder, paths, verify, lambda count: None, failed)
     return {os.path.basename(path): container for path, _, container in done}
 
 
@@ -93,16 +94,16 @@ def seal(container, extension=b"abc"):
 
 def test_files_come_back_whatever_the_batch_and_the_threads(tmp_path, model, monkeypatch):
     monkeypatch.setattr(lossless, "STRETCH", 150)  # windows have 60 bytes and then 32: four in a stretch
-    sizes = [0, 1, 2, 3, 4, 5, 59, 60, 61, 63, 64, 65, 92, 93, 149, 150, 151, 299, 300, 301, 1000]
-    contents = {f"{size}.abc": tune(size) for size in sizes} | {"noise": noise(200), "mixed.x": tune(150) + noise(150) + tune(150)}
+    sizes = [0, 1, 3, 4, 5, 60, 61, 92, 93, 150, 151, 300]
+    contents = {f"{size}.abc": tune(size) for size in sizes} | {"noise": noise(70), "mixed.x": tune(130) + noise(40)}
     found = []
     for threads, batch_size in ((1, 1), (2, 3), (1, 32)):
         torch.set_num_threads(threads)
         found.append(compress(lossless.Coder(model, batch_size), tmp_path / "in", contents, verify=batch_size == 3))
     assert found[0] == found[1] == found[2] and set(found[0]) == set(contents)
     kinds = {name: container[0] for name, container in found[0].items()}
-    assert kinds["noise"] == kinds["0.abc"] == lossless.STORED and kinds["1000.abc"] == kinds["60.abc"] == lossless.CODED
-    assert len(found[0]["noise"]) == 200 + 7 and len(found[0]["0.abc"]) == 7
+    assert kinds["noise"] == kinds["0.abc"] == lossless.STORED and kinds["300.abc"] == kinds["60.abc"] == lossless.CODED
+    assert len(found[0]["noise"]) == 70 + 7 and len(found[0]["0.abc"]) == 7
     for threads, batch_size in ((1, 32), (2, 1)):
         torch.set_num_threads(threads)
         assert decompress(lossless.Coder(model, batch_size), tmp_path / "out", found[0]) == (contents, {})
@@ -123,14 +124,13 @@ def test_any_content_comes_back(tmp_path_factory, coder, contents, extension):
 
 
 def test_sizes_are_those_that_evaluate_counts(tmp_path, coder):
-    contents = {f"{size}.abc": tune(size) for size in (1, 20, 30, 60, 61, 100, 500, 1500)}
+    contents = {f"{size}.abc": tune(size) for size in (1, 30, 60, 61, 100, 700)}
     containers = compress(coder, tmp_path / "in", contents)
     windows = windowing.evaluation_windows(utils.Examples.of(listing.list_files([str(tmp_path / "in")], "")), 4, 16)
     scores = evaluation.score_files(coder.model, windows, str(tmp_path / "in"), 8, torch.float32, lambda count: None, [])
     bits = {score.name: score.bits for score in scores}
     for name, content in contents.items():
-        assert len(containers[name]) <= bits[name] / 8 * 1.005 + 16
-        assert len(containers[name]) > bits[name] / 8 - 2 or containers[name][0] == lossless.STORED
+        assert abs(len(containers[name]) - bits[name] / 8) <= 0.005 * bits[name] / 8 + 16 or containers[name][0] == lossless.STORED
 
 
 def test_numbers_that_change_are_noticed(tmp_path, model):
@@ -156,7 +156,7 @@ def outcomes(coder, folder, variants, content):
     return set(failed.values())
 
 
-@pytest.mark.parametrize("content", [tune(60), noise(30)])
+@pytest.mark.parametrize("content", [tune(60), noise(30)], ids=["coded", "stored"])
 def test_every_bit_and_every_length(tmp_path, coder, content):
     [container] = compress(coder, tmp_path / "in", {"a.abc": content}).values()
     flipped = [bytearray(container) for _ in range(8 * len(container))]
@@ -171,13 +171,15 @@ def test_every_bit_and_every_length(tmp_path, coder, content):
         sealed = [seal(variant) for variant in variants if len(variant) >= 3]
         messages = outcomes(coder, tmp_path / (name + "-sealed"), sealed, content)
         if name == "flipped" and container[0] == lossless.CODED:
-            assert {"another model", "other libraries", "CRC-32"} <= {w for w in ("another model", "other libraries", "CRC-32") for m in messages if w in m}
+            assert all(any(words in each for each in messages) for words in ("another model", "other libraries", "CRC-32"))
 
 
 def test_hostile_containers_take_no_memory(tmp_path, coder):
     start = compress(coder, tmp_path / "in", {"a.abc": tune(60)})["a.abc"][:10]
-    variants = [start + varint + rest for varint in (b"\xff" * 8 + b"\x7f", b"\xff" * 12, b"\x80\x80\x80\x80\x04", b"") for rest in (b"", bytes(40), noise(400))]
-    variants += [start + b"\x80\x80\x04" + b"\xff\xff\x03" * 2, start + b"\x80\x80\x04" + b"\0\x09" + bytes(36), start + b"\x09" + bytes(5)]
+    lengths = [b"\xff" * 8 + b"\x7f", b"\xff" * 12, b"\x80\x80\x80\x80\x04", b""]  # 2**63 - 1, none, 2**30, none
+    variants = [start + length + rest for length in lengths for rest in (b"", bytes(40), noise(400))]
+    two = start + b"\x80\x80\x04"  # 65,536 bytes, so two stretches
+    variants += [two + b"\xff\xff\x03" * 2, two + b"\0\x09" + bytes(36), start + b"\x09" + bytes(5)]
     tracemalloc.start()
     messages = outcomes(coder, tmp_path / "out", [seal(variant) for variant in variants], None)
     assert tracemalloc.get_traced_memory()[1] < 2**20
@@ -188,8 +190,8 @@ def test_hostile_containers_take_no_memory(tmp_path, coder):
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 200), st.binary(max_size=60)), min_size=1, max_size=20))
 def test_no_code_is_an_error_of_ours(tmp_path_factory, coder, codes):
-    head = coder.weights + coder.machine
-    variants = [seal(bytes([lossless.CODED, 0, 0]) + b"1234" + head + (bytes([n]) if n < 128 else bytes([n, 1])) + code) for n, code in codes]
+    head = bytes([lossless.CODED, 0, 0]) + b"1234" + coder.weights + coder.machine
+    variants = [seal(head + (bytes([size]) if size < 128 else bytes([size, 1])) + code) for size, code in codes]
     outcomes(coder, tmp_path_factory.mktemp("hostile") / "out", variants, None)
 
 
@@ -198,9 +200,10 @@ def test_other_models_names_and_files_are_refused(tmp_path, model, coder):
     other = utils.ModelSizes(**TINY).build().eval()
     other.load_state_dict(model.state_dict())
     other.patch_level_decoder.base.wpe.weight.data[3, 5] += 1e-6
-    found, failed = decompress(lossless.Coder(other, 4), tmp_path / "out", containers)
-    assert found == {"noise.abc": noise(100)} and failed == {"a.abc": "was compressed with another model"}  # what is stored needs no model
-    found, failed = decompress(coder, tmp_path / "out", {"a.txt": containers["a.abc"], "b.abc": containers["a.abc"], "c.abc": b"MThd", "d.abc": b""})
+    found, failed = decompress(lossless.Coder(other, 4), tmp_path / "out", containers)  # what is stored needs no model
+    assert found == {"noise.abc": noise(100)} and failed == {"a.abc": "was compressed with another model"}
+    renamed = {"a.txt": containers["a.abc"], "b.abc": containers["a.abc"], "c.abc": b"MThd", "d.abc": b""}
+    found, failed = decompress(coder, tmp_path / "out", renamed)
     assert found == {"b.abc": tune(100)} and "or its extension was changed" in failed["a.txt"]
     assert all("is no container of MODE 'compress'" in failed[name] for name in ("c.abc", "d.abc"))
 
@@ -225,7 +228,8 @@ def contents_of(folder):
 def ready(tmp_path, model):
     """A folder with weights.pth and input files."""
     checkpoint.save_checkpoint(tmp_path / "weights.pth", {"model": model.state_dict()})
-    for name, content in {b"a.abc": tune(300), b"sub/a.abc": tune(40), b"none": noise(50), b"\xff\t.abc": tune(30), b"b.bgpt": tune(9), b"empty.x": b""}.items():
+    contents = {b"a.abc": tune(300), b"sub/a.abc": tune(40), b"none": noise(50), b"\xff\t.abc": tune(30), b"b.bgpt": tune(9)}
+    for name, content in (contents | {b"empty.x": b""}).items():
         path = os.path.join(os.fsencode(tmp_path / "input"), name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as file:
@@ -247,7 +251,8 @@ def test_there_and_back(ready):
     (ready / "back" / "none").symlink_to(ready / "elsewhere")
     done = infer(ready, "decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
     assert done.returncode == 1 and "1 of 7 files do not end in .bgpt and are left out" in done.stdout
-    assert "1 could not be done" in done.stdout and "back/none: a link stands in its place" in done.stdout and not (ready / "elsewhere").exists()
+    assert "1 could not be done" in done.stdout and "back/none: a link stands in its place" in done.stdout
+    assert not (ready / "elsewhere").exists()
     assert "back/a.abc was not made by this run: kept as back/a.abc.bak" in done.stdout
     (ready / "back" / "none").unlink()
     for _ in range(2):  # again: what is the same already is no reason for a backup
@@ -291,4 +296,4 @@ def test_another_processor_is_told(ready):
     assert infer(ready, "compress", VERIFY=False).returncode == 0
     arguments = options(MODE="decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
     done = run_fresh("inference.py", *arguments, cwd=ready, env={"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 1 and "on another kind of processor" in done.stdout
+    assert done.returncode == 1 and "numbers differ" in done.stdout
