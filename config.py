@@ -109,8 +109,9 @@ TARGET_EXT: str = "bin"
 INPUT_FOLDER: str = "input"
 # Folder that gets the results; made if it is missing.
 OUTPUT_FOLDER: str = "output"
-# "generate" (files from nothing), "convert" (INPUT_EXT to TARGET_EXT), "complete" (the rest of each file), "classify" or
-# "evaluate" (how well the model predicts each file; in a CONVERSION_MODE, the second file of each pair from the first).
+# "generate" (files from nothing), "convert" (INPUT_EXT to TARGET_EXT), "complete" (the rest of each file), "classify",
+# "evaluate" (how well the model predicts each file; in a CONVERSION_MODE, the second file of each pair from the first),
+# "compress" (each file to a .bgpt file) or "decompress" (those back).
 MODE: str = "generate"
 # Files to generate. 1 or more.
 NUM_SAMPLES: int = 100
@@ -118,8 +119,10 @@ NUM_SAMPLES: int = 100
 PROMPT_BYTES: int = 0
 # Continuations drawn of each input file in MODE "convert" or "complete"; the likeliest per symbol is kept. 1 or more.
 NUM_CANDIDATES: int = 1
-# Sequences generated at once. 1 or more; memory grows with it.
+# Sequences generated, scored or coded at once. 1 or more; memory grows with it.
 INFERENCE_BATCH_SIZE: int = 32
+# In MODE "compress", decode each file before it is written, and write none that does not come back. True or False.
+VERIFY: bool = True
 # Sample among the TOP_K most likely symbols. 0 = all, at most 257.
 TOP_K: int = 0
 # Sample among the fewest symbols whose total probability exceeds this. Above 0, at most 1 = all.
@@ -134,7 +137,7 @@ TEMPERATURE: float = 1.0
 
 _overridden = {}  # {constant: its value before the command line changed it}
 
-_MODES = ("generate", "convert", "complete", "classify", "evaluate")
+_MODES = ("generate", "convert", "complete", "classify", "evaluate", "compress", "decompress")
 _SCHEDULES = ("cosine", "constant")
 _STARTS = ("published", "smooth")
 _LONG_FILES = ("windows", "crop")

@@ -301,6 +301,15 @@ class PatchWriter:
         results = torch.cat((patches.double(), nats.unsqueeze(1)), dim=1)[:num_rows].cpu().numpy()  # one copy: (B, S + 1)
         return results[:, :-1].astype(np.int64), results[:, -1]
 
+    def choose(self, logits, uniforms):
+        """Returns the next symbol of each row, int64 (B,): drawn here; a class derived from this one may choose otherwise.
+
+        Args:
+            logits: (B, V).
+            uniforms: float64 (B,) in [0, 1), each row's own.
+        """
+        return sample_symbols(logits, self.sampling, uniforms)
+
     def _replay(self, rows, longest):
         """What `_write` returns, from a CUDA graph of it, which is captured when its shapes come up first."""
         if (rows, longest) not in self.graphs:
@@ -337,8 +346,7 @@ class PatchWriter:
 
         for j in range(self.size):
             logits.append(self.head(self.byte_blocks(x + self.symbol_positions[j], attend)))  # (B, V)
-            drawn = sample_symbols(logits[-1], self.sampling, uniforms[:, j])
-            patches[:, j] = torch.where(j < num_given, given[:, j], drawn)
+            patches[:, j] = torch.where(j < num_given, given[:, j], self.choose(logits[-1], uniforms[:, j]))
             x = self.symbol_vectors(patches[:, j])  # (B, D)
         # S of (B, V) -> (B, V, S), as cross_entropy wants it -> (B, S)
         nats = F.cross_entropy(torch.stack(logits, dim=2).float(), patches, reduction="none").double()
@@ -443,12 +451,27 @@ def generate(model, prompts, batch_size, sampling, on_patches=None):
     Yields:
         Continuation, in the order in which they end.
     """
+    waiting = iter(prompts)
     writer = PatchWriter(model, batch_size, sampling)
-    prompts, rows = iter(prompts), [None] * batch_size
+    yield from continue_prompts(writer, lambda count: list(itertools.islice(waiting, count)), on_patches)
+
+
+@torch.inference_mode()
+def continue_prompts(writer, take, on_patches=None):
+    """Does what `generate` does, with a given PatchWriter, and prompts that may depend on earlier continuations.
+
+    Args:
+        writer: a PatchWriter.
+        take: function that returns at most as many Prompts as its argument says, for that many free places; called before each
+            step. When it returns none while no sequence is under way, the iteration ends.
+        on_patches: see `generate`.
+    """
+    rows = []
     while True:
         # waiting prompts take the free places, all together; places that stay free are closed by the last rows
+        rows += [None] * (writer.batch_size - len(rows))
         free = [place for place, row in enumerate(rows) if row is None]
-        admitted = list(itertools.islice(prompts, len(free)))
+        admitted = take(len(free))
         writer.admit(free[: len(admitted)], admitted)
         for place, prompt in zip(free, admitted):
             rows[place] = _Row(prompt, writer.size)

@@ -22,7 +22,12 @@ ADVANCE = 0.5  # in evaluation, windows advance by this share of PATCH_LENGTH: t
 
 def evaluation_windows(examples, patch_size, patch_length):
     """Returns the Windows to evaluate Examples by: all but the first of an example have a context of half of `patch_length`."""
-    return Windows(examples, patch_size, patch_length, max(int(patch_length * ADVANCE), 1))
+    return Windows(examples, patch_size, patch_length, evaluation_advance(patch_length))
+
+
+def evaluation_advance(patch_length):
+    """Returns the patches by which windows of `patch_length` advance in evaluation."""
+    return max(int(patch_length * ADVANCE), 1)
 
 
 def training_windows(examples, patch_size, patch_length, seeds):

@@ -19,11 +19,12 @@ IMPORTS = {  # arrows point down: {module: the modules of this repository that i
     "windowing": {"utils"},
     "evaluation": {"system", "listing", "selection", "utils", "windowing", "devices", "checkpoint", "generation"},
     "report_page": {"system", "utils", "windowing", "evaluation"},
+    "lossless": {"system", "listing", "utils", "windowing", "generation"},
     "index_page": {"system", "listing"},
     "training": {"system", "listing", "selection", "utils", "windowing", "devices", "checkpoint"},
     "train-gen": {"config", "system", "listing", "selection", "utils", "devices", "checkpoint", "evaluation", "training"},
     "train-cls": {"config", "system", "listing", "selection", "labeling", "utils", "devices", "checkpoint", "evaluation", "training"},
-    "inference": {"config", "system", "listing", "selection", "labeling", "utils", "windowing", "devices", "checkpoint", "evaluation", "generation", "index_page", "report_page"},
+    "inference": {"config", "system", "listing", "selection", "labeling", "utils", "windowing", "devices", "checkpoint", "evaluation", "generation", "lossless", "index_page", "report_page"},
     "cpu-simulation": {"system", "listing"},
 }
 
