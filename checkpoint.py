@@ -26,6 +26,7 @@ log_start      | int                                        | * where that begin
 run_id         | str                                        | * names the run; its files carry the same one
 data           | {"TRAIN_FOLDERS": int64 (files, 2),         | * of each file of the examples, in order, a hash of its identity
                |  "EVAL_FOLDERS": the same}                 |   and its size; in older files a digest of paths and sizes, hex
+names          | {the same: uint8 (bytes,)}                 | * what the hashes are of, see `selection.pack_names`
 config         | {str: plain value}                         | * the constants that bear on training
 
 Published files hold the keys without *. The tensors of `model`, with S = PATCH_SIZE, D = HIDDEN_SIZE:
@@ -343,6 +344,10 @@ class RunFiles:
                 if load_checkpoint(path, "WEIGHTS_PATH", mmap=True).get("run_id") == run_id:
                     self._own.append(path)
         return self.best in self._own
+
+    def keep_best(self):
+        """Keeps the best model, which the next save would replace, as a backup."""
+        system.keep_backup(self.best, "chosen by other evaluation files")
 
     def save(self, path, contents):
         """Saves a checkpoint at one of the two paths; a file of another run is kept as a backup.

@@ -21,7 +21,8 @@ import system
 TRAIN_FOLDERS: list[str] = ["cpu_states/train"]
 # Folders of evaluation files. With none, or none in them, EVAL_SPLIT of the training files are held out instead.
 EVAL_FOLDERS: list[str] = ["cpu_states/test"]
-# Share of the training files held out when EVAL_FOLDERS holds none (at least one file). Between 0 and 1, exclusive.
+# Share of the training files held out when EVAL_FOLDERS holds none: whole files, at least one; of a file longer than
+# PATCH_LENGTH with more than this share of all patches, its end (see LONG_FILES). Between 0 and 1, exclusive.
 EVAL_SPLIT: float = 0.01
 # Pre-trained checkpoint to start from when LOAD_FROM_PRE_CHECKPOINT is True. A .pth file.
 PRE_WEIGHTS_PATH: str = "weights-pre.pth"
@@ -71,12 +72,18 @@ DROPOUT: float = 0.1
 PRECISION: str = "auto"
 # Compile the model for this device before training (torch.compile; needs a C++ compiler on CPUs). True or False.
 COMPILE: bool = False
+# What train-gen.py sees of a file longer than PATCH_LENGTH: "windows" (in an epoch all of it, in windows that begin elsewhere
+# in each; evaluation covers it whole, and EVAL_SPLIT may hold out its end) or "crop" (published: in an epoch one crop, drawn
+# from its head, body or tail; evaluation covers its head). train-cls.py always takes crops.
+LONG_FILES: str = "windows"
 # Processes that read training files beside the main one. 0 = the main process reads.
 NUM_WORKERS: int = 0
 # Decides every random number of a run. From 0 to 2**63 - 1.
 SEED: int = 0
 # Go on from this run's own checkpoint, if there is one. True or False.
 LOAD_FROM_CHECKPOINT: bool = True
+# Go on from it also when files were added, are gone or have another size; the epoch in hand then begins anew. True or False.
+ALLOW_CHANGED_FILES: bool = False
 # Start a new run from PRE_WEIGHTS_PATH. True or False.
 LOAD_FROM_PRE_CHECKPOINT: bool = False
 # Train on pairs of files, or score them in MODE "evaluate": "abc->mid" one direction, "abc&mid" both; upper or lower case
@@ -102,8 +109,9 @@ TARGET_EXT: str = "bin"
 INPUT_FOLDER: str = "input"
 # Folder that gets the results; made if it is missing.
 OUTPUT_FOLDER: str = "output"
-# "generate" (files from nothing), "convert" (INPUT_EXT to TARGET_EXT), "complete" (the rest of each file), "classify" or
-# "evaluate" (how well the model predicts each file; in a CONVERSION_MODE, the second file of each pair from the first).
+# "generate" (files from nothing), "convert" (INPUT_EXT to TARGET_EXT), "complete" (the rest of each file), "classify",
+# "evaluate" (how well the model predicts each file; in a CONVERSION_MODE, the second file of each pair from the first),
+# "compress" (each file to a .bgpt file) or "decompress" (those back).
 MODE: str = "generate"
 # Files to generate. 1 or more.
 NUM_SAMPLES: int = 100
@@ -111,8 +119,10 @@ NUM_SAMPLES: int = 100
 PROMPT_BYTES: int = 0
 # Continuations drawn of each input file in MODE "convert" or "complete"; the likeliest per symbol is kept. 1 or more.
 NUM_CANDIDATES: int = 1
-# Sequences generated at once. 1 or more; memory grows with it.
+# Sequences generated, scored or coded at once. 1 or more; memory grows with it.
 INFERENCE_BATCH_SIZE: int = 32
+# In MODE "compress", decode each file before it is written, and write none that does not come back. True or False.
+VERIFY: bool = True
 # Sample among the TOP_K most likely symbols. 0 = all, at most 257.
 TOP_K: int = 0
 # Sample among the fewest symbols whose total probability exceeds this. Above 0, at most 1 = all.
@@ -125,9 +135,12 @@ TEMPERATURE: float = 1.0
 # Checks and the command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-_MODES = ("generate", "convert", "complete", "classify", "evaluate")
+_overridden = {}  # {constant: its value before the command line changed it}
+
+_MODES = ("generate", "convert", "complete", "classify", "evaluate", "compress", "decompress")
 _SCHEDULES = ("cosine", "constant")
 _STARTS = ("published", "smooth")
+_LONG_FILES = ("windows", "crop")
 _LABELS = ("name", "prefix", "folder")
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -167,6 +180,7 @@ def _legal_values():
             'None, or two different extensions such as "abc->mid" (one direction) or "abc&mid" (both)',
         ),
         "LABELS": _one_of(_LABELS),
+        "LONG_FILES": _one_of(_LONG_FILES),
         "MODE": _one_of(_MODES),
         "SEED": (lambda v: 0 <= v < 2**63, "from 0 to 2**63 - 1"),
         "TOP_K": (lambda v: 0 <= v <= 257, "from 0 (all) to 257"),
@@ -276,6 +290,8 @@ def override(argv=None):
         SystemExit: status 2 and one line on stderr, for an unknown option, a wrong type or an illegal value, here or
             in this file; status 0 after --help.
     """
+    globals().update(_overridden)  # what an earlier script of the same notebook was given is not meant for this one
+    _overridden.clear()
     types = _types()
     parser = _make_parser()
     given, unknown = parser.parse_known_args(argv)
@@ -299,4 +315,5 @@ def override(argv=None):
         if value != globals()[name]:
             if system.is_first_process():
                 print(f"{name} = {value!r} (config.py: {globals()[name]!r})")
+            _overridden[name] = globals()[name]
             globals()[name] = value

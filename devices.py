@@ -117,31 +117,36 @@ class Processes:
         # summed up in one and the same order from the first step on, so that a resumed run computes the same bits.
         return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
 
-    def agree(self, error=None):
+    def agree(self, error=None, before_end=None):
         """Ends the run on all processes if one of them met an error (UserError or OSError); all call it at the same point.
+
+        Args:
+            error: the one that this process met, None = none.
+            before_end: called on all processes before they end; what it returns follows the error's message.
 
         Raises:
             UserError, OSError: this process is alone, and met it.
             SystemExit: status 1; the message was printed, once.
         """
-        if error is not None and self.count == 1:
-            raise error
         if self.sum([error is not None]) == [0]:
             return
+        more = "" if before_end is None else before_end()
+        if self.count == 1:
+            raise system.UserError(f"{error}{more}") if more else error
         messages = self.gather(None if error is None else str(error))
         rank = next(rank for rank, message in enumerate(messages) if message is not None)
         where = "" if None not in messages else f"process {rank}: "
-        self.leave(f"error: {where}{messages[rank]}", 1)
+        self.leave(f"error: {where}{messages[rank]}{more}", 1)
 
     @contextlib.contextmanager
-    def agreeing(self):
+    def agreeing(self, before_end=None):
         """Runs a block in which an error that any process meets ends all of them; see `agree`."""
         error = None
         try:
             yield
         except (system.UserError, OSError) as caught:
             error = caught
-        self.agree(error)
+        self.agree(error, before_end)
 
     def leave(self, message, status):
         """Prints a message, once, and raises SystemExit on all processes, which all call it at the same point."""

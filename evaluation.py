@@ -1,12 +1,6 @@
 """How good a model is: bits per byte of files, which of their bytes surprise it, and a classifier's report.
 
-A file longer than L = PATCH_LENGTH patches is scored in windows of L patches; of each but the first, the beginning is
-context alone. Every symbol is thus scored once. With L = 8, and windows that advance by half, for a file of 15 patches:
-
-    window 0  | . = = = = = = = |                 . given, as a context
-    window 1          | . . . . = = = = |         = scored
-    window 2                | . . . . . = = = |   the last window ends with the end patch
-
+A file longer than PATCH_LENGTH patches is scored in windows that advance by half, see windowing.py; every symbol is scored once.
 The symbols of a file that count for its bits per byte are its content and the first 256 after it; see `SymbolTotals`.
 """
 
@@ -121,91 +115,17 @@ class SymbolTotals:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Windows
+# Scores of files
 # ---------------------------------------------------------------------------------------------------------------------
-
-ADVANCE = 0.5  # windows of a longer file advance by this share of PATCH_LENGTH; the rest of each is context
-
-
-def split_windows(total, length, given=1, advance=ADVANCE):
-    """Returns the windows that score the patches `given` to `total` - 1 of a sequence, each once.
-
-    Args:
-        total: patches of the sequence.
-        length: L, the most patches in a window, 2 or more.
-        given: patches at its beginning that are not scored.
-        advance: the share of `length` that a window advances by.
-
-    Returns:
-        list of (first patch, the one after the last, first scored patch). All but the first window have a context of at
-        least `length` less what they advance by.
-    """
-    step = max(int(length * advance), 1)
-    found = [(0, min(total, length), given)]
-    while found[-1][1] < total:
-        done = found[-1][1]
-        last = min(done + step, total)
-        found.append((last - length, last, done))
-    return found
-
-
-class Windows:
-    """Examples as windows: what of their sequences is scored, and how it is read. Of a pair, that is the target's content.
-
-    Args:
-        examples: Examples; pairs must fit in `patch_length`.
-        patch_size: S.
-        patch_length: L.
-
-    Attributes:
-        sizes: int64 (n,), bytes of each file that is scored.
-        given: int64 (n,), patches of each sequence that are not: the extension patch, or all of a pair up to the target's.
-    """
-
-    def __init__(self, examples, patch_size, patch_length):
-        self.examples, self.patch_size, self.patch_length = examples, patch_size, patch_length
-        self.sizes = examples.files.sizes[examples.indices[:, -1]].clip(min=0)
-        self.totals = examples.lengths(patch_size)  # int64 (n,), patches of each whole sequence
-        self.given = self.totals - utils.count_patches(self.sizes, patch_size) + 1
-
-    def of(self, index):
-        """Returns the windows of an example, see `split_windows`."""
-        return split_windows(int(self.totals[index]), self.patch_length, int(self.given[index]))
-
-    def by_length(self):
-        """Yields (index, first, last, scored) of all windows, the longest first, those of an example one after another."""
-        for index in np.argsort(-self.totals.clip(max=self.patch_length), kind="stable").tolist():
-            yield from ((index, *window) for window in self.of(index))
-
-    def scored_symbols(self, index, window):
-        """Returns the slice of a file's content and first 256, as an array of size + 1 symbols, that a window scores."""
-        start, stop = ((patch - int(self.given[index])) * self.patch_size for patch in (window[2], window[1]))
-        return slice(start, min(stop, int(self.sizes[index]) + 1))
-
-    def read(self, index, window):
-        """Returns (patches int16 (P, S), counted bool (P, S)) of a window of an example, reading no other bytes.
-
-        Raises:
-            OSError: a file cannot be read.
-            UserError: it has another size than when it was listed.
-        """
-        paths = self.examples[index]
-        if len(paths) == 1:
-            return utils.read_window(paths[0], self.patch_size, window[0], window[1], int(self.sizes[index]))
-        patches, counted = utils.ByteDataset(self.examples, self.patch_size, self.patch_length)[index]
-        if len(patches) != self.totals[index] or counted[self.given[index] :].sum() != self.sizes[index] + 1:
-            raise system.UserError("has another size than when it was listed")
-        return patches, counted
 
 
 @torch.inference_mode()
-def predict(model, sequences, contexts, dtype, num_likeliest=1):
+def predict(model, sequences, dtype, num_likeliest=1):
     """Returns how well a generative model predicts the patches of sequences that follow their contexts.
 
     Args:
         model: bGPTLMHeadModel in eval mode.
-        sequences: list of (patches int16 (P, S), counted bool (P, S)).
-        contexts: the number of patches at the beginning of each that are not predicted, 1 or more.
+        sequences: list of (patches int16 (P, S), counted bool (P, S), context), see `utils.Batch`.
         dtype: torch.dtype to compute in.
         num_likeliest: k, of how many symbols the probabilities are wanted; 1 = only which is likeliest.
 
@@ -214,25 +134,19 @@ def predict(model, sequences, contexts, dtype, num_likeliest=1):
         (n, S, k), else None.
     """
     batch = utils.Batch(sequences)
-    place = torch.arange(1, batch.patches.shape[1])  # (P-1,), of each possible target
-    targets = (place >= torch.tensor(contexts)[:, None]) & (batch.masks[:, 1:] == 1)  # (B, P-1)
     with devices.autocast(model.device, dtype):
-        output = model(batch.patches_on(model.device), batch.masks, targets)
+        output = model(batch.patches_on(model.device), batch.masks, batch.targets)
     if num_likeliest > 1:
         probabilities, likeliest = output.logits.float().softmax(-1).topk(num_likeliest)  # (N, S, k) each
     else:
         probabilities, likeliest = None, output.logits.argmax(-1, keepdim=True)
-    counts = targets.sum(1).tolist()
+    counts = batch.targets.sum(1).tolist()
 
     def by_sequence(rows):
         return [None] * len(counts) if rows is None else [part.numpy() for part in rows.cpu().split(counts)]
 
     return list(zip(*map(by_sequence, (output.nats.float(), likeliest, probabilities))))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores of files
-# ---------------------------------------------------------------------------------------------------------------------
 
 NUM_STRETCHES, LONGEST_STRETCH = 10, 16  # how many of a file are told; bytes
 PROFILE_BINS = 200  # points of the line of bits along a file
@@ -314,7 +228,7 @@ def score_files(model, windows, folder, batch_size, dtype, progress, failed):
 
     Args:
         model: bGPTLMHeadModel in eval mode.
-        windows: Windows.
+        windows: `windowing.Windows` of the examples.
         folder: what names are relative to.
         batch_size: most windows at once.
         dtype: torch.dtype to compute in.
@@ -330,20 +244,19 @@ def score_files(model, windows, folder, batch_size, dtype, progress, failed):
 
     while chosen := list(itertools.islice(waiting, batch_size)):
         read = []  # (index, window, sequence)
-        for index, *window in chosen:
+        for index, window in chosen:
             try:
                 if index not in bad:
-                    read.append((index, window, windows.read(index, window)))
+                    read.append((index, window, windows.read_window(index, window)))
             except (OSError, system.UserError) as error:
                 give_up(index, error)
         read = [each for each in read if each[0] not in bad]
         if read:
-            contexts = [window[2] - window[0] for _, window, _ in read]
-            predicted = predict(model, [sequence for *_, sequence in read], contexts, dtype)
-            for (index, window, (patches, _)), (nats, likeliest, _), context in zip(read, predicted, contexts):
+            predicted = predict(model, [sequence for *_, sequence in read], dtype)
+            for (index, window, (patches, _, context)), (nats, likeliest, _) in zip(read, predicted):
                 if index not in partial:
                     partial[index] = _Partial(int(windows.sizes[index]), len(windows.of(index)))
-                file, scored = partial[index], windows.scored_symbols(index, window)
+                file, scored = partial[index], windows.predicted_symbols(index, window)
                 count = max(scored.stop - scored.start, 0)  # none in an end patch behind a content that ends before it
                 file.nats[scored] = nats.reshape(-1)[:count]
                 file.is_top1[scored] = (likeliest[:, :, 0] == patches[context:]).reshape(-1)[:count]
@@ -355,7 +268,7 @@ def score_files(model, windows, folder, batch_size, dtype, progress, failed):
                 yield _finish(windows, index, partial.pop(index), folder)
             except OSError as error:
                 give_up(index, error)
-        slices = (windows.scored_symbols(index, window) for index, *window in chosen)
+        slices = (windows.predicted_symbols(index, window) for index, window in chosen)
         progress(sum(max(scored.stop - scored.start, 0) for scored in slices))
 
 
@@ -394,18 +307,18 @@ def score_symbols(model, windows, index, parts, dtype, num_likeliest=3):
         (n, k), and the probabilities of those, float32 (n, k).
 
     Raises:
-        OSError, UserError: see `Windows.read`.
+        OSError, UserError: see `Windows.read_window`.
     """
     pieces = [[] for _ in parts]
     for window in windows.of(index):
-        scored = windows.scored_symbols(index, window)
+        scored = windows.predicted_symbols(index, window)
         shared = [(max(start, scored.start), min(stop, scored.stop)) for start, stop in parts]
         if not any(low < high for low, high in shared):
             continue
-        sequence, context = windows.read(index, window), window[2] - window[0]
-        [predicted] = predict(model, [sequence], [context], dtype, num_likeliest)
+        patches, counted, context = windows.read_window(index, window)
+        [predicted] = predict(model, [(patches, counted, context)], dtype, num_likeliest)
         # (n patches, S) or (n patches, S, k) -> (n·S,) or (n·S, k)
-        columns = [each.reshape(-1, *each.shape[2:]) for each in (sequence[0][context:], *predicted)]
+        columns = [each.reshape(-1, *each.shape[2:]) for each in (patches[context:], *predicted)]
         columns[1] = columns[1] / math.log(2)
         for piece, (low, high) in zip(pieces, shared):
             if low < high:

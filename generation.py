@@ -88,15 +88,12 @@ def sample_symbols(logits, sampling, uniforms):
 # Layers for few rows
 # ---------------------------------------------------------------------------------------------------------------------
 
-SMALL_WEIGHT = 2**17  # a weight of at most so many numbers is multiplied by PyTorch's own product, a larger one by oneDNN
 
+class PackedLinear:
+    """A linear layer for few rows at a time; on a CPU, its weight is laid out once in the way that oneDNN reads it.
 
-class SmallLinear:
-    """A linear layer for few rows at a time, by the cheapest product for its size and device.
-
-    On a CPU, PyTorch's own product lays the weight out anew in every call; for a few dozen rows that takes as long as the
-    product. So the weight is laid out once in the way that oneDNN reads it, but for small ones: a call of oneDNN takes some
-    30 microseconds before it begins.
+    PyTorch's own product lays the weight out anew in every call; for a few dozen rows that takes as long as the product. For
+    small weights it is faster all the same, but what it returns for a row depends on the number of rows and of threads.
 
     Args:
         weight: (out, in).
@@ -104,44 +101,26 @@ class SmallLinear:
         gelu: whether the tanh-GELU follows.
     """
 
-    LEAST_ROWS = {}  # shape of a weight -> `least_rows`, found out by trying, for it differs between processors
-
     def __init__(self, weight, bias=None, gelu=False):
         self.weight, self.bias, self.gelu = weight, bias, gelu
-        self.least_rows = 1  # of fewer, the libraries add up in another order
-        is_exact = weight.device.type == "cpu" and weight.dtype == torch.float32
         self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if weight.dtype == torch.bfloat16:
-            self.packed = self.packed and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        elif not is_exact or weight.numel() <= SMALL_WEIGHT:
-            self.packed = False
+        if weight.dtype != torch.float32:
+            self.packed = self.packed and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)  # best for 32 rows, good for all
-        elif weight.shape[0] < weight.shape[1]:
-            self.weight = weight.t().contiguous().t()  # short rows are read faster
-        else:
-            self.weight = weight.contiguous()
-        if is_exact:
-            if weight.shape not in self.LEAST_ROWS:
-                x = torch.arange(32.0 * weight.shape[1]).sin().view(32, -1)
-                many = self(x)
-                differing = [count for count in range(1, 17) if not torch.equal(self(x[:count]), many[:count])]
-                self.LEAST_ROWS[weight.shape] = max(differing, default=0) + 1
-            self.least_rows = self.LEAST_ROWS[weight.shape]
 
     def __call__(self, x, residual=None):
         """Returns (N, out) for x (N, in), added to `residual` (N, out) unless that is None.
 
-        In float32 on a CPU, a row's numbers depend neither on the other rows, nor on how many there are.
+        A row's numbers do not depend on the other rows, nor on how many there are.
         """
-        count = x.shape[0]
-        if count < self.least_rows:
-            filled = self(torch.constant_pad_nd(x, (0, 0, 0, self.least_rows - count)))[:count]
-            return filled if residual is None else filled + residual
         if not self.packed:
             x = F.linear(x, self.weight, self.bias)
             x = F.gelu(x, approximate="tanh") if self.gelu else x
-            return x if residual is None else x + residual
+            return x if residual is None else residual + x
+        if x.shape[0] == 1 and x.dtype == torch.float32:  # for a single row, oneDNN adds up in another order
+            x, residual = torch.cat((x, x)), residual if residual is None else torch.cat((residual, residual))
+            return self(x, residual)[:1]
         if residual is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
         then = ("gelu", [], "tanh") if self.gelu else ("none", [], "")
@@ -161,11 +140,11 @@ class Blocks:
         self.layers = [
             (
                 layer_norm(block.ln_1),
-                SmallLinear(self._by_heads(block.attn.c_attn.weight.t()), self._by_heads(block.attn.c_attn.bias)),
-                SmallLinear(block.attn.c_proj.weight.t(), block.attn.c_proj.bias),
+                PackedLinear(self._by_heads(block.attn.c_attn.weight.t()), self._by_heads(block.attn.c_attn.bias)),
+                PackedLinear(block.attn.c_proj.weight.t(), block.attn.c_proj.bias),
                 layer_norm(block.ln_2),
-                SmallLinear(block.mlp.c_fc.weight.t(), block.mlp.c_fc.bias, gelu=True),
-                SmallLinear(block.mlp.c_proj.weight.t(), block.mlp.c_proj.bias),
+                PackedLinear(block.mlp.c_fc.weight.t(), block.mlp.c_fc.bias, gelu=True),
+                PackedLinear(block.mlp.c_proj.weight.t(), block.mlp.c_proj.bias),
             )
             for block in gpt2.h
         ]
@@ -287,7 +266,7 @@ class PatchWriter:
         self.graphs = {}  # (rows, longest) -> captured graph, its results
         self.patch_blocks, self.byte_blocks = Blocks(patch_level.base), Blocks(gpt2)
         self.symbol_vectors, self.symbol_positions = gpt2.wte.weight, gpt2.wpe.weight
-        self.head = SmallLinear(model.byte_level_decoder.base.lm_head.weight)
+        self.head = PackedLinear(model.byte_level_decoder.base.lm_head.weight)
         self.patch_cache = KVCache(patch_level.base, batch_size, self.length)
         self.byte_cache = KVCache(gpt2, batch_size, self.size)
         zeros = functools.partial(torch.zeros, dtype=torch.int64, device=self.device)
@@ -378,6 +357,15 @@ class PatchWriter:
         results = torch.cat((patches.double(), nats.unsqueeze(1)), dim=1)[:num_rows].cpu().numpy()  # one copy: (B, S + 1)
         return results[:, :-1].astype(np.int64), results[:, -1]
 
+    def choose(self, logits, uniforms):
+        """Returns the next symbol of each row, int64 (B,): drawn here; a class derived from this one may choose otherwise.
+
+        Args:
+            logits: (B, V).
+            uniforms: float64 (B,) in [0, 1), each row's own.
+        """
+        return sample_symbols(logits, self.sampling, uniforms)
+
     def _replay(self, rows, longest):
         """What `_write` returns, from a CUDA graph of it, which is captured when its shapes come up first."""
         if (rows, longest) not in self.graphs:
@@ -408,8 +396,7 @@ class PatchWriter:
         for j in range(self.size):
             attend = functools.partial(self.byte_cache.attend, mask=masks[j], where=(slice(rows), j))
             logits.append(self.head(self.byte_blocks(x + self.symbol_positions[j], attend)))  # (B, V)
-            drawn = sample_symbols(logits[-1], self.sampling, uniforms[:, j])
-            patches[:, j] = torch.where(j < num_given, given[:, j], drawn)
+            patches[:, j] = torch.where(j < num_given, given[:, j], self.choose(logits[-1], uniforms[:, j]))
             x = F.embedding(patches[:, j], self.symbol_vectors)  # (B, D)
         return patches, self._nats(torch.stack(logits, dim=1), patches, num_given)
 
@@ -545,12 +532,27 @@ def generate(model, prompts, batch_size, sampling, on_patches=None):
     Yields:
         Continuation, in the order in which they end.
     """
+    waiting = iter(prompts)
     writer = PatchWriter(model, batch_size, sampling)
-    prompts, rows = iter(prompts), [None] * batch_size
+    yield from continue_prompts(writer, lambda count: list(itertools.islice(waiting, count)), on_patches)
+
+
+@torch.inference_mode()
+def continue_prompts(writer, take, on_patches=None):
+    """Does what `generate` does, with a given PatchWriter, and prompts that may depend on earlier continuations.
+
+    Args:
+        writer: a PatchWriter.
+        take: function that returns at most as many Prompts as its argument says, for that many free places; called before each
+            step. When it returns none while no sequence is under way, the iteration ends.
+        on_patches: see `generate`.
+    """
+    rows = []
     while True:
         # waiting prompts take the free places, all together; places that stay free are closed by the last rows
+        rows += [None] * (writer.batch_size - len(rows))
         free = [place for place, row in enumerate(rows) if row is None]
-        admitted = list(itertools.islice(prompts, len(free)))
+        admitted = take(len(free))
         writer.admit(free[: len(admitted)], admitted)
         for place, prompt in zip(free, admitted):
             rows[place] = _Row(prompt, writer.size)

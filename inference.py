@@ -1,16 +1,21 @@
-"""Generates, converts, completes, classifies or evaluates files with a trained model; the settings are in config.py.
+"""Generates, converts, completes, classifies, evaluates or compresses files with a trained model; the settings are in config.py.
 
     python inference.py --MODE generate --TARGET_EXT mid --NUM_SAMPLES 10
     python inference.py --MODE convert --INPUT_EXT abc --TARGET_EXT mid --INPUT_FOLDER tunes
     python inference.py --MODE complete --INPUT_FOLDER tunes --PROMPT_BYTES 200
     python inference.py --MODE classify --INPUT_FOLDER news --INFERENCE_WEIGHTS_PATH news.pth
     python inference.py --MODE evaluate --INPUT_FOLDER midi/test --INFERENCE_WEIGHTS_PATH midi.pth
+    python inference.py --MODE compress --INPUT_FOLDER midi/test --INFERENCE_WEIGHTS_PATH midi.pth --OUTPUT_FOLDER small
+    python inference.py --MODE decompress --INPUT_FOLDER small --INFERENCE_WEIGHTS_PATH midi.pth --OUTPUT_FOLDER back
 """
 
+import importlib.util
 import os
 
 import config
 import system
+
+CODING_MODES = ("compress", "decompress")
 
 
 def check_settings():
@@ -18,6 +23,11 @@ def check_settings():
     system.check_checkpoint(config.INFERENCE_WEIGHTS_PATH, "INFERENCE_WEIGHTS_PATH")
     if config.MODE != "generate":
         check_folders()
+    if config.MODE in CODING_MODES:
+        if importlib.util.find_spec("constriction") is None:
+            raise system.UserError(f"MODE {config.MODE!r} needs the package constriction: pip install -r requirements.txt")
+        if config.PRECISION not in ("auto", "fp32"):
+            raise system.UserError(f"PRECISION is {config.PRECISION!r}; MODE {config.MODE!r} computes in float32: auto or fp32")
 
 
 def check_folders():
@@ -37,7 +47,7 @@ def check_folders():
 
 if __name__ == "__main__":
     # here, so that mistakes are answered before the seconds that PyTorch takes to load
-    system.start(config.override, check_settings)
+    system.start(config.override, check_settings, system.choose_waiting)
 
 import dataclasses
 import time
@@ -57,6 +67,7 @@ import listing
 import report_page
 import selection
 import utils
+import windowing
 
 INDEX_SECONDS = 60  # seconds after which the index is written anew, so that a killed run's outputs are listed, too
 
@@ -226,6 +237,31 @@ def list_written(rows):
         ) from None
 
 
+def write_output(path, content, is_ours, failed):
+    """Writes an output file and returns whether it could; appends (path, reason) to `failed` if not.
+
+    Args:
+        is_ours: whether a file that is there already is that of an earlier run; any other is kept as a backup.
+
+    Raises:
+        OSError: the disk is full, so that no other file would fit either.
+    """
+    if os.path.islink(path):
+        failed.append((path, "a link stands in its place, and may lead to a file of yours"))
+        return False
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if not is_ours and os.path.isfile(path):
+            system.keep_backup(path)
+        system.write_whole(path, content)
+    except OSError as error:
+        if error.errno in system.FULL_DISK:
+            raise
+        failed.append((path, error.strerror))
+        return False
+    return True
+
+
 def write_files(model, extensions, files, check_stop):
     """Writes what the model generates, or makes of the input files; returns the exit status.
 
@@ -256,18 +292,8 @@ def write_files(model, extensions, files, check_stop):
             for output, continuation in best_candidates(continuations, num_candidates):
                 content = output.prefix + utils.to_content(continuation.symbols)
                 name = os.path.relpath(output.path, config.OUTPUT_FOLDER)
-                if os.path.islink(output.path):
-                    failed.append((output.path, "a link stands in its place, and may lead to a file of yours"))
-                    continue
-                try:
-                    os.makedirs(os.path.dirname(output.path), exist_ok=True)
-                    if system.escape_name(name) not in known and os.path.isfile(output.path):
-                        system.keep_backup(output.path)
-                    system.write_whole(output.path, content)
-                except OSError as error:
-                    if error.errno in system.FULL_DISK:  # nor will the others fit
-                        raise
-                    failed.append((output.path, error.strerror))
+                is_ours = system.escape_name(name) in known
+                if not write_output(output.path, content, is_ours, failed):
                     continue
                 if continuation.cut_off:
                     cut_off.append(output.path)
@@ -298,7 +324,10 @@ def classify_files(model, labels, label_mode, files, dtype, check_stop):
     """
     examples = utils.Examples.of(files)
     dataset = utils.ByteDataset(examples, model.patch_size, model.patch_length)
-    order = np.argsort(examples.lengths(model.patch_size, model.patch_length), kind="stable").tolist()  # least padding
+    lengths = examples.lengths(model.patch_size)
+    if longer := int((lengths > model.patch_length).sum()):
+        print(f"{longer} of {len(files)} files are longer than the model's {model.patch_length} patches: their heads are classified")
+    order = np.argsort(lengths.clip(max=model.patch_length), kind="stable").tolist()  # least padding
     found, failed = {}, []  # found: {index of a file: [(probability, index of a label), …]}, the likeliest first
     with tqdm(total=len(files), unit="file", desc=config.MODE, **system.progress_options()) as bar:
         for start in range(0, len(order), config.INFERENCE_BATCH_SIZE):
@@ -382,7 +411,7 @@ def evaluate_files(model, files, dtype, check_stop):
     The arguments are those of `classify_files`; the model is a bGPTLMHeadModel.
     """
     examples, unfit = find_examples(files, model.patch_size, model.patch_length)
-    windows, scores, failed = evaluation.Windows(examples, model.patch_size, model.patch_length), [], []
+    windows, scores, failed = windowing.evaluation_windows(examples, model.patch_size, model.patch_length), [], []
     total = int(windows.sizes.sum() + len(examples))
     with tqdm(total=total, unit="B", unit_scale=True, desc=config.MODE, **system.progress_options()) as bar:
 
@@ -403,10 +432,76 @@ def evaluate_files(model, files, dtype, check_stop):
     return 1 if failed else 0
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Compression
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def code_files(model, files, check_stop):
+    """Compresses the input files, or decompresses them, and prints how large they are; returns the exit status.
+
+    The arguments are those of `classify_files`; the model is a bGPTLMHeadModel in float32 on the CPU.
+    """
+    import lossless  # here, since no other MODE needs the package constriction
+
+    is_compressing, failed = config.MODE == "compress", []
+    paths = [files[i] for i in np.argsort(-files.sizes, kind="stable")]  # the longest first, so that the last batches are full
+    if not is_compressing:
+        paths = [path for path in paths if path.endswith(lossless.SUFFIX)]
+        if not paths:
+            raise system.UserError(f"INPUT_FOLDER: no file in {config.INPUT_FOLDER!r} ends in {lossless.SUFFIX}")
+        if len(paths) < len(files):
+            print(f"{len(files) - len(paths)} of {len(files)} files do not end in {lossless.SUFFIX} and are left out")
+    coder = lossless.Coder(model, config.INFERENCE_BATCH_SIZE)
+    total = int(files.sizes.clip(min=0).sum()) * (1 + config.VERIFY) if is_compressing else None  # else the containers know
+    sizes, start = [], time.monotonic()  # sizes: (bytes of the file, of its container, with xz) of each
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, desc=config.MODE, **system.progress_options()) as bar:
+
+            def progress(num_bytes):
+                bar.update(num_bytes)
+                check_stop()
+
+            if is_compressing:
+                coded = lossless.compress(coder, paths, config.VERIFY, progress, failed)
+            else:
+                coded = lossless.decompress(coder, paths, progress, failed)
+            for path, content, container in coded:
+                output = os.path.join(config.OUTPUT_FOLDER, os.path.relpath(path, config.INPUT_FOLDER))
+                output = output + lossless.SUFFIX if is_compressing else output.removesuffix(lossless.SUFFIX)
+                result = container if is_compressing else content
+                if write_output(output, result, holds(output, result), failed):
+                    sizes.append((len(content), len(container), len(evaluation.COMPRESSORS["xz -9e"](content))))
+                bar.set_postfix_str(f"{len(sizes)}/{len(paths)} files", refresh=False)
+    finally:  # also after Ctrl-C or on a full disk: what is written stays, and is told
+        print(f"{len(sizes)} files written to {config.OUTPUT_FOLDER}")
+        if sizes:
+            report_sizes(*np.array(sizes, dtype=np.int64).sum(0).tolist(), time.monotonic() - start)
+        list_failed(failed)
+    return 1 if failed else 0
+
+
+def holds(path, content):
+    """Returns whether there is a file of this very content at a path."""
+    if not os.path.isfile(path) or os.path.getsize(path) != len(content):
+        return False
+    with open(path, "rb") as file:
+        return file.read() == content
+
+
+def report_sizes(content, containers, compressed, seconds):
+    """Prints the bytes of files, of their containers and with xz, in bits per byte."""
+    sizes = f"{content:,} bytes, {containers:,} in containers"
+    if content:
+        sizes += f": {8 * containers / content:.4f} bits per byte (xz -9e, file by file: {8 * compressed / content:.4f})"
+    print(f"{sizes}; {seconds:.1f} s, {content / seconds:,.0f} bytes/s")
+
+
 def main():
     devices.tune_memory()
-    device = devices.pick_device()
-    dtype = devices.pick_dtype(config.PRECISION, device)
+    is_coding = config.MODE in CODING_MODES
+    device = torch.device("cpu") if is_coding else devices.pick_device()
+    dtype = torch.float32 if is_coding else devices.pick_dtype(config.PRECISION, device)
     files = None if config.MODE == "generate" else find_inputs()
     model, loaded = checkpoint.load_model(config.INFERENCE_WEIGHTS_PATH, "INFERENCE_WEIGHTS_PATH")
     kind = checkpoint.model_sizes(loaded["model"], "").kind
@@ -420,9 +515,10 @@ def main():
     if config.MODE == "convert":
         check_extensions(loaded)
     system.make_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER")
-    for name in {"classify": ("predictions.tsv",), "evaluate": report_page.NAMES}.get(config.MODE, index_page.INDEX_NAMES):
+    own_names = {"classify": ("predictions.tsv",), "evaluate": report_page.NAMES, "compress": (), "decompress": ()}
+    for name in own_names.get(config.MODE, index_page.INDEX_NAMES):
         system.check_writable(os.path.join(config.OUTPUT_FOLDER, name), "OUTPUT_FOLDER")
-    seed = "" if config.MODE in ("classify", "evaluate") else f", seed {config.SEED}"
+    seed = "" if config.MODE in own_names else f", seed {config.SEED}"
     print(f"{config.MODE} with {config.INFERENCE_WEIGHTS_PATH}: {dtype} on {device}{seed}")
     # two runs at once would take each other's places, in the names of files and in the index
     locked = index_page.locked_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER")
@@ -437,6 +533,8 @@ def main():
             return classify_files(model.to(device).eval(), labels, checkpoint.label_mode(loaded), files, dtype, check_stop)
         if config.MODE == "evaluate":
             return evaluate_files(model.to(device).eval(), files, dtype, check_stop)
+        if is_coding:
+            return code_files(model.eval(), files, check_stop)
         return write_files(model.to(device, dtype).eval(), loaded.get("extensions") or [], files, check_stop)
 
 

@@ -65,6 +65,12 @@ class Files:
         place = int(self.places[index])
         return b"%d/%s" % (place, self.encoded(index).removeprefix(self._prefixes[place]))
 
+    def locate(self, identity):
+        """Returns the path of the file that has an identity, see there, below these folders, whether it exists or not."""
+        place, _, path = identity.partition(b"/")
+        folder = self._prefixes[int(place)] if int(place) < len(self._prefixes) else b""
+        return os.fsdecode(folder + path)
+
     def select(self, indices):
         """Returns the Files at `indices`, integers."""
         paths = [self.encoded(index) for index in indices]
@@ -76,28 +82,35 @@ class Files:
         return index if index < len(self) and self.encoded(index) == path else -1
 
 
-def list_files(folders, name, extension=None):
+def list_files(folders, name, extension=None, own=()):
     """Returns all files below the folders, each once, as Files; hidden files and folders are left out.
+
+    Prints how many are left out because they are a run's own, and which folders within cannot be read.
 
     Args:
         folders: list of paths.
         name: the constant that holds them, for messages.
         extension: only files of this one, in upper or lower case; None = all.
+        own: paths of files and folders that runs write or start from. Folders that are asked for are searched all the same.
 
     Raises:
-        UserError: a folder is missing, is a file, or cannot be read.
+        UserError: one of the folders is missing, is a file, or cannot be read.
     """
     system.check_folders(folders, name)
     wanted = None if extension is None else extension.lower()
     paths, sizes, places, seen = [], array.array("q"), array.array("i"), set()
     roots = [os.path.normpath(os.fsencode(folder)) for folder in folders]
     waiting, links = [(folder, place) for place, folder in enumerate(roots)], []
+    own_ids, found_own, lost = _file_ids(own) - _file_ids(roots), [], {}
     while waiting or links:
         folder, place = (waiting or links).pop()  # links to folders come last: what they lead to keeps its own name
         real = os.path.realpath(folder)
         if real in seen:  # also ends a link that leads round and round
             continue
         seen.add(real)
+        if _file_ids([real]) & own_ids:
+            found_own.append(os.path.join(folder, b""))
+            continue
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
@@ -107,20 +120,32 @@ def list_files(folders, name, extension=None):
                         (links if entry.is_symlink() else waiting).append((entry.path, place))
                     elif entry.is_file() or entry.is_symlink():  # a dead link is kept: reading it says so; a pipe is no file
                         if wanted is None or extension_of(os.fsdecode(entry.name)).lower() == wanted:
+                            size, file_id = _size_and_id(entry)
+                            if file_id in own_ids:
+                                found_own.append(entry.path)
+                                continue
                             paths.append(entry.path)
-                            sizes.append(_size(entry))
+                            sizes.append(size)
                             places.append(place)
         except OSError as error:
-            raise system.UserError(f"{name}: cannot read the folder {os.fsdecode(folder)!r}: {error.strerror}") from None
+            if folder in roots:
+                raise system.UserError(f"{name}: cannot read the folder {os.fsdecode(folder)!r}: {error.strerror}") from None
+            lost[os.fsdecode(folder)] = error.strerror
+    if lost:
+        why = ", ".join(sorted(set(lost.values())))
+        print(f"{name}: {len(lost)} folders cannot be read and are left out ({first_names(lost)}): {why}")
+    if found_own:
+        names = first_names(map(os.fsdecode, found_own))
+        print(f"{name}: {len(found_own)} files and folders that runs themselves write or start from are left out ({names})")
     return Files(paths, sizes, places, roots)
 
 
-def list_readable_files(folders, name):
+def list_readable_files(folders, name, own=()):
     """Returns what `list_files` does without the files that cannot be read; says which they are, and why.
 
     Links that lead nowhere are such files, and those that others have deleted in the meantime or do not let this user read.
     """
-    files = list_files(folders, name)
+    files = list_files(folders, name, own=own)
     lost = [index for index in range(len(files)) if not os.access(files.encoded(index), os.R_OK)]
     if not lost:
         return files
@@ -133,9 +158,23 @@ def list_readable_files(folders, name):
     return files.select(np.setdiff1d(np.arange(len(files)), lost))
 
 
-def _size(entry):
-    """Returns the bytes in the file of an os.DirEntry; -1 where the file is gone, which reading it will say."""
+def first_names(paths):
+    """Returns the first of some paths, in their order, for a message, and how many more there are."""
+    paths = sorted(paths)
+    shown = ", ".join(map(system.escape_name, paths[:SHOWN_FILES]))
+    return f"{shown} and {len(paths) - SHOWN_FILES} more" if len(paths) > SHOWN_FILES else shown
+
+
+def _size_and_id(entry):
+    """Returns the bytes in the file of an os.DirEntry and its place on the disk, see `_file_ids`; -1 and None where it is gone."""
     try:
-        return entry.stat().st_size
+        found = entry.stat()
     except FileNotFoundError:
-        return -1
+        return -1, None
+    return found.st_size, (found.st_dev, found.st_ino)
+
+
+def _file_ids(paths):
+    """Returns the set of the places on the disk, (device, inode), of those files and folders that exist."""
+    found = [os.stat(path) for path in paths if os.path.exists(path)]
+    return {(each.st_dev, each.st_ino) for each in found}

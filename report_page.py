@@ -18,6 +18,7 @@ import transformers
 
 import evaluation
 import system
+import windowing
 from utils import END
 
 NAMES = ("evaluation.tsv", "evaluation.json", "evaluation.html")
@@ -409,7 +410,7 @@ def write_report(folder, model, windows, scores, dtype, settings, unfit, failed)
         "checkpoint": {"path": weights, "sha256": digest, "parameters": model.num_parameters()},
         "patch_size": model.patch_size,
         "patch_length": model.patch_length,
-        "advance": evaluation.ADVANCE,
+        "advance": windowing.ADVANCE,
         "dtype": str(dtype),
         "device": str(model.device),
         "versions": {"python": platform.python_version(), **{m.__name__: str(m.__version__) for m in (torch, transformers, np)}},

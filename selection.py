@@ -1,6 +1,7 @@
 """What to train and evaluate on: pairs for a conversion, what is held out, what two sets share, what has changed."""
 
 import collections
+import hashlib
 import itertools
 import os
 import re
@@ -144,6 +145,63 @@ def hold_out(count, share, seed, candidates=None, groups=None):
     return np.setdiff1d(np.arange(count), chosen), chosen
 
 
+def hold_out_parts(examples, share, seed, patch_size, longest):
+    """Splits Examples in two, the rest and what is held out; a file that is too large to be held out whole gives its end.
+
+    That is a file of more than `longest` patches that holds more than `share` of all patches. The others are held out whole
+    at random, at least one unless another gives its end.
+
+    Args:
+        examples: Examples of single files; of pairs with `longest` None.
+        share: EVAL_SPLIT.
+        seed: SEED.
+        patch_size: S.
+        longest: PATCH_LENGTH; None = every file is held out whole or not at all.
+
+    Returns:
+        the training Examples and the evaluation Examples.
+
+    Raises:
+        UserError: there are too few.
+    """
+    lengths = examples.lengths(patch_size)
+    is_large = (lengths > share * lengths.sum()) & (longest is not None and lengths > longest)
+    large, others = np.flatnonzero(is_large), np.flatnonzero(~is_large)
+    kept, chosen = np.arange(len(examples)), np.array([], dtype=np.int64)
+    if not len(large) or round(share * len(others)):
+        kept, chosen = hold_out(len(examples), share, seed, others)
+    # two patches at least: of the first of a part no window predicts anything
+    cuts = lengths - np.clip((share * lengths).round().astype(np.int64), 2, lengths - 2)
+    train_parts = {place: (0, int(cuts[index])) for place, index in enumerate(kept.tolist()) if is_large[index]}
+    held_out_parts = {len(chosen) + i: (int(cuts[index]), int(lengths[index])) for i, index in enumerate(large.tolist())}
+    if len(large):
+        names = ", ".join(system.escape_name(os.path.basename(examples[index][0])) for index in large[:3].tolist())
+        more = f" and {len(large) - 3} more" if len(large) > 3 else ""
+        print(f"EVAL_FOLDERS holds none: the last {share:.2%} of {names}{more} is held out for evaluation")
+    train = utils.Examples(examples.files, examples.indices[kept], train_parts)
+    return train, utils.Examples(examples.files, examples.indices[np.concatenate((chosen, large))], held_out_parts)
+
+
+def print_long_files(train, held_out, patch_size, patch_length, cuts_windows):
+    """Prints how many files of the training and evaluation Examples are longer than PATCH_LENGTH, and what of them is seen.
+
+    Args:
+        cuts_windows: whether that is all of them, or in each epoch a crop, and in evaluation the head.
+    """
+    for name, examples in (("training", train), ("evaluation", held_out)):
+        first, last = examples.spans(patch_size).T
+        longer = last - first > patch_length
+        if not longer.any() or examples.indices.shape[1] == 2:
+            continue
+        lengths = last - first
+        share = 1 if cuts_windows else lengths.clip(max=patch_length).sum() / lengths.sum()
+        who, how = ("an epoch", "a crop of each") if name == "training" else ("evaluation", "the head of each")
+        print(
+            f"longer than PATCH_LENGTH ({patch_length} patches of {patch_size} bytes): {longer.sum()} of {len(examples)} {name} "
+            f"files; {who} sees {share:.2%} of all bytes, {'all windows' if cuts_windows else how}"
+        )
+
+
 def print_overlap(train, held_out):
     """Prints how many evaluation Examples are training Examples too, by their first files."""
     found = np.array([train.files.find(held_out.files.encoded(file)) for file in held_out.indices[:, 0].tolist()])
@@ -152,26 +210,53 @@ def print_overlap(train, held_out):
         print(f"{shared} evaluation examples are training examples too: their figures say nothing about unseen files")
 
 
-def describe_difference(examples, hashes, known):
+def path_fingerprint(examples):
+    """Returns a hex digest of the Examples' whole paths and sizes, by which older checkpoints know them.
+
+    Their order was that of the paths, whatever the places of the folders.
+    """
+    indices, sizes = examples.indices, examples.files.sizes
+    both_ways = len(indices) > 1 and np.array_equal(indices[::2], indices[1::2, ::-1])  # pair by pair, see `both_ways`
+    keys = np.repeat(indices[::2, 0], 2) if both_ways else indices[:, 0]
+    indices = indices[np.argsort(keys, kind="stable")]
+    digest = hashlib.sha256(sizes[indices].tobytes())
+    for part in np.array_split(indices.reshape(-1), len(indices) // 65536 + 1):
+        digest.update(b"".join([examples.files.encoded(file) + b"\0" for file in part.tolist()]))
+    return digest.hexdigest()
+
+
+def pack_names(examples):
+    """Returns uint8 (bytes,), compressed: what the files of Examples are known by, in the order of `Examples.hashes`."""
+    packer, packed = zlib.compressobj(), bytearray()
+    for file in examples.indices.reshape(-1).tolist():
+        packed += packer.compress(examples.files.identity(file) + b"\0")
+    return np.frombuffer(packed + packer.flush(), dtype=np.uint8).copy()
+
+
+def unpack_names(packed):
+    """Returns the list of bytes that `pack_names` packed."""
+    return zlib.decompress(packed.tobytes()).split(b"\0")[:-1]
+
+
+def describe_difference(examples, hashes, known, names):
     """Returns which files were added, are gone or have changed in size, as a clause for messages; "" if none.
 
     Args:
         examples: the Examples now.
         hashes: their `Examples.hashes`.
-        known: those of the examples before, of which no names are kept.
+        known: those of the examples before.
+        names: what `pack_names` packed of the examples before; None = unknown, as of older checkpoints.
     """
     files = examples.indices.reshape(-1)
+    gone, where = np.unique(known[:, 0], return_index=True)  # a pair in both directions has each file twice
+    is_gone = ~np.isin(gone, hashes[:, 0])
+    lost = [None if names is None else examples.files.locate(names[i]) for i in where[is_gone].tolist()]
     known = known[np.argsort(known[:, 0])]
     nearest = known[np.searchsorted(known[:, 0], hashes[:, 0]).clip(max=len(known) - 1)]  # int64 (files, 2)
     is_known = nearest[:, 0] == hashes[:, 0]
-    clauses = []
-    for what, chosen in (("added", ~is_known), ("of another size", is_known & (nearest[:, 1] != hashes[:, 1]))):
-        found = np.unique(files[chosen]).tolist()  # a pair in both directions has each file twice
-        if found:
-            names = ", ".join(system.escape_name(examples.files[file]) for file in found[: listing.SHOWN_FILES])
-            more = f" and {len(found) - listing.SHOWN_FILES} more" if len(found) > listing.SHOWN_FILES else ""
-            clauses.append(f"{len(found)} {what} ({names}{more})")
-    gone = len(np.setdiff1d(known[:, 0], hashes[:, 0]))
-    if gone:
-        clauses.append(f"{gone} gone (a checkpoint keeps no names)")
+    found = {"added": ~is_known, "of another size": is_known & (nearest[:, 1] != hashes[:, 1])}
+    found = {what: [examples.files[file] for file in np.unique(files[chosen]).tolist()] for what, chosen in found.items()}
+    clauses = [f"{len(paths)} {what} ({listing.first_names(paths)})" for what, paths in found.items() if paths]
+    if lost:
+        clauses.append(f"{len(lost)} gone ({'an older checkpoint keeps no names' if names is None else listing.first_names(lost)})")
     return "; " + ", ".join(clauses) if clauses else ""

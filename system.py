@@ -1,5 +1,6 @@
 """What all scripts share and needs no PyTorch: errors, whole files, locks, signals, streams, how a script starts and ends."""
 
+import builtins
 import collections
 import concurrent.futures
 import contextlib
@@ -18,7 +19,8 @@ import zlib
 from concurrent.futures import ProcessPoolExecutor
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # how writing fails when nothing more fits
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; a job system; a terminal that is closed
+_CPU_TIMES = "/proc/stat"
 _STALE_SECONDS = 3600  # an unfinished file that nobody has written to for so long is nobody's
 
 
@@ -198,15 +200,15 @@ def remove_stale_files(folder):
                     os.unlink(leftover)
 
 
-def keep_backup(path):
-    """Keeps the file at `path`, if there is one, as the first free of path.bak, path.bak2, …, and says so."""
+def keep_backup(path, why="not made by this run"):
+    """Keeps the file at `path`, if there is one, as the first free of path.bak, path.bak2, …, and says so, and why."""
     if not os.path.exists(path):
         return
     backup, number = f"{path}.bak", 1
     while os.path.lexists(backup):
         number += 1
         backup = f"{path}.bak{number}"
-    print(f"{path} was not made by this run: kept as {backup}")
+    print(f"{path} was {why}: kept as {backup}")
     try:
         os.link(path, backup)  # the path itself is never without its file
     except OSError:  # a file system without hard links
@@ -306,33 +308,67 @@ def _start_worker(initializer, *initargs):
         initializer(*initargs)
 
 
+class StopSignals:
+    """The stop signals that came while `delayed_signals` held them back: called, returns the number of the first, 0 if none."""
+
+    def __init__(self, impatient):
+        self._received, self._impatient, self._is_waiting = [], impatient, False
+
+    def __call__(self):
+        return self._received[0] if self._received else 0
+
+    def remember(self, number, frame):
+        """Handles a signal."""
+        self._received.append(number)
+        if self._is_waiting or (self._impatient and self._received.count(signal.SIGINT) > 1):
+            raise KeyboardInterrupt(number)
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Lets a signal, also one that came before, end the block by a KeyboardInterrupt: for what may be given up halfway."""
+        self._is_waiting = True
+        try:
+            if self():
+                raise KeyboardInterrupt(self())
+            yield
+        finally:
+            self._is_waiting = False
+
+
 @contextlib.contextmanager
 def delayed_signals(impatient):
-    """Lets the step in hand finish before Ctrl-C or SIGTERM takes effect.
+    """Lets the step in hand finish before one of STOP_SIGNALS takes effect; yields the StopSignals.
 
     Args:
         impatient: whether a second Ctrl-C acts at once.
-
-    Yields a function that returns the number of the first such signal, 0 as long as there was none.
     """
-    received = []
+    signals = StopSignals(impatient)
+    with _handled_by(signals.remember):
+        yield signals
 
-    def remember(number, frame):
-        received.append(number)
-        if received.count(signal.SIGINT) > 1 and impatient:
-            raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
+@contextlib.contextmanager
+def _handled_by(handler, for_good=False):
+    """Has a function handle the stop signals within the block, but for those that a shell has ignored: `nohup`, `… &`.
+
+    Args:
+        handler: as `signal.signal` takes it.
+        for_good: whether it, or what it has set in its place, stays after the block.
+    """
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: other for number, other in before.items() if other != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
     try:
-        yield lambda: received[0] if received else 0
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, other in before.items() if not for_good else ():
+            signal.signal(number, other)
 
 
 @contextlib.contextmanager
 def held_back_signals():
-    """Holds back Ctrl-C and SIGTERM until the end of the block; processes that start within it never get them."""
+    """Holds back the stop signals until the end of the block; processes that start within it never get them."""
     with delayed_signals(impatient=False) as received:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # is inherited; but here, another thread may take the signal
         try:
@@ -354,7 +390,7 @@ def signal_name(number):
 
 
 class Unstoppable:
-    """A text stream whose writing to a full disk or a closed pipe does not end the run: what it would have said is lost."""
+    """A text stream that ends no run: what it would say to a full disk, a closed pipe or a closed terminal is lost."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -376,15 +412,22 @@ def _nobody_listens():
     try:
         yield
     except OSError as error:
-        if error.errno not in (*FULL_DISK, errno.EPIPE):
+        if error.errno not in (*FULL_DISK, errno.EPIPE, errno.EIO):  # the last is how a terminal that was closed answers
             raise
 
 
 def progress_options():
-    """Returns how tqdm shows progress: as wide as the terminal is; in a file, one line a minute, not ten a second."""
+    """Returns how tqdm shows progress: as wide as a terminal is; to a file, one line a minute, not ten a second."""
+    if _is_notebook():
+        return {"ncols": 100, "mininterval": 1}
     if sys.stderr is not None and sys.stderr.isatty():
         return {"dynamic_ncols": True}
     return {"ncols": 120, "mininterval": 60, "maxinterval": 60}
+
+
+def _is_notebook():
+    """Returns whether a script runs within IPython, as by %run: the process was there before it and goes on after it."""
+    return hasattr(builtins, "__IPYTHON__")
 
 
 def start(*checks, unstoppable=("stdout", "stderr")):
@@ -397,16 +440,50 @@ def start(*checks, unstoppable=("stdout", "stderr")):
             for what can be told without PyTorch.
         unstoppable: the streams whose reader may go away, see `Unstoppable`.
     """
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")
-        if hasattr(stream, "reconfigure"):  # a notebook's has no such thing
+    if not _is_notebook():  # whose streams and signals are not the script's
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name) or open(os.devnull, "w")
             stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that no terminal can show
-        setattr(sys, name, Unstoppable(stream) if name in unstoppable else stream)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load, no Python code can catch it everywhere
+            setattr(sys, name, Unstoppable(stream) if name in unstoppable else stream)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load, no Python code can catch it everywhere
     with _messages(quiet=not is_first_process()):
         for check in checks:
             check()
+
+
+def choose_waiting():
+    """Has this process's threads wait for each other asleep where other processes keep the CPU busy; called before PyTorch loads.
+
+    The threads of GNU's OpenMP, which PyTorch brings on Linux, spin for milliseconds while they wait: on an idle machine that
+    is fastest, but beside a busy process it takes the core from the very thread that the others wait for. How they wait does
+    not change what they compute; how many they are would, so that stays. OMP_WAIT_POLICY or GOMP_SPINCOUNT in the environment
+    decide instead; processes that torchrun started take each other for others, and have one thread each anyway.
+    """
+    is_told = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "WORLD_SIZE"} & set(os.environ)
+    if is_told or "torch" in sys.modules or not os.path.exists(_CPU_TIMES):
+        return
+    cores, times = os.sched_getaffinity(0), []
+    for wait in (0.1, 0):
+        with open(_CPU_TIMES) as file:
+            times.append(cpu_times(file.read(), cores))
+        time.sleep(wait)
+    busy, total = (after - before for before, after in zip(*times))
+    if busy * len(cores) > 0.5 * total:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        print(f"other processes keep {busy / max(total, 1):.0%} of {len(cores)} CPU cores busy: OMP_WAIT_POLICY is set to passive")
+
+
+def cpu_times(text, cores):
+    """Returns the (busy, whole) time of some cores since the machine started, from the text of Linux's /proc/stat."""
+    busy = whole = 0
+    for line in text.splitlines():
+        name, *ticks = line.split()
+        if name.startswith("cpu") and name != "cpu" and int(name[3:]) in cores:
+            ticks = list(map(int, ticks[:8]))  # user, nice, system, idle, waiting for a disk, two of interrupts, stolen by a host
+            whole += sum(ticks)
+            busy += sum(ticks) - ticks[3] - ticks[4]
+    return busy, whole
 
 
 def run(main, hint=""):
@@ -416,15 +493,12 @@ def run(main, hint=""):
         main: function of no arguments; what it returns is the exit status.
         hint: what follows "stopped by Ctrl-C".
     """
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # not where a shell has it ignored
-            signal.signal(number, _raise_once)
-    with _messages(hint=hint):
+    with _handled_by(_raise_once, for_good=not _is_notebook()), _messages(hint=hint):
         sys.exit(main())
 
 
 def _raise_once(number, frame):
-    """Handles the first Ctrl-C or SIGTERM; a second one does not keep the script from tidying up."""
+    """Handles the first stop signal; a second one does not keep the script from tidying up."""
     for each in STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt(number)

@@ -21,7 +21,7 @@ def check_settings():
 
 if __name__ == "__main__":
     # here, so that mistakes are answered before the seconds that PyTorch takes to load
-    system.start(config.override, check_settings)
+    system.start(config.override, check_settings, system.choose_waiting)
 
 import contextlib
 import dataclasses
@@ -66,7 +66,8 @@ def find_examples(by_label):
     Raises:
         UserError: there are too few, they cannot be listed, or an evaluation file has a label that no training file has.
     """
-    train = utils.Examples.of(listing.list_readable_files(config.TRAIN_FOLDERS, "TRAIN_FOLDERS"))
+    own = training.own_paths(config.as_dict())
+    train = utils.Examples.of(listing.list_readable_files(config.TRAIN_FOLDERS, "TRAIN_FOLDERS", own))
     if not train:
         raise system.UserError(f"TRAIN_FOLDERS: no files to train on in {', '.join(config.TRAIN_FOLDERS)}")
     label_of = functools.partial(labeling.label_of, mode=config.LABELS)
@@ -79,7 +80,7 @@ def find_examples(by_label):
             f"TRAIN_FOLDERS: the only label of its {len(train)} files is {next(iter(labels))!r}; there must be two or more. By LABELS "
             f"{config.LABELS!r}, {labeling.described(config.LABELS)}{labeling.other_modes(train.files, config.LABELS)}"
         )
-    held_out = utils.Examples.of(listing.list_readable_files(config.EVAL_FOLDERS, "EVAL_FOLDERS"))
+    held_out = utils.Examples.of(listing.list_readable_files(config.EVAL_FOLDERS, "EVAL_FOLDERS", own))
     if held_out:
         selection.print_overlap(train, held_out)
         held_out_truth = np.empty(len(held_out), np.int64)
@@ -93,6 +94,7 @@ def find_examples(by_label):
         kept, chosen = selection.hold_out(len(train), config.EVAL_SPLIT, config.SEED, others, truth[others] if by_label else None)
         train, held_out, truth, held_out_truth = train.select(kept), train.select(chosen), truth[kept], truth[chosen]
     train_counts, held_out_counts = (np.bincount(each, minlength=len(labels)) for each in (truth, held_out_truth))
+    selection.print_long_files(train, held_out, config.PATCH_SIZE, config.PATCH_LENGTH, cuts_windows=False)
     print("\n".join(labeling.table(list(labels), train_counts, held_out_counts)))
     for line in labeling.warnings((path for path, in train), truth, list(labels), held_out_counts, config.LABELS):
         print(f"warning: {line}")

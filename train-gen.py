@@ -24,7 +24,7 @@ def check_settings():
 
 if __name__ == "__main__":
     # here, so that mistakes are answered before the seconds that PyTorch takes to load
-    system.start(config.override, check_settings)
+    system.start(config.override, check_settings, system.choose_waiting)
 
 import dataclasses
 import time
@@ -57,14 +57,20 @@ def find_examples():
     if held_out:
         selection.print_overlap(train, held_out)
     else:
-        kept, chosen = selection.hold_out(len(train), config.EVAL_SPLIT, config.SEED)
-        train, held_out = train.select(kept), train.select(chosen)
+        longest = config.PATCH_LENGTH if cuts_windows() else None
+        train, held_out = selection.hold_out_parts(train, config.EVAL_SPLIT, config.SEED, config.PATCH_SIZE, longest)
+    selection.print_long_files(train, held_out, config.PATCH_SIZE, config.PATCH_LENGTH, cuts_windows())
     return tuple(selection.directed(examples, config.CONVERSION_MODE) for examples in (train, held_out))
+
+
+def cuts_windows():
+    """Returns whether an epoch sees all of the files longer than PATCH_LENGTH; pairs must fit in it anyway."""
+    return config.LONG_FILES == "windows" and config.CONVERSION_MODE is None
 
 
 def group_files(folders, name):
     """Returns the files of folders as Examples; in a CONVERSION_MODE, the pairs that fit in a sequence."""
-    files = listing.list_readable_files(folders, name)
+    files = listing.list_readable_files(folders, name, training.own_paths(config.as_dict()))
     if config.CONVERSION_MODE is None:
         return utils.Examples.of(files)
     pairs = selection.find_pairs(files, config.CONVERSION_MODE, name)
@@ -80,25 +86,24 @@ def group_files(folders, name):
     return fitting
 
 
-def sample_targets(masks, most, rng):
+def sample_targets(targets, most, rng):
     """Draws which target patches of a micro-batch go through the byte-level decoder in training.
 
     Args:
-        masks: integers (B, P), 1 at real patches.
+        targets: bool (B, P-1), see `utils.Batch`.
         most: how many at most; 0 = all.
         rng: numpy Generator.
 
     Returns:
         bool (B, P-1).
     """
-    targets = masks[:, 1:] == 1
     where = targets.nonzero()  # (N, 2)
     if most == 0 or len(where) <= most:
         return targets
     kept = where[rng.permutation(len(where))[:most]]
-    targets = torch.zeros_like(targets)
-    targets[kept[:, 0], kept[:, 1]] = True
-    return targets
+    drawn = torch.zeros_like(targets)
+    drawn[kept[:, 0], kept[:, 1]] = True
+    return drawn
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +120,7 @@ def train_epoch(run, engine):
         # The gradient is that of the mean over all symbols of all target patches of all processes. PyTorch averages the
         # processes' gradients, hence the factor `processes.count`.
         micros, rng = [micro for _, micro in batch.split(config.ACCUMULATION_STEPS)], run.step_rng()
-        targets = [sample_targets(micro.masks, config.PATCH_SAMPLING_BATCH_SIZE, rng) for micro in micros]
+        targets = [sample_targets(micro.targets, config.PATCH_SAMPLING_BATCH_SIZE, rng) for micro in micros]
         is_spare = not len(indices)  # a batch that only keeps this process in step with the others: it must not count
         num_targets = 0 if is_spare else sum(int(chosen.sum()) for chosen in targets)
         num_symbols = processes.sum([num_targets])[0] * config.PATCH_SIZE
@@ -138,13 +143,12 @@ def train_epoch(run, engine):
 
 @torch.inference_mode()
 def evaluate(run):
-    """Returns the SymbolTotals of all processes over every evaluation example, each once; of longer files, over the head."""
+    """Returns the SymbolTotals of all processes over every evaluation example; LONG_FILES says what that is of longer files."""
     totals = evaluation.SymbolTotals()
     run.model.eval()
     for batch, indices, count in run.evaluation_batches():
         if len(indices):
-            targets = batch.masks[:, 1:] == 1
-            totals.add(predict(run.model, batch, targets, run), batch, targets)
+            totals.add(predict(run.model, batch, batch.targets, run), batch, batch.targets)
         run.evaluation_step_done(count)
     return run.sum_totals(totals)
 
@@ -171,8 +175,9 @@ def make_run(processes):
     model, settings = sizes.build(config.DROPOUT, config.EMBEDDING_START).to(processes.device), config.as_dict(training_only=True)
     no_totals = dataclasses.asdict(evaluation.SymbolTotals())
     return training.Run(
-        processes, model, sizes, dtype, settings, train, held_out, "min_eval_loss", higher_is_better=False, no_totals=no_totals
-    )
+        processes, model, sizes, dtype, settings, train, held_out, "min_eval_loss", higher_is_better=False,
+        no_totals=no_totals, cuts_windows=cuts_windows(),
+    )  # fmt: skip
 
 
 def train(processes):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import glob
 import hashlib
 import math
 import os
@@ -20,6 +21,7 @@ import checkpoint
 import system
 import selection
 import utils
+import windowing
 
 MOST_EXTENSIONS = 1000  # a checkpoint lists no more extensions of training files: beyond, they are hardly kinds of files
 ORDER = "permutation"  # how the order of an epoch is drawn, for checkpoints
@@ -29,16 +31,17 @@ ORDER = "permutation"  # how the order of an epoch is drawn, for checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def process_batches(processes, dataset, lengths, order, batch_size, num_workers, while_waiting=None):
+def process_batches(processes, dataset, order, batch_size, num_workers, while_waiting, waiting, before_end):
     """Yields what each step of all processes reads: every example of `order` once, in one of them.
 
     Args:
         processes: the Processes.
-        dataset: a ByteDataset.
-        lengths: int (len(dataset),), patches of each example; the processes get nearly as many in each step.
+        dataset: a ByteDataset or Windows; the processes get nearly as many patches in each step.
         order: int64 (n,), indices of examples; a step takes the next `batch_size` for each process.
         batch_size: sequences per process, on average.
         num_workers, while_waiting: see `utils.batches`.
+        waiting: returns the context in which this process waits for a batch.
+        before_end: see `Processes.agree`; called when a process could not get its batch.
 
     Yields:
         (batch, indices, count): this process's Batch; the examples in it; and how many examples all processes take in this
@@ -50,13 +53,17 @@ def process_batches(processes, dataset, lengths, order, batch_size, num_workers,
     """
     size = batch_size * processes.count
     steps = [order[start : start + size] for start in range(0, len(order), size)]
-    mine = [step[utils.balanced_parts(lengths[step], processes.count)[processes.rank]] for step in steps]
-    read = [indices if len(indices) else step[:1] for indices, step in zip(mine, steps)]
-    batches = utils.batches(dataset, read, num_workers, while_waiting)
-    for step, indices in zip(steps, mine):
-        with processes.agreeing():
-            batch = next(batches)
-        yield batch, indices, len(step)
+
+    def mine(step):
+        return step[utils.balanced_parts(dataset.lengths(step), processes.count)[processes.rank]]
+
+    # one step at a time, for an epoch may have very many
+    read = (indices if len(indices := mine(step)) else step[:1] for step in steps)
+    with contextlib.closing(utils.batches(dataset, read, num_workers, while_waiting)) as batches:  # its workers end here, too
+        for step in steps:
+            with processes.agreeing(before_end), waiting():
+                batch = next(batches)
+            yield batch, mine(step), len(step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,6 +116,18 @@ class NoLogger:
 
     def finish(self):
         pass
+
+
+def own_paths(settings):
+    """Returns the files and folders that runs write or start from, which are therefore no data; some may not exist.
+
+    Args:
+        settings: the constants of config.py, as a dict.
+    """
+    weights = [settings["WEIGHTS_PATH"], system.latest_path(settings["WEIGHTS_PATH"])]
+    backups = [backup for path in weights for backup in glob.glob(f"{glob.escape(path)}.bak*")]
+    folders = [settings["OUTPUT_FOLDER"], os.path.join(os.environ.get("WANDB_DIR", "."), "wandb")]
+    return [*weights, *backups, settings["LOGS_PATH"], settings["PRE_WEIGHTS_PATH"], *folders]
 
 
 def make_logger(enabled, settings, run_id):
@@ -188,6 +207,14 @@ class State:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def start_anew(path):
+    """Returns how to start a new run from the weights of a run that cannot go on, as a clause for messages."""
+    return (
+        f"to start a new run from its weights, set WEIGHTS_PATH to another path, PRE_WEIGHTS_PATH to {path!r} and "
+        "LOAD_FROM_PRE_CHECKPOINT to True"
+    )
+
+
 def no_number(epoch):
     """Returns the UserError for a loss or a weight that is no number."""
     return system.UserError(
@@ -215,37 +242,46 @@ class Run:
         no_totals: the running sums of an epoch that has not begun.
         labels: a classifier's {label: index}.
         hold_out: how its evaluation examples are held out, for checkpoints.
+        cuts_windows: whether files longer than PATCH_LENGTH are cut into windows; else an epoch takes a crop of each.
     """
 
     def __init__(
         self, processes, model, sizes, dtype, settings, train, held_out, best_name, higher_is_better, no_totals,
-        labels=None, hold_out=None,
+        labels=None, hold_out=None, cuts_windows=False,
     ):  # fmt: skip
         self.processes, self.model, self.sizes, self.dtype, self.settings = processes, model, sizes, dtype, settings
         self.train, self.held_out, self.labels, self._hold_out = train, held_out, labels, hold_out
         self.best_name, self.higher_is_better, self._no_totals = best_name, higher_is_better, no_totals
+        self._cuts_windows = cuts_windows
         self.state = State(no_totals, processes.gather(os.urandom(8).hex())[0])
         self.files = checkpoint.RunFiles(settings["WEIGHTS_PATH"], settings["LOGS_PATH"])
         groups = parameter_groups(model, settings["EMBEDDING_START"])
         self.optimizer = torch.optim.AdamW(groups, lr=settings["LEARNING_RATE"], fused=True)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == torch.float16)
-        self.scheduler = self.bar = None  # see `begin`, `training_batches`
+        self.scheduler = self.bar = self._reading = None  # see `begin`, `training_batches`
         self._data = {"TRAIN_FOLDERS": torch.from_numpy(train.hashes()), "EVAL_FOLDERS": torch.from_numpy(held_out.hashes())}
+        is_first = processes.rank == 0  # it alone writes checkpoints
+        examples = {"TRAIN_FOLDERS": train, "EVAL_FOLDERS": held_out} if is_first else {}
+        self._names = {name: torch.from_numpy(selection.pack_names(each)) for name, each in examples.items()}
         self._extensions = sorted(train.extensions())
         self._random_state = None  # this process's, to be restored before the next step
         self._saved_at, self._saved_position = time.monotonic(), None  # when, and at which (epoch, position), it was saved
         self._is_saved = True  # whether the last try to save the latest state went well
         self._epoch_began = time.monotonic()
-        self._logger, self._stop_signal, self._stack = NoLogger(), lambda: 0, contextlib.ExitStack()
+        self._logger, self._stop_signal, self._stack = NoLogger(), None, contextlib.ExitStack()  # the second: see `begin`
 
     def __enter__(self):
-        with self.processes.agreeing():
-            self.files.check(self.sizes.kind)
-            if self.processes.rank == 0:
-                self._stack.enter_context(self.files.locked())
+        with contextlib.ExitStack() as stack:
+            with self.processes.agreeing():
+                self.files.check(self.sizes.kind)
+                if self.processes.rank == 0:
+                    stack.enter_context(self.files.locked())
+            self._stack = stack.pop_all()  # all processes go on: the files stay locked until `__exit__`
         return self
 
     def __exit__(self, *error):
+        if self._reading is not None:
+            self._reading.close()  # ends the reading processes of an epoch that is left halfway, also those that hang
         self._stack.close()
 
     # ---- beginning -------------------------------------------------------------------------------------------------
@@ -269,33 +305,42 @@ class Run:
             raise
         try:
             self._check_fits(found, path)
+            differences = self._compare_files(found, path)
             self.state.take_over(found, self.best_name)
             checkpoint.load_optimizer(self.optimizer, found["optimizer"])
             if found.get("scaler"):
                 self.scaler.load_state_dict(found["scaler"])
-            self._restore_position(found)
+            if not differences:
+                self._restore_position(found)
             self._say_changes(found, path)
         except system.UserError:
             raise
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError, zlib.error) as error:
             raise system.UserError(
                 f"WEIGHTS_PATH: {path!r} holds a model, but not the state of a run to go on from ({error!r}). To start from "
                 "its weights, set PRE_WEIGHTS_PATH to it, LOAD_FROM_PRE_CHECKPOINT to True and LOAD_FROM_CHECKPOINT to False"
             ) from None
-        if not self.files.find_own(self.state.run_id) and self.state.best_epoch:
-            print(f"the best model of this run is not at {self.files.best}: the next epoch counts as the best so far")
+        why, has_best = None, self.files.find_own(self.state.run_id)
+        if not has_best:
+            why = f"the best model of this run is not at {self.files.best}"
+        elif self._sees_other_parts(found, self.held_out):
+            why = "LONG_FILES has changed, and with it what evaluation covers"
+        elif "EVAL_FOLDERS" in differences:
+            why = "figures of other evaluation files do not compare"
+        for difference in differences.values():
+            print(f"{difference}: epoch {self.state.epoch + 1} begins anew with the files as they are")
+        if why and self.state.best_epoch:
+            print(f"{why}: the next epoch counts as the best so far")
+            if has_best and self.processes.rank == 0:
+                self.files.keep_best()
             self.state.best_epoch, self.state.best = 0, None
         if self.processes.rank == 0:
             self.files.complete_log(self.state.log_text, self.state.log_start)
         return True
 
     def _check_fits(self, found, path):
-        """Raises UserError if a checkpoint is of a run on other files, labels or pairs."""
-        before, data = found.get("config") or {}, found.get("data") or {}
-        anew = (
-            f"to start a new run from its weights, set WEIGHTS_PATH to another path, PRE_WEIGHTS_PATH to {path!r} and "
-            "LOAD_FROM_PRE_CHECKPOINT to True"
-        )
+        """Raises UserError if a checkpoint is of a run on other labels or pairs."""
+        before, anew = found.get("config") or {}, start_anew(path)
         mode = self.settings["CONVERSION_MODE"]
         if before.get("CONVERSION_MODE", mode) != mode:
             raise system.UserError(
@@ -305,23 +350,59 @@ class Run:
             mode = checkpoint.label_mode(found)
             why = "" if mode == self.settings["LABELS"] else f" (LABELS was {mode!r} and is now {self.settings['LABELS']!r})"
             raise system.UserError(f"TRAIN_FOLDERS: the labels or their order are not those of {path!r}{why}; {anew}")
-        changed = [name for name in ("SEED", "EVAL_SPLIT") if before.get(name, self.settings[name]) != self.settings[name]]
+
+    def _compare_files(self, found, path):
+        """Returns {constant: what differs} for the files that are not those of a checkpoint's run.
+
+        Raises:
+            UserError: there are such, and ALLOW_CHANGED_FILES is False.
+        """
+        before, data, all_names = (found.get(key) or {} for key in ("config", "data", "names"))
+        before = {"LONG_FILES": "crop", **before}  # what older versions and the published code do
+        constants = ("SEED", "EVAL_SPLIT", *(["LONG_FILES"] if self.labels is None else []))
+        changed = [name for name in constants if before.get(name, self.settings[name]) != self.settings[name]]
         why = "".join(f"; {name} was {before[name]!r} and is now {self.settings[name]!r}" for name in changed)
+        differences = {}
         for (name, hashes), examples in zip(self._data.items(), (self.train, self.held_out)):
             known = data.get(name, hashes)  # published files have none
             is_older = isinstance(known, str)  # of a version that knew files by their whole paths
-            if not (known == examples.path_fingerprint() if is_older else torch.equal(known, hashes)):
-                differing = "" if is_older else selection.describe_difference(examples, hashes.numpy(), known.numpy())
-                raise system.UserError(
-                    f"{name}: the files are not those that the run at {path!r} began with, by their paths below the folder and their "
-                    f"sizes{differing}{why}. It can only go on with the same files; {anew}"
+            if not (known == selection.path_fingerprint(examples) if is_older else torch.equal(known, hashes)):
+                names = selection.unpack_names(all_names[name].numpy()) if name in all_names else None
+                differing = "" if is_older else selection.describe_difference(examples, hashes.numpy(), known.numpy(), names)
+                differences[name] = (
+                    f"{name}: the files are not those that the run at {path!r} had, by their paths below the folder and their "
+                    f"sizes{differing}{why}"
                 )
+        if differences and not self.settings["ALLOW_CHANGED_FILES"]:
+            raise system.UserError(
+                "\n".join(differences.values()) + ".\nTo go on with the files as they are, the epoch in hand anew, add "
+                f"--ALLOW_CHANGED_FILES True; {start_anew(path)}"
+            )
+        self._warn_of_leaks(differences, data)
+        return differences
+
+    def _warn_of_leaks(self, differences, data):
+        """Prints how many of the files that are held out now the run has trained on, where files have changed."""
+        known = data.get("TRAIN_FOLDERS")
+        if differences and isinstance(known, torch.Tensor) and self.held_out.files is self.train.files:
+            hashes = self._data["EVAL_FOLDERS"]
+            num_seen = int(torch.isin(hashes[:, 0], known[:, 0]).sum())
+            if num_seen:
+                print(
+                    f"warning: EVAL_SPLIT holds out other files now; the run has trained on {num_seen} of these {len(hashes)}, so "
+                    "their figures look better than they are. A folder in EVAL_FOLDERS stays apart"
+                )
+
+    def _sees_other_parts(self, found, examples):
+        """Returns whether the run of a checkpoint takes other parts of some Examples, since they are long files."""
+        took_windows = (found.get("config") or {}).get("LONG_FILES") == "windows" and self.labels is None
+        return took_windows != self._cuts_windows and (examples.lengths(self.sizes.PATCH_SIZE) > self.sizes.PATCH_LENGTH).any()
 
     def _restore_position(self, found):
         """Takes over where in an epoch a checkpoint is, and its running sums; `training_batches` restores its random state."""
         position, processes, state = found.get("position", 0), self.processes, self.state
-        if type(position) is not int or not 0 <= position <= len(self.train):
-            raise ValueError(f"its position is {position!r}, but there are {len(self.train)} examples")
+        if type(position) is not int or position < 0:
+            raise ValueError(f"its position is {position!r}")
         if position == 0:
             return
         totals = [{name: float(each[name]) for name in self._no_totals} for each in found["totals"]]
@@ -338,6 +419,11 @@ class Run:
         if found["config"]["SEED"] != self.settings["SEED"]:
             print(f"SEED has changed, so {anew}, in another order")
             return
+        if self._sees_other_parts(found, self.train):
+            print(f"LONG_FILES has changed, so {anew}")
+            return
+        if position > len(self._training_set(state.epoch)):
+            raise ValueError(f"its position is {position!r}, but there are {len(self._training_set(state.epoch))} examples")
         state.position = position
         if len(totals) == processes.count:
             state.totals, self._random_state = totals[processes.rank], random_states[processes.rank]
@@ -375,15 +461,16 @@ class Run:
                 )
             )
         size = settings["BATCH_SIZE"] * processes.count
-        steps_per_epoch = -(-len(self.train) // size)
+        # of all epochs, for the windows of long files are not as many in each
+        steps = [-(-len(self._training_set(epoch)) // size) for epoch in range(max(settings["NUM_EPOCHS"], state.epoch + 1))]
         # by epochs, not by the steps that were counted: another BATCH_SIZE has other steps in an epoch
-        done = state.epoch * steps_per_epoch + -(-state.position // size)
-        steps = settings["NUM_EPOCHS"] * steps_per_epoch
-        self.scheduler = make_scheduler(self.optimizer, settings["LR_SCHEDULE"], settings["LEARNING_RATE"], steps, done)
+        done = sum(steps[: state.epoch]) + -(-state.position // size)
+        num_steps = sum(steps[: settings["NUM_EPOCHS"]])
+        self.scheduler = make_scheduler(self.optimizer, settings["LR_SCHEDULE"], settings["LEARNING_RATE"], num_steps, done)
         print(
             f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.dtype} on {processes.count} x "
             f"{processes.device.type}, seed {settings['SEED']}; {len(self.train)} training and {len(self.held_out)} "
-            f"evaluation examples, {steps_per_epoch} steps an epoch"
+            f"evaluation examples, {steps[state.epoch]} steps an epoch"
         )
         self._logger = make_logger(settings["WANDB_LOG"] and processes.rank == 0, settings, state.run_id)
         if settings["COMPILE"]:
@@ -407,33 +494,46 @@ class Run:
             if device.type == "cuda":
                 torch.cuda.set_rng_state(random_state["cuda"], device)
         self._random_state = None
-        seeds = self._seeds()
-        order = np.random.default_rng(seeds).permutation(len(self.train))[self.state.position :]
-        return self._batches("train", self.train, order, self.settings["BATCH_SIZE"], crop_seed=seeds)
+        dataset = self._training_set(self.state.epoch)
+        order = np.random.default_rng(self._seeds(self.state.epoch)).permutation(len(dataset))[self.state.position :]
+        self._reading = self._batches("train", dataset, order, self.settings["BATCH_SIZE"])
+        return self._reading
 
     def evaluation_batches(self):
         """Returns an iterator like that of `training_batches` over every evaluation example once, the shortest first."""
-        lengths = self.held_out.lengths(self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH)
-        size = self.settings["BATCH_SIZE"] // self.settings["ACCUMULATION_STEPS"]
-        return self._batches("eval", self.held_out, np.argsort(lengths, kind="stable"), size)
+        if self._cuts_windows:
+            dataset = windowing.evaluation_windows(self.held_out, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH)
+        else:
+            dataset = utils.ByteDataset(self.held_out, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH)
+        order = np.argsort(dataset.lengths(np.arange(len(dataset))), kind="stable")
+        batch_size = self.settings["BATCH_SIZE"] // self.settings["ACCUMULATION_STEPS"]
+        self._reading = self._batches("eval", dataset, order, batch_size)
+        return self._reading
 
-    def _batches(self, what, examples, order, batch_size, crop_seed=None):
-        dataset = utils.ByteDataset(examples, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH, crop_seed)
-        lengths = examples.lengths(dataset.patch_size, dataset.patch_length)
+    def _training_set(self, epoch):
+        """Returns what an epoch, of which so many lie before it, trains on: a ByteDataset, or the Windows of all files."""
+        make = windowing.training_windows if self._cuts_windows else utils.ByteDataset
+        return make(self.train, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH, self._seeds(epoch))
+
+    def _batches(self, what, dataset, order, batch_size):
         self.bar = tqdm(
-            desc=f"epoch {self.state.epoch + 1} {what}", total=len(examples), initial=len(examples) - len(order), unit="file",
-            disable=self.processes.rank > 0, leave=what == "train", **system.progress_options(),
+            desc=f"epoch {self.state.epoch + 1} {what}", total=len(dataset), initial=len(dataset) - len(order),
+            unit="file" if len(dataset) == len(dataset.examples) else "window", disable=self.processes.rank > 0,
+            leave=what == "train", **system.progress_options(),
         )  # fmt: skip
         with self.bar:
-            num_workers = self.settings["NUM_WORKERS"]
-            yield from process_batches(self.processes, dataset, lengths, order, batch_size, num_workers, self._stop_while_waiting)
+            yield from process_batches(
+                self.processes, dataset, order, batch_size, self.settings["NUM_WORKERS"], self._stop_while_waiting,
+                self._waiting, self._save_before_end,
+            )  # fmt: skip
 
-    def _seeds(self):
-        return [self.settings["SEED"], self.state.epoch + 1]
+    def _seeds(self, epoch):
+        return [self.settings["SEED"], epoch + 1]
 
     def step_rng(self):
         """Returns a numpy Generator for this step and process alone."""
-        return np.random.default_rng([*self._seeds(), self.state.position, self.processes.rank, zlib.crc32(b"step")])
+        seeds = self._seeds(self.state.epoch)
+        return np.random.default_rng([*seeds, self.state.position, self.processes.rank, zlib.crc32(b"step")])
 
     def clip_gradients(self):
         """Scales the gradients down to the norm MAX_GRAD_NORM if theirs is larger, unless that is 0."""
@@ -472,11 +572,47 @@ class Run:
         self._save_or_stop()
 
     def _stop_while_waiting(self):
-        """Stops the run if it is told to while it waits for a batch; several processes cannot save at such a moment."""
+        """Ends a wait for a reading process when the run is told to stop."""
         if self._stop_signal():
-            if self.processes.count == 1:
-                self._save_or_stop()
-            raise system.UserError(f"stopped by {system.signal_name(self._stop_signal())} while waiting for files to be read")
+            raise KeyboardInterrupt(self._stop_signal())
+
+    @contextlib.contextmanager
+    def _waiting(self):
+        """The context in which this process waits for a batch: a stop signal or an unreadable file is a UserError there."""
+        here = self.settings["NUM_WORKERS"] == 0  # this process itself reads, and a read from a dead disk may never end
+        try:
+            with self._stop_signal.waiting() if here else contextlib.nullcontext():
+                yield
+        except KeyboardInterrupt:  # `_save_before_end` then ends the run
+            raise system.UserError("stopped while waiting for a file") from None
+        except utils.UnreadableFile as error:
+            raise system.UserError(
+                f"{error}. When it is back, {self._same_command()} goes on; with --ALLOW_CHANGED_FILES True also without it"
+            ) from None
+
+    def _save_before_end(self):
+        """Saves the state after the last finished step, since a process could not get a batch; returns a word on that.
+
+        Raises:
+            SystemExit: that was because of a stop signal.
+        """
+        if not self._is_saved or self._saved_position != (self.state.epoch, self.state.position):
+            self._save()
+        number = max(self.processes.gather(self._stop_signal()))
+        if number:
+            self._leave(number)
+        return f". The state of {self._where()} is saved" if self._is_saved else ". The latest state could not be saved"
+
+    def _same_command(self):
+        return "the same command" + (" with LOAD_FROM_CHECKPOINT True" if not self.settings["LOAD_FROM_CHECKPOINT"] else "")
+
+    def _where(self):
+        return f"epoch {self.state.epoch + 1} after {self.state.position} examples"
+
+    def _leave(self, number):
+        """Ends the run, on all processes, with the number of a stop signal; its state is saved."""
+        again = f"{self._same_command()} goes on from there" if self._is_saved else "the latest state could not be saved"
+        self.processes.leave(f"stopped by {system.signal_name(number)} in {self._where()}: {again}", 128 + number)
 
     def _save_or_stop(self):
         state, processes = self.state, self.processes
@@ -490,11 +626,7 @@ class Run:
         if num_signals or (num_due and self._saved_position != (state.epoch, state.position)):
             self._save()
         if num_signals:
-            number = max(processes.gather(number))
-            again = "the same command" + (" with LOAD_FROM_CHECKPOINT True" if not self.settings["LOAD_FROM_CHECKPOINT"] else "")
-            again = f"{again} goes on from there" if self._is_saved else "the latest state could not be saved"
-            where = f"epoch {state.epoch + 1} after {state.position} examples"
-            processes.leave(f"stopped by {system.signal_name(number)} in {where}: {again}", 128 + number)
+            self._leave(max(processes.gather(number)))
 
     # ---- ends ------------------------------------------------------------------------------------------------------
 
@@ -590,5 +722,6 @@ class Run:
             "totals": [totals for totals, _ in everyone],
             "random_states": [random_state for _, random_state in everyone],
             "data": self._data,
+            "names": self._names,
             "config": self.settings,
         }

@@ -23,6 +23,7 @@ Nothing here reads config.py: sizes and settings are arguments.
 
 import copy
 import dataclasses
+import errno
 import hashlib
 import os
 import sys
@@ -48,6 +49,10 @@ HEAD_SIZE = 64  # width of an attention head
 # ---------------------------------------------------------------------------------------------------------------------
 # Files <-> patches
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class UnreadableFile(system.UserError):
+    """A file that was there when the files were listed cannot be read any more, has another size, or no longer fits."""
 
 
 def extension_patch(extension, patch_size):
@@ -113,7 +118,7 @@ def read_window(path, patch_size, first, last, size):
     """
     with open(path, "rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_size != size:
-            raise system.UserError("has another size than when it was listed")
+            raise UnreadableFile("has another size than when it was listed")
         return _read_between(file, size, patch_size, first, last)
 
 
@@ -159,11 +164,13 @@ class Examples:
     Args:
         files: the Files.
         indices: int64 (n, 1) or (n, 2), the examples' paths by their index in `files`.
+        parts: {example: (first patch, the one after the last)} of single files that are not taken whole.
     """
 
-    def __init__(self, files, indices):
+    def __init__(self, files, indices, parts=None):
         self.files = files
         self.indices = np.asarray(indices, dtype=np.int64)
+        self.parts = parts or {}
 
     def __len__(self):
         return len(self.indices)
@@ -178,7 +185,8 @@ class Examples:
 
     def select(self, indices):
         """Returns the Examples at `indices`, an integer array, in its order."""
-        return Examples(self.files, self.indices[indices])
+        parts = {new: self.parts[old] for new, old in enumerate(np.asarray(indices).tolist()) if old in self.parts} if self.parts else None
+        return Examples(self.files, self.indices[indices], parts)
 
     def both_ways(self):
         """Returns pairs in both directions: each pair, then the same with input and target exchanged."""
@@ -191,6 +199,14 @@ class Examples:
         lengths = content.sum(1) + self.indices.shape[1] + 1  # an extension patch for each file, one end patch
         return lengths if self.indices.shape[1] == 2 or patch_length is None else lengths.clip(max=patch_length)
 
+    def spans(self, patch_size):
+        """Returns int64 (n, 2): of each example's whole sequence, the first patch that is taken and the one after the last."""
+        lengths = self.lengths(patch_size)
+        spans = np.stack((np.zeros_like(lengths), lengths), axis=1)
+        for index, part in self.parts.items():
+            spans[index] = part
+        return spans
+
     def extensions(self):
         """Returns the set of the files' extensions, as their extension patches hold them: those of pairs in lower case."""
         found = set()
@@ -201,28 +217,17 @@ class Examples:
         return {extension.lower() for extension in found} if self.indices.shape[1] == 2 else found
 
     def hashes(self):
-        """Returns int64 (files, 2): a hash of each file's identity, and its size; in order, by example.
+        """Returns int64 (files, 2): a hash of each file's identity, and of the part that is taken; and its size; by example.
 
         Other data, or another order, have others; the same data in a moved or differently named folder have the same.
         """
         files, digests = self.indices.reshape(-1), bytearray()  # (n, 1) or (n, 2) -> (files,)
         for part in np.array_split(files, len(self) // 65536 + 1):  # few Python objects at a time
             digests += b"".join([hashlib.blake2b(self.files.identity(file), digest_size=8).digest() for file in part.tolist()])
-        return np.stack((np.frombuffer(digests, dtype="<i8"), self.files.sizes[files]), axis=1)
-
-    def path_fingerprint(self):
-        """Returns a hex digest of the examples' whole paths and sizes, by which older checkpoints know them.
-
-        Their order was that of the paths, whatever the places of the folders.
-        """
-        indices = self.indices
-        both_ways = len(self) > 1 and np.array_equal(indices[::2], indices[1::2, ::-1])  # pair by pair, see `both_ways`
-        keys = np.repeat(indices[::2, 0], 2) if both_ways else indices[:, 0]
-        indices = indices[np.argsort(keys, kind="stable")]
-        digest = hashlib.sha256(self.files.sizes[indices].tobytes())
-        for part in np.array_split(indices.reshape(-1), len(self) // 65536 + 1):
-            digest.update(b"".join([self.files.encoded(file) + b"\0" for file in part.tolist()]))
-        return digest.hexdigest()
+        hashes = np.stack((np.frombuffer(digests, dtype="<i8"), self.files.sizes[files]), axis=1)
+        for index, (first, last) in self.parts.items():
+            hashes[index, 0] ^= zlib.crc32(b"%d-%d" % (first, last))
+        return hashes
 
 
 def balanced_parts(lengths, count):
@@ -265,10 +270,12 @@ class ByteDataset:
         return len(self.examples)
 
     def __getitem__(self, index):
-        """Returns (patches int16 (P, S), counted bool (P, S)), see `read_patches`.
+        """Returns (patches int16 (P, S), counted bool (P, S), context).
+
+        The first two are those of `read_patches`; context is how many patches at the beginning are given, not predicted: 1.
 
         Raises:
-            UserError: a file cannot be read, or a pair no longer fits.
+            UnreadableFile: a file cannot be read, or a pair no longer fits.
         """
         paths = self.examples[index]
         try:
@@ -279,11 +286,10 @@ class ByteDataset:
                 # the input file without its end patch, then the whole target file
                 patches, counted = (np.concatenate((s[:-1], t)) for s, t in zip(source, target))
         except OSError as error:
-            raise system.UserError(f"cannot read {error.filename or paths!r}: {error.strerror}") from None
+            raise UnreadableFile(f"cannot read {error.filename or paths!r}: {error.strerror}") from None
         if len(patches) > self.patch_length:
-            raise system.UserError(f"{' and '.join(paths)} have grown since the start: they no longer fit in PATCH_LENGTH")
-        counted[0] = False  # the first patch is given, not predicted
-        return patches, counted
+            raise UnreadableFile(f"{' and '.join(paths)} have grown since the start: they no longer fit in PATCH_LENGTH")
+        return patches, counted, 1
 
     def _seed(self, index):
         """Returns the seed of what is kept of a longer file; None = its head."""
@@ -295,6 +301,10 @@ class ByteDataset:
             identity = os.fsencode(self.examples[index][0])
         return [*self.crop_seed, zlib.crc32(identity)]
 
+    def lengths(self, indices):
+        """Returns the patches of the sequences of the examples at `indices`, an integer array."""
+        return self.examples.select(indices).lengths(self.patch_size, self.patch_length)
+
     def read(self, indices):
         """Returns the sequences of the examples at `indices`, a list of what a `Batch` is made of."""
         return [self[index] for index in indices]
@@ -304,22 +314,26 @@ class Batch:
     """Sequences of different lengths, padded with 256 on the right.
 
     Args:
-        sequences: iterable of (patches int16 (P, S), counted bool (P, S)), see `read_patches`.
+        sequences: iterable of (patches int16 (P, S), counted bool (P, S), context), see `ByteDataset`.
 
     Attributes:
         lengths: int64 array (B,), patches of each sequence.
         patches: int16 (B, P, S).
         masks: uint8 (B, P), 1 at real patches.
         counted: bool (B, P, S), true at the symbols that bits per byte are counted over.
+        targets: bool (B, P-1), of all patches but the first, true at those that are to be predicted.
     """
 
     def __init__(self, sequences):
         self._sequences = list(sequences)
-        patches, counted = ([torch.from_numpy(array) for array in column] for column in zip(*self._sequences))
+        *columns, contexts = zip(*self._sequences)
+        patches, counted = ([torch.from_numpy(array) for array in column] for column in columns)
         self.lengths = np.array(list(map(len, patches)))
         self.patches = pad_sequence(patches, batch_first=True, padding_value=END)
         self.counted = pad_sequence(counted, batch_first=True)
-        self.masks = (torch.arange(self.patches.shape[1]) < torch.from_numpy(self.lengths)[:, None]).to(torch.uint8)
+        position, lengths = torch.arange(self.patches.shape[1]), torch.from_numpy(self.lengths)[:, None]
+        self.masks = (position < lengths).to(torch.uint8)
+        self.targets = ((position >= torch.tensor(contexts)[:, None]) & (position < lengths))[:, 1:]
 
     def split(self, parts):
         """Returns at most `parts` pairs of sequences' indices (int64 array) and their Batch.
@@ -351,13 +365,14 @@ def batches(dataset, index_batches, num_workers=0, while_waiting=None):
 
     Args:
         dataset: a ByteDataset.
-        index_batches: a sequence of integer arrays.
+        index_batches: iterable of integer arrays.
         num_workers: processes that read; their batches come through pipes, not through shared memory, of which containers
             have little. They end with the iteration, or with the main process.
         while_waiting: called now and then while a worker has not read the next batch yet; it may raise an error.
 
     Raises:
-        UserError: a file cannot be read, or a worker was killed.
+        UnreadableFile: a file cannot be read, or a pair no longer fits.
+        UserError: a worker was killed.
     """
     if num_workers == 0:
         results = map(dataset.read, index_batches)
@@ -370,6 +385,10 @@ def batches(dataset, index_batches, num_workers=0, while_waiting=None):
         )  # fmt: skip
     try:
         yield from map(Batch, results)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise system.UserError("too many open files: lower NUM_WORKERS, or allow more with `ulimit -n`") from None
     except BrokenProcessPool:
         raise system.UserError("a reading process was killed; is memory short? Lower NUM_WORKERS") from None
 

@@ -21,11 +21,14 @@ import devices
 import evaluation
 import listing
 import utils
+import windowing
 
 
 def measure(model, folder, options):
     """Returns the median seconds of the forward pass alone and of scoring, and the patches and bytes of the files."""
-    windows = evaluation.Windows(utils.Examples.of(listing.list_files([folder], "folder")), model.patch_size, model.patch_length)
+    windows = windowing.evaluation_windows(
+        utils.Examples.of(listing.list_files([folder], "folder")), model.patch_size, model.patch_length
+    )
     order = np.argsort(-windows.totals, kind="stable")
     dataset = utils.ByteDataset(windows.examples, model.patch_size, model.patch_length)
 

@@ -48,7 +48,7 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["torch", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "tqdm"])
 
 
-def _run_here(script, arguments, cwd, env, out, err, file_limit):
+def _run_here(script, arguments, cwd, env, out, err, file_limit, open_files):
     """Turns the process it is called in into a run of a script."""
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
@@ -56,6 +56,8 @@ def _run_here(script, arguments, cwd, env, out, err, file_limit):
     os.environ.update(env)
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if open_files is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
     torch.set_num_threads(1)
     sys.argv = [str(ROOT / script), *arguments]
     sys.path[0] = str(ROOT)
@@ -67,14 +69,16 @@ class Running:
 
     Args:
         file_limit: bytes; writing a longer file fails, as it does on a full disk.
+        open_files: how many may be open at once.
     """
 
-    def __init__(self, script, *arguments, cwd, env=None, file_limit=None):
+    def __init__(self, script, *arguments, cwd, env=None, file_limit=None, open_files=None):
         self.script = script
         self.out, self.err = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()
         arguments = [str(argument) for argument in arguments]
         self.process = FORKSERVER.Process(
-            target=_run_here, args=(script, arguments, cwd, env or {}, self.out.name, self.err.name, file_limit)
+            target=_run_here,
+            args=(script, arguments, cwd, env or {}, self.out.name, self.err.name, file_limit, open_files),
         )
         self.process.start()
 
@@ -181,7 +185,7 @@ def golden_sequences(golden):
 
 def as_batch(sequences):
     """Returns the Batch of sequences of patches, int16 (P, S) each."""
-    return utils.Batch((patches, patches != utils.END) for patches in sequences)
+    return utils.Batch((patches, patches != utils.END, 1) for patches in sequences)
 
 
 @pytest.fixture()

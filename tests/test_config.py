@@ -5,11 +5,13 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, one_message, run_fresh, run_script
 
 import config
+import system
 
 LINE = """import sys, config
 config.override(sys.argv[1:])
@@ -133,7 +135,8 @@ def test_ctrl_c_while_modules_load_shows_no_traceback(script, tmp_path):
         (tmp_path / "cpu_states" / part).mkdir(parents=True)
     (tmp_path / "weights.pth").write_bytes(b"")
     (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    done = run_fresh(script, *SCRIPTS[script], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    env = {"PYTHONPATH": str(tmp_path), "OMP_WAIT_POLICY": "active"}  # else a busy machine is told
+    done = run_fresh(script, *SCRIPTS[script], cwd=tmp_path, env=env)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
@@ -156,3 +159,31 @@ def test_answers_come_before_pytorch_is_loaded(script, arguments, words, tmp_pat
     done = run_fresh(script, *arguments.split(), cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
     assert words in done.stdout + done.stderr and "PyTorch was loaded" not in done.stderr
     assert done.returncode == (0 if arguments == "--help" else 2 if "SIZE" in arguments else 1)
+
+
+@pytest.mark.parametrize("script", ["train-gen.py", "train-cls.py", "inference.py"])
+def test_threads_wait_asleep_beside_busy_processes(script, tmp_path, monkeypatch):
+    """Unless the environment says how they wait; that is read when PyTorch's OpenMP is loaded, not later."""
+    if not Path("/proc/stat").exists():
+        pytest.skip("this system does not tell how busy its CPU is")
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "torch.py").write_text("import os\nraise SystemExit(repr(os.environ.get('OMP_WAIT_POLICY')))")
+    (tmp_path / "input").mkdir()
+    (tmp_path / "weights.pth").write_bytes(b"")
+    arguments = [] if script == "inference.py" else ["--TRAIN_FOLDERS", "input", "--EVAL_FOLDERS"]
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        told = [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}, {"WORLD_SIZE": "2"}]
+        done = [run_fresh(script, *arguments, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), **env}) for env in told]
+    finally:
+        busy.kill()
+        busy.wait()
+    assert [each.stderr.strip() for each in done] == ["'passive'", "'active'", "None", "None"]
+    assert "OMP_WAIT_POLICY is set to passive" in done[0].stdout
+
+
+def test_cpu_times_are_those_of_the_cores_that_may_be_used():
+    text = "cpu  9 9 9 9 9 9 9 9 0 0\ncpu0 1 2 3 40 5 6 7 8 9 9\ncpu1 0 0 0 100 0 0 0 0 0 0\ncpu10 5 0 0 5 0 0 0 0 0 0\nintr 7\n"
+    assert system.cpu_times(text, {0, 10}) == (27 + 5, 72 + 10)
+    assert system.cpu_times(text, {1}) == (0, 100)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, as_batch, fill_by_recipe, one_message, options, run_script
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import checkpoint
@@ -22,6 +22,8 @@ import report_page
 import selection
 import system
 import utils
+import windowing
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
@@ -45,7 +47,7 @@ def write_files(folder, contents):
 
 def score(model, examples, folder, batch_size=4, failed=None):
     """Returns {name: FileScore} of Examples, in float32."""
-    windows = evaluation.Windows(examples, model.patch_size, model.patch_length)
+    windows = windowing.evaluation_windows(examples, model.patch_size, model.patch_length)
     found = evaluation.score_files(model, windows, str(folder), batch_size, torch.float32, lambda count: None, [] if failed is None else failed)
     return {each.name: each for each in found}
 
@@ -83,37 +85,8 @@ def test_an_interval_holds_the_true_ratio_as_often_as_it_says():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Windows and sums
+# Sums
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@given(total=st.integers(2, 400), length=st.integers(2, 64), advance=st.floats(0.01, 0.99))
-def test_windows_score_each_patch_once_with_a_context(total, length, advance):
-    windows, scored = evaluation.split_windows(total, length, advance=advance), []
-    for place, (first, last, start) in enumerate(windows):
-        assert 0 <= first < start < last <= total and last - first == min(total, length)
-        assert start - first >= (1 if place == 0 else length - max(int(length * advance), 1))
-        scored += range(start, last)
-    assert scored == list(range(1, total)) and windows[0][0] == 0
-
-
-@settings(deadline=None, max_examples=40)
-@given(size=st.integers(0, 90), patch_size=st.integers(1, 5), patch_length=st.integers(2, 9))
-def test_every_byte_of_a_file_is_scored_once_from_the_bytes_before_it(tmp_path_factory, size, patch_size, patch_length):
-    folder = tmp_path_factory.mktemp("data")
-    content = bytes(np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8))
-    files = write_files(folder, {"a.xy": content})
-    windows = evaluation.Windows(utils.Examples.of(files), patch_size, patch_length)
-    whole = utils.to_patches(content, "xy", patch_size)
-    found, times = np.full(size + 1, -1), np.zeros(size + 1, dtype=int)
-    for index, *window in windows.by_length():
-        patches, counted = windows.read(index, window)
-        assert np.array_equal(patches, whole[window[0] : window[1]]) and len(counted) == len(patches)
-        scored = windows.scored_symbols(index, window)
-        found[scored] = patches[window[2] - window[0] :].reshape(-1)[: max(scored.stop - scored.start, 0)]
-        times[scored] += 1
-    assert (times == 1).all() and found.tolist() == [*content, utils.END]
-    assert np.array_equal(utils.read_patches(folder / "a.xy", patch_size)[0], whole)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -135,9 +108,8 @@ def test_a_long_file_is_the_sum_over_its_windows(tmp_path, tiny_model):
     content = (LINES * 20)[:250]  # 65 patches of 4; the model has positions for 16
     scores = score(tiny_model, utils.Examples.of(write_files(tmp_path, {"a.abc": content, "b.abc": LINES})), tmp_path, 3)
     patches, nats = utils.to_patches(content, "abc", 4), []
-    starts = [*range(0, len(patches) - 16, 8), len(patches) - 16]
     done = 1
-    for start in starts:
+    for start in range(0, len(patches) - 8, 8):
         each = forward_nats(tiny_model, patches[start : start + 16])
         nats.append(each[done - start - 1 :])
         done = start + 16
@@ -166,7 +138,7 @@ def test_a_conversion_is_the_sum_over_its_target(tmp_path, tiny_model):
 
 def test_symbols_scored_once_more_are_the_same(tmp_path, tiny_model):
     content = (LINES * 10)[:150]
-    windows = evaluation.Windows(utils.Examples.of(write_files(tmp_path, {"a.abc": content})), 4, 16)
+    windows = windowing.evaluation_windows(utils.Examples.of(write_files(tmp_path, {"a.abc": content})), 4, 16)
     [whole] = evaluation.score_symbols(tiny_model, windows, 0, [(0, 151)], torch.float32)
     parts = evaluation.score_symbols(tiny_model, windows, 0, [(3, 20), (100, 151)], torch.float32)
     for (start, stop), part in zip([(3, 20), (100, 151)], parts):
@@ -375,7 +347,7 @@ def test_a_file_that_changes_on_the_way_is_named(tmp_path, tiny_model):
 def test_the_page_of_large_files_is_bounded(tmp_path, tiny_model, monkeypatch):
     random = np.random.default_rng(0)
     files = write_files(tmp_path, {f"{i}.bin": random.integers(0, 256, 1500, dtype=np.uint8).tobytes() for i in range(3)})
-    windows = evaluation.Windows(utils.Examples.of(files), 4, 16)
+    windows = windowing.evaluation_windows(utils.Examples.of(files), 4, 16)
     scores = list(score(tiny_model, windows.examples, tmp_path).values())
     shown = []
     for each, title in report_page.choose_files(scores):
@@ -396,7 +368,7 @@ def test_the_page_of_large_files_is_bounded(tmp_path, tiny_model, monkeypatch):
 
 def test_text_is_shown_as_text_even_with_a_damaged_byte(tmp_path, tiny_model):
     contents = {"a.abc": LINES + b"\xff" + LINES, "b.abc": "naïve ☕ 字\r\n".encode(), "c.abc": bytes(range(64)), "d.abc": b"a\xe2\x80\xae" + LINES * 2}
-    windows = evaluation.Windows(utils.Examples.of(write_files(tmp_path, contents)), 4, 16)
+    windows = windowing.evaluation_windows(utils.Examples.of(write_files(tmp_path, contents)), 4, 16)
     texts = {}
     for name, each in score(tiny_model, windows.examples, tmp_path).items():
         parts = report_page.shown_parts(each, 4000)

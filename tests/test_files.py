@@ -176,7 +176,7 @@ def test_hashes_know_paths_order_and_sizes():
     pairs = selection.pair_files(make_files(sizes), "abc->mid")
     same = selection.pair_files(make_files({"0.txt": 9, **sizes}), "abc->mid")  # other files do not matter
     assert pairs.hashes().shape == (4, 2) and (pairs.hashes() == same.hashes()).all()
-    assert pairs.path_fingerprint() == same.path_fingerprint()
+    assert selection.path_fingerprint(pairs) == selection.path_fingerprint(same)
     others = [pairs.select([1, 0]), pairs.select([0]), pairs.both_ways(), selection.pair_files(same.files, "mid->abc")]
     others += [selection.pair_files(make_files({**sizes, change: 5}), "abc->mid") for change in sizes]
     assert len({examples.hashes().tobytes() for examples in [pairs, *others]}) == 9
@@ -223,6 +223,26 @@ def test_files_that_cannot_be_read_are_left_out_and_named(tmp_path, monkeypatch,
     listing.list_readable_files([str(tmp_path)], "TRAIN_FOLDERS")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 12 and lines[0].startswith("TRAIN_FOLDERS: 14 of 17") and lines[-1] == "  and 4 more"
+
+
+def test_folders_within_that_cannot_be_read_are_left_out_and_named(tmp_path, monkeypatch, capsys):
+    """Such as lost+found on a drive of one's own; a folder that was asked for must be readable."""
+    for name in ("1.x", "lost+found/2.x", "sub/3.x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    scandir = os.scandir
+
+    def refuse(folder):  # root may read all
+        if os.fsencode(folder).endswith(b"lost+found"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [os.path.basename(path) for path in listing.list_files([str(tmp_path)], "TRAIN_FOLDERS")] == ["1.x", "3.x"]
+    expected = f"TRAIN_FOLDERS: 1 folders cannot be read and are left out ({tmp_path}/lost+found): Permission denied"
+    assert capsys.readouterr().out.splitlines() == [expected]
+    with pytest.raises(system.UserError, match="cannot read the folder .*lost.found': Permission denied"):
+        listing.list_files([str(tmp_path), str(tmp_path / "lost+found")], "TRAIN_FOLDERS")
 
 
 def test_parts_have_nearly_the_same_number_of_patches():
@@ -279,9 +299,9 @@ def test_extension_patches_of_pairs_are_in_lower_case(tmp_path):
     (tmp_path / "a.ABC").write_bytes(b"x")
     (tmp_path / "a.MID").write_bytes(b"y")
     paths = str(tmp_path / "a.ABC"), str(tmp_path / "a.MID")
-    patches, _ = utils.ByteDataset([paths], 4, 16)[0]
+    patches, *_ = utils.ByteDataset([paths], 4, 16)[0]
     assert patches[[0, 2]].tolist() == [[*b"abc", E], [*b"mid", E]]
-    patches, _ = utils.ByteDataset([paths[:1]], 4, 16)[0]
+    patches, *_ = utils.ByteDataset([paths[:1]], 4, 16)[0]
     assert patches[0].tolist() == [*b"ABC", E]  # plain files stay as they are
 
 
@@ -298,7 +318,7 @@ def test_lists_of_one_extension_do_not_mind_case(tmp_path):
 def test_conversion_sequence(pairs_folder):
     """[abc] content [mid] content [end]: the input's end patch is left out, the target is whole."""
     example = (str(pairs_folder / "a.abc"), str(pairs_folder / "a.mid"))
-    patches, counted = utils.ByteDataset([example], 4, 16)[0]
+    patches, counted, _ = utils.ByteDataset([example], 4, 16)[0]
     expected = [list(b"abc") + [E], [0, 1, 2, 3], [4, E, E, E], list(b"mid") + [E], [0, 1, 2, 3], [4, 5, 6, 7], [E] * 4]
     assert patches.tolist() == expected
     # bits per byte: both contents with the end of each, where there is one; no extension, no padding
@@ -325,13 +345,6 @@ def test_dataset_crops_follow_seed_epoch_and_path(tmp_path):
     assert len({head[i][0].tobytes() for i in range(40)}) == 1
 
 
-def test_first_patch_is_never_counted(tmp_path):
-    (tmp_path / "a.bin").write_bytes(bytes(100))
-    for epoch in range(20):
-        _, counted = utils.ByteDataset([(str(tmp_path / "a.bin"),)], 4, 8, [0, epoch])[0]
-        assert not counted[0].any()
-
-
 def test_batches(tmp_path):
     lengths = [3, 0, 9, 4, 30]
     for i, length in enumerate(lengths):
@@ -342,7 +355,7 @@ def test_batches(tmp_path):
     alone, workers = (list(utils.batches(dataset, index_batches, num_workers=n)) for n in (0, 2))
     assert torch.equal(torch.get_rng_state(), state)  # reading draws nothing that training could have drawn
     for one, other in zip(alone, workers, strict=True):
-        for name in ("patches", "masks", "counted"):
+        for name in ("patches", "masks", "counted", "targets"):
             assert torch.equal(getattr(one, name), getattr(other, name))
     assert [batch.masks.sum(1).tolist() for batch in alone] == [[8, 5], [3, 2], [3]]
     first = alone[0]
@@ -350,6 +363,7 @@ def test_batches(tmp_path):
     assert (first.counted & (first.patches != E)).sum() == 28 + 9  # file 4 is cut to its head
     split = first.split(2)
     assert [(rows.tolist(), part.patches.shape) for rows, part in split] == [([0], (1, 8, 4)), ([1], (1, 5, 4))]
+    assert first.targets.tolist() == [[True] * 7, [True] * 4 + [False] * 3]  # all real patches but the first
     assert torch.equal(split[1][1].patches[0], first.patches[1, :5]) and sum(part.masks.sum() for _, part in split) == 13
 
 

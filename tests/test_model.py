@@ -292,10 +292,11 @@ def test_dropout_of_the_model_is_for_training_and_follows_the_seed():
 
 def test_sampled_targets(tiny_model):
     batch = as_batch([utils.to_patches(bytes(n), "x", 4) for n in (3, 40, 17)])
-    every = batch.masks[:, 1:] == 1
-    assert torch.equal(train_gen.sample_targets(batch.masks, 0, np.random.default_rng(0)), every)
-    assert torch.equal(train_gen.sample_targets(batch.masks, 1000, np.random.default_rng(0)), every)
-    drawn = [train_gen.sample_targets(batch.masks, 5, np.random.default_rng(i)) for i in range(50)]
+    every = batch.targets
+    assert torch.equal(every, batch.masks[:, 1:] == 1)
+    assert torch.equal(train_gen.sample_targets(every, 0, np.random.default_rng(0)), every)
+    assert torch.equal(train_gen.sample_targets(every, 1000, np.random.default_rng(0)), every)
+    drawn = [train_gen.sample_targets(every, 5, np.random.default_rng(i)) for i in range(50)]
     assert all(int(targets.sum()) == 5 and not (targets & ~every).any() for targets in drawn)
     assert torch.equal(torch.stack(drawn).any(0), every)  # each has its chance
     with torch.no_grad():

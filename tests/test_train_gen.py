@@ -61,7 +61,7 @@ def load(path):
 
 
 def test_a_run_logs_and_saves_what_it_says(folder):
-    done = train(folder)
+    done = train(folder, LONG_FILES="crop")
     assert done.returncode == 0, done.stderr
     entries = log_entries(folder)
     assert [entry["epoch"] for entry in entries] == [1, 2]
@@ -117,7 +117,7 @@ def test_learning_rate_moves_as_the_schedule_says(folder):
 
 def test_a_rerun_goes_on_after_the_last_epoch(folder):
     """Two epochs and two more end with the very weights and figures of four at once, dropout and crops included."""
-    settings = {"LR_SCHEDULE": "constant", "BATCH_SIZE": 8}  # fewer than ten steps in all: no warm-up in either
+    settings = {"LR_SCHEDULE": "constant", "BATCH_SIZE": 16}  # fewer than ten steps in all: no warm-up in either
     assert train(folder, NUM_EPOCHS=4, WEIGHTS_PATH="a.pth", LOGS_PATH="a.txt", **settings).returncode == 0
     for epochs in (2, 4):
         done = train(folder, NUM_EPOCHS=epochs, WEIGHTS_PATH="b.pth", LOGS_PATH="b.txt", **settings)

@@ -45,12 +45,21 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder, name, num_processes=1, file_limit=None, **changes):
+@pytest.fixture()
+def own_folder(folder, tmp_path):
+    """A working folder with the same files, which no other test leaves anything in."""
+    for part in ("train", "eval"):
+        shutil.copytree(folder / part, tmp_path / part)
+    return tmp_path
+
+
+def start(folder, name, num_processes=1, file_limit=None, open_files=None, **changes):
     """Starts a training run whose files are named after `name`; returns its processes, as torchrun would start them."""
     settings = {**SETTINGS, "WEIGHTS_PATH": f"{name}.pth", "LOGS_PATH": f"{name}.txt", **changes}
     environments = torchrun_environments(num_processes) if num_processes > 1 else [{}]
     return [
-        Running("train-gen.py", *options(**settings), cwd=folder, env=env, file_limit=file_limit) for env in environments
+        Running("train-gen.py", *options(**settings), cwd=folder, env=env, file_limit=file_limit, open_files=open_files)
+        for env in environments
     ]
 
 
@@ -73,6 +82,12 @@ def assert_same_end(folder, name, other):
         for key in ("model", "optimizer", "epoch", "best_epoch", "min_eval_loss", "figures", "random_states"):
             torch.testing.assert_close(*(state[key] for state in states), rtol=0, atol=0)
     assert not list(folder.glob(".*.tmp")) and not list(folder.glob("*.bak"))
+
+
+def wait_for(path, running):
+    """Waits until a file is there, as long as the first of some running processes runs."""
+    while running[0].process.is_alive() and not path.exists():
+        time.sleep(0.01)
 
 
 def stop(folder, name, number, after=0.0, **changes):
@@ -158,22 +173,27 @@ def test_torchrun(folder):
     assert_same_end(folder, "torchrun", "forked")
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_one_process_that_fails_ends_all_with_its_message(folder, num_processes):
-    """A file vanishes during the run."""
-    (folder / "broken").mkdir(exist_ok=True)
-    for path in (folder / "train").iterdir():
-        (folder / "broken" / path.name).write_bytes(path.read_bytes())
-    gone, latest = folder / "broken" / "gone.bin", folder / f"fails{num_processes}-last.pth"
+@pytest.mark.parametrize("num_processes, num_workers", [(1, 0), (1, 2), (2, 0), (2, 2)])
+def test_a_file_that_vanishes_ends_a_run_whose_state_is_saved(own_folder, num_processes, num_workers):
+    """One process fails: all end with its message; without consent a rerun is refused, with it the epoch begins anew."""
+    gone, settings = own_folder / "train" / "gone.bin", {"SAVE_MINUTES": 60, "NUM_WORKERS": num_workers}
     gone.write_bytes(b"x")
-    running = start(folder, f"fails{num_processes}", num_processes, TRAIN_FOLDERS=["broken"], NUM_EPOCHS=10000)
-    while running[0].process.is_alive() and not latest.exists():
-        time.sleep(0.01)
+    running = start(own_folder, "gone", num_processes, **settings, NUM_EPOCHS=10000)
+    wait_for(own_folder / "gone-last.pth", running)
     gone.unlink()
-    done = [process.wait(120) for process in running]
+    done = [process.wait(60) for process in running]
     said = "".join(one_message(process) if process.stderr.strip() else "" for process in done)
     assert [process.returncode for process in done] == [1] * num_processes
-    assert said.count("cannot read 'broken/gone.bin'") == 1
+    state = load(own_folder, "gone-last")
+    assert said.count("cannot read 'train/gone.bin': No such file or directory. When it is back, the same command goes on") == 1
+    assert f"The state of epoch {state['epoch'] + 1} after {state['position']} examples is saved" in said
+    rest = {**settings, "NUM_EPOCHS": state["epoch"] + 1}
+    refused = "".join(process.wait().stderr for process in start(own_folder, "gone", num_processes, **rest))
+    assert "; 1 gone (train/gone.bin)." in refused and "add --ALLOW_CHANGED_FILES True" in refused
+    assert not list(own_folder.glob(".*"))
+    done = train(own_folder, "gone", num_processes=num_processes, **rest, ALLOW_CHANGED_FILES=True)
+    assert f"1 gone (train/gone.bin): epoch {state['epoch'] + 1} begins anew with the files as they are" in done.stdout
+    assert load(own_folder, "gone-last")["epoch"] == state["epoch"] + 1
 
 
 def test_unreadable_files_are_left_out_before_training(folder):
@@ -200,9 +220,55 @@ def test_a_rerun_names_the_files_that_differ(folder):
     (folder / "grows" / "4.bin").write_bytes(b"other than 5 bytes")
     for i in range(12):
         (folder / "grows" / f"new{i}.bin").write_bytes(b"")
+    before = (folder / "grows-last.pth").read_bytes()
     message = one_message(start(folder, "grows", TRAIN_FOLDERS=["grows"], NUM_EPOCHS=2)[0].wait())
     assert "12 added (grows/new0.bin, grows/new1.bin," in message and " and 2 more)" in message
-    assert "1 of another size (grows/4.bin), 1 gone (a checkpoint keeps no names)" in message
+    assert "1 of another size (grows/4.bin), 1 gone (grows/2.bin)" in message
+    assert (folder / "grows-last.pth").read_bytes() == before
+    state = load(folder, "grows-last")
+    del state["names"]
+    torch.save(state, folder / "grows-last.pth")
+    message = one_message(start(folder, "grows", TRAIN_FOLDERS=["grows"], NUM_EPOCHS=2)[0].wait())
+    assert "1 gone (an older checkpoint keeps no names)" in message
+
+
+def test_other_evaluation_files_begin_a_new_best(folder):
+    """Their figures do not compare; the former best model is kept. Files that were trained on are counted."""
+    (folder / "pool").mkdir()
+    for i in range(10):
+        (folder / "pool" / f"{i}.bin").write_bytes(b"x" * i)
+    held = {"TRAIN_FOLDERS": ["pool"], "EVAL_FOLDERS": [], "EVAL_SPLIT": 0.3, "ALLOW_CHANGED_FILES": True}
+    assert "ALLOW_CHANGED_FILES" in train(folder, "pool", **held, NUM_EPOCHS=1).stdout
+    best = (folder / "pool.pth").read_bytes()
+    for i in range(10, 15):
+        (folder / "pool" / f"{i}.bin").write_bytes(b"x" * i)
+    done = train(folder, "pool", **held, NUM_EPOCHS=2)
+    known, now = (torch.load(path, weights_only=True)["data"] for path in (folder / "pool.pth.bak", folder / "pool.pth"))
+    num_seen = int(torch.isin(now["EVAL_FOLDERS"][:, 0], known["TRAIN_FOLDERS"][:, 0]).sum())
+    assert f"the run has trained on {num_seen} of these 4" in done.stdout and num_seen > 0
+    assert "the next epoch counts as the best so far" in done.stdout
+    assert load(folder, "pool")["best_epoch"] == 2 and (folder / "pool.pth.bak").read_bytes() == best
+    (folder / "pool.pth.bak").unlink()
+    assert "begins anew" not in train(folder, "pool", **held, NUM_EPOCHS=3).stdout
+
+
+def test_the_files_of_runs_are_no_data(tmp_path, folder):
+    """`--TRAIN_FOLDERS .`: weights, log, backups, outputs and wandb are left out, and the run goes on."""
+    for i in range(6):
+        (tmp_path / f"{i}.bin").write_bytes(b"x" * i)
+    shutil.copytree(folder / "eval", tmp_path / "eval")
+    for name in ("own.pth.bak", "output/1.bin", "output/index.tsv", "wandb/run/files/x.json", ".bgpt-01234567-x.tmp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    here = {"TRAIN_FOLDERS": ["."], "EVAL_FOLDERS": ["./eval"]}
+    done = train(tmp_path, "own", **here, NUM_EPOCHS=1)
+    assert "left out (./output/, ./own.pth.bak, ./wandb/)" in done.stdout
+    assert "; 9 training and 3 evaluation examples" in done.stdout
+    done = train(tmp_path, "own", **here, NUM_EPOCHS=2)
+    assert "TRAIN_FOLDERS: 6 files and folders" in done.stdout and "goes on from own-last.pth after epoch 1" in done.stdout
+    assert "(./output/, ./own-last.pth, ./own.pth, ./own.pth.bak, ./own.txt, ./wandb/)" in done.stdout
+    named = {"TRAIN_FOLDERS": ["output"], "EVAL_FOLDERS": ["eval"]}  # a folder that is asked for is data
+    assert "; 2 training and 3 evaluation" in train(tmp_path, "other", **named, NUM_EPOCHS=1).stdout
 
 
 def test_the_same_data_under_another_name(folder, tmp_path):
@@ -366,9 +432,43 @@ def test_what_cannot_be_said_on_a_full_disk_ends_nothing():
         stream.close()
 
 
+def test_what_cannot_be_said_to_a_closed_terminal_ends_nothing():
+    """As where a run was left in the background, and its terminal is gone."""
+    terminal, descriptor = os.openpty()
+    stream = open(descriptor, "w")
+    os.close(terminal)
+    with pytest.raises(OSError, match="Input/output error"):
+        os.write(descriptor, b"a line")
+    print("a line", file=system.Unstoppable(stream), flush=True)
+    with pytest.raises(OSError):
+        stream.close()
+
+
+def test_too_many_readers_for_the_open_files_that_are_allowed(own_folder):
+    running = start(own_folder, "few", NUM_WORKERS=16, open_files=64)[0]
+    assert "lower NUM_WORKERS, or allow more with `ulimit -n`" in one_message(running.wait())
+
+
+def test_weights_whose_folder_vanishes_do_not_end_a_run(own_folder):
+    """As on a drive that is unplugged for a while; where it comes back, the run goes on saving there."""
+    (own_folder / "drive").mkdir()
+    running = start(own_folder, "drive/run", NUM_EPOCHS=10000)
+    wait_for(own_folder / "drive" / "run-last.pth", running)
+    (own_folder / "drive").rename(own_folder / "unplugged")
+    time.sleep(0.3)
+    assert running[0].process.is_alive()
+    (own_folder / "unplugged").rename(own_folder / "drive")
+    before = (own_folder / "drive" / "run-last.pth").stat().st_mtime_ns
+    while running[0].process.is_alive() and (own_folder / "drive" / "run-last.pth").stat().st_mtime_ns == before:
+        time.sleep(0.01)
+    running[0].send(signal.SIGTERM)
+    done = running[0].wait(30)
+    assert "stopped by SIGTERM" in one_message(done, 143) and "cannot save drive/run-last.pth" in done.stdout
+
+
 def test_weights_that_are_no_numbers_are_not_saved(folder):
     """The step itself may break them, after a loss that was a number; the run can then go on from before."""
-    done = start(folder, "broken", LEARNING_RATE=1e38)[0].wait()
+    done = start(folder, "broken", LEARNING_RATE=1e39)[0].wait()
     assert "the weights have become none" in one_message(done)
     assert "Nothing of that was saved: the same command goes on from before" in done.stderr
     train(folder, "broken")
@@ -504,3 +604,101 @@ def test_progress_in_a_file_is_short(folder):
     """As with `2> log`: a line a minute, not ten a second."""
     done = train(folder, "quiet", TRAIN_FOLDERS=["train", "many"], NUM_EPOCHS=2)
     assert 0 < len(done.stderr) < 4000 and "epoch 2 train" in done.stderr
+
+
+@pytest.mark.parametrize("num_processes, num_workers", [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_read_that_never_ends_does_not_keep_a_run_from_stopping(own_folder, number, num_processes, num_workers):
+    """The state of the last finished step is saved, though no step comes any more."""
+    running = start(own_folder, "hangs", num_processes, NUM_WORKERS=num_workers, SAVE_MINUTES=60, NUM_EPOCHS=10000)
+    wait_for(own_folder / "hangs-last.pth", running)
+    (own_folder / "train" / "9.bin").unlink()
+    os.mkfifo(own_folder / "train" / "9.bin")  # who opens it waits for ever, as on a disk of the network whose server is gone
+    time.sleep(1)
+    for process in running:
+        process.send(number)
+    sent = time.monotonic()
+    done = [process.wait(30) for process in running]
+    assert time.monotonic() - sent < 10 and [process.returncode for process in done] == [128 + number] * num_processes
+    state, words = load(own_folder, "hangs-last"), "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    assert f"stopped by {words} in epoch {state['epoch'] + 1} after {state['position']} examples: the same" in done[0].stderr
+    assert not any("Traceback" in process.stderr for process in done)
+    assert not list(own_folder.glob(".*"))
+
+
+def test_a_hanging_reader_does_not_keep_a_run_that_has_batches_from_ending(own_folder):
+    """The run stops within a step; the reader, which is stopped itself, is killed, not waited for."""
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        pytest.skip("this system does not tell the children of a process")
+    running = start(own_folder, "reads", NUM_WORKERS=1, NUM_EPOCHS=10000)[0]
+    wait_for(own_folder / "reads-last.pth", [running])
+    readers, deadline = [], time.monotonic() + 60
+    while not readers and time.monotonic() < deadline:
+        readers = children_of(running.process)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended with its epoch
+        os.kill(int(readers[0]), signal.SIGSTOP)
+    running.send(signal.SIGTERM)
+    assert "stopped by SIGTERM in epoch" in one_message(running.wait(10), 143)
+
+
+def test_a_terminal_that_is_closed_stops_a_run(own_folder):
+    """With the state saved."""
+    running = start(own_folder, "closed", NUM_EPOCHS=10000)
+    done = interrupt(running, own_folder / "closed-last.pth", signal.SIGHUP)[0]
+    assert "stopped by SIGHUP in epoch" in one_message(done, 129) and not list(own_folder.glob(".*"))
+    assert load(own_folder, "closed-last")["epoch"] < 10000
+
+
+def test_signals_that_a_shell_has_ignored_stay_ignored():
+    """As by `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with system.delayed_signals(impatient=True) as stop_signal:
+            for number in (signal.SIGHUP, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+            assert stop_signal() == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("end", ["twice Ctrl-C", "full disk", "no numbers", "a process that cannot begin"])
+def test_no_end_leaves_locks_or_unfinished_files(own_folder, tmp_path_factory, end):
+    """Other ends are looked at in the tests above."""
+    if end == "twice Ctrl-C":
+        running = start(own_folder, "end", NUM_EPOCHS=10000)
+        wait_for(own_folder / "end-last.pth", running)
+        for _ in range(2):
+            running[0].send(signal.SIGINT)
+            time.sleep(0.01)
+    elif end == "full disk":
+        running = start(own_folder, "end", file_limit=100_000)
+    elif end == "no numbers":
+        running = start(own_folder, "end", LEARNING_RATE=1e38)
+    else:
+        other = tmp_path_factory.mktemp("other")
+        for part in ("train", "eval"):
+            (other / part).symlink_to(own_folder / part)
+        (other / "end.pth").mkdir()  # it cannot write there
+        settings, places = options(**SETTINGS, WEIGHTS_PATH="end.pth"), (own_folder, other)
+        environments = torchrun_environments(2)
+        running = [Running("train-gen.py", *settings, cwd=cwd, env=env) for cwd, env in zip(places, environments)]
+    done = [process.wait(60) for process in running]
+    assert all(process.returncode == (130 if end == "twice Ctrl-C" else 1) for process in done), done[0].stderr
+    assert not list(own_folder.glob(".*"))
+
+
+def test_a_small_dev_shm(own_folder):
+    """As a container has it, 64 MB or less: here, smaller than a batch."""
+    mount = "mount -t tmpfs -o size=128k none /dev/shm"
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("mounts are not allowed here")
+    for i in range(16):
+        (own_folder / "train" / f"long{i}.bin").write_bytes(bytes(range(256)) * 128)
+    settings = {**SETTINGS, "PATCH_SIZE": 256, "PATCH_LENGTH": 64, "BATCH_SIZE": 16, "NUM_EPOCHS": 1, "NUM_WORKERS": 2}
+    command = [sys.executable, str(ROOT / "train-gen.py"), *options(**settings)]
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", *command], cwd=own_folder, capture_output=True, text=True,
+        timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,86 @@
+"""What real containers take, beside other compressors, file by file; and how fast they are written and read.
+
+    python tests/bench_compress.py --weights weights.pth --folder midi/test [--files 100] [--batch 32]
+    python tests/bench_compress.py --sizes 16 512 768 12 3 --folder midi/test --files 32 --bytes 256
+
+Without weights, the model of `--sizes` has random ones, and only its speed means something.
+"""
+
+import argparse
+import itertools
+import os
+import platform
+import random
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import brotli
+import torch
+import zstandard
+
+import checkpoint
+import devices
+import evaluation
+import listing
+import lossless
+import utils
+
+COMPRESSORS = evaluation.COMPRESSORS | {
+    "zstd -19": zstandard.ZstdCompressor(level=19, write_checksum=False, write_content_size=True).compress,
+    "brotli -11": lambda content: brotli.compress(content, quality=11),
+}
+
+
+def run(coder, stretches):
+    """Returns the seconds that a Coder takes for stretches."""
+    start = time.perf_counter()
+    assert len(list(coder.run(stretches, lambda count: None))) == len(stretches)
+    return time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split(";")[0])
+    parser.add_argument("--weights", help="a checkpoint")
+    parser.add_argument("--sizes", type=int, nargs=5, default=[16, 512, 768, 12, 3], help="those of utils.ModelSizes")
+    parser.add_argument("--folder", required=True, help="of the files")
+    parser.add_argument("--files", type=int, default=0, help="so many, drawn with seed 0; 0 = all")
+    parser.add_argument("--bytes", type=int, default=None, help="of each file, at most")
+    parser.add_argument("--batch", type=int, default=32, help="INFERENCE_BATCH_SIZE")
+    options = parser.parse_args()
+    devices.tune_memory()
+    torch.manual_seed(0)
+    model = checkpoint.load_model(options.weights)[0] if options.weights else utils.ModelSizes(*options.sizes).build()
+    paths = list(listing.list_files([options.folder], "folder"))
+    if options.files:
+        paths = random.Random(0).sample(paths, options.files)
+    contents = []
+    for path in paths:
+        with open(path, "rb") as file:
+            contents.append(file.read(options.bytes))
+    coder, extensions, encodings = lossless.Coder(model.eval(), options.batch), list(map(listing.extension_of, paths)), []
+    for content, extension in zip(contents, extensions):
+        starts = range(0, max(len(content), 1), lossless.STRETCH)
+        encodings.append([lossless.Encoding(None, extension, content[i : i + lossless.STRETCH]) for i in starts])
+    stretches = list(itertools.chain(*encodings))
+    seconds = [run(coder, stretches)]
+    decodings = [lossless.Decoding(None, each.extension, each.size, each.words()) for each in stretches]
+    seconds.append(run(coder, decodings))
+    assert [each.content for each in decodings] == [each.content for each in stretches]
+    codes = [[each.words() for each in parts] for parts in encodings]
+    containers = [lossless.pack(content, extension, coder, code) for content, extension, code in zip(contents, extensions, codes)]
+    total, stored = sum(map(len, contents)), sum(container[0] == lossless.STORED for container in containers)
+    print(
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; float32, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, batches of {options.batch}; {len(contents)} files, "
+        f"{total:,} bytes, {stored} stored"
+    )
+    print("bytes/s: compress (without VERIFY) {:,.0f}, decompress {:,.0f}".format(*(total / each for each in seconds)))
+    sizes = {"container": sum(map(len, containers))}
+    sizes |= {name: sum(len(compress(content)) for content in contents) for name, compress in COMPRESSORS.items()}
+    print("bits per byte: " + ", ".join(f"{name} {8 * size / total:.3f}" for name, size in sizes.items()))
+
+
+if __name__ == "__main__":
+    main()

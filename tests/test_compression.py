@@ -1,0 +1,299 @@
+"""Lossless compression: what is compressed comes back, or a message says why not; MODE compress as a user runs it."""
+
+import binascii
+import os
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, as_batch, one_message, options, run_fresh, run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+import evaluation
+import listing
+import lossless
+import utils
+import windowing
+
+LETTERS = b"ABCDabcd|:\n "
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Products as small as these are faster in one thread, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tune(size, seed=0):
+    """Returns a content of `size` bytes that the model below has learned to expect."""
+    return bytes(np.random.default_rng([size, seed]).choice(np.frombuffer(LETTERS, dtype=np.uint8), size))
+
+
+def noise(size):
+    """Returns a content that nothing can shorten."""
+    return np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8).tobytes()
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small model that knows which twelve letters there are."""
+    torch.manual_seed(0)
+    model = utils.ModelSizes(**TINY).build(dropout=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(60):
+        batch = as_batch(utils.to_patches(tune(3 * i, step), "abc", 4) for i in range(16))
+        loss = model(batch.patches.long(), batch.masks).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def coder(model):
+    return lossless.Coder(model, 32)
+
+
+def compress(coder, folder, contents, verify=False, failed=None):
+    """Writes {name: content} into a folder and returns {name: container}."""
+    folder.mkdir(exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    paths, failed = [str(folder / name) for name in contents], [] if failed is None else failed
+    done = lossless.compress(coder, paths, verify, lambda count: None, failed)
+    return {os.path.basename(path): container for path, _, container in done}
+
+
+def decompress(coder, folder, containers):
+    """Writes {name: container} into a folder and returns ({name: content}, {name: why it could not be done})."""
+    folder.mkdir(exist_ok=True)
+    for name, container in containers.items():
+        (folder / (name + lossless.SUFFIX)).write_bytes(container)
+    failed = []
+    done = lossless.decompress(coder, [str(folder / (name + lossless.SUFFIX)) for name in containers], lambda count: None, failed)
+    found = {os.path.basename(path).removesuffix(lossless.SUFFIX): content for path, content, _ in done}
+    return found, {os.path.basename(path).removesuffix(lossless.SUFFIX): why for path, why in failed}
+
+
+def seal(container, extension=b"abc"):
+    """Returns a container with the CRC-16 that fits it, as somebody makes it who wants it to be decoded."""
+    check = binascii.crc_hqx((extension if container[0] == lossless.CODED else b"") + container[3:], container[0])
+    return container[:1] + check.to_bytes(2, "little") + container[3:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What comes back
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_files_come_back_whatever_the_batch_and_the_threads(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(lossless, "STRETCH", 150)  # windows have 60 bytes and then 32: four in a stretch
+    sizes = [0, 1, 3, 4, 5, 60, 61, 92, 93, 150, 151, 300]
+    contents = {f"{size}.abc": tune(size) for size in sizes} | {"noise": noise(70), "mixed.x": tune(130) + noise(40)}
+    found = []
+    for threads, batch_size in ((1, 1), (1, 3), (2, 32)):
+        torch.set_num_threads(threads)
+        found.append(compress(lossless.Coder(model, batch_size), tmp_path / "in", contents, verify=batch_size == 3))
+    assert found[0] == found[1] == found[2] and set(found[0]) == set(contents)
+    kinds = {name: container[0] for name, container in found[0].items()}
+    assert kinds["noise"] == kinds["0.abc"] == lossless.STORED and kinds["300.abc"] == kinds["60.abc"] == lossless.CODED
+    assert len(found[0]["noise"]) == 70 + 7 and len(found[0]["0.abc"]) == 7
+    for threads, batch_size in ((2, 32), (1, 1)):
+        torch.set_num_threads(threads)
+        assert decompress(lossless.Coder(model, batch_size), tmp_path / "out", found[0]) == (contents, {})
+    torch.set_num_threads(1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.one_of(st.binary(max_size=300), st.text("ABCab|", max_size=300).map(str.encode)), min_size=1, max_size=8),
+    st.sampled_from(["abc", "", "longer-than-a-patch", "字"]),
+)
+def test_any_content_comes_back(tmp_path_factory, coder, contents, extension):
+    folder = tmp_path_factory.mktemp("any")
+    contents = {f"{i}.{extension}".rstrip("."): content for i, content in enumerate(contents)}
+    containers = compress(coder, folder / "in", contents)
+    assert decompress(coder, folder / "out", containers) == (contents, {})
+    assert all(len(containers[name]) <= len(content) + 7 for name, content in contents.items())
+
+
+def test_sizes_are_those_that_evaluate_counts(tmp_path, coder):
+    contents = {f"{size}.abc": tune(size) for size in (1, 30, 60, 61, 100, 700)}
+    containers = compress(coder, tmp_path / "in", contents)
+    windows = windowing.evaluation_windows(utils.Examples.of(listing.list_files([str(tmp_path / "in")], "")), 4, 16)
+    scores = evaluation.score_files(coder.model, windows, str(tmp_path / "in"), 8, torch.float32, lambda count: None, [])
+    bits = {score.name: score.bits for score in scores}
+    for name, content in contents.items():
+        assert abs(len(containers[name]) - bits[name] / 8) <= 0.005 * bits[name] / 8 + 16 or containers[name][0] == lossless.STORED
+
+
+def test_numbers_that_change_are_noticed(tmp_path, model):
+    class Unsteady(lossless.Coder):
+        def choose(self, logits, uniforms):
+            return super().choose(logits + torch.rand(257), uniforms)
+
+    failed = []
+    assert compress(Unsteady(model, 4), tmp_path / "in", {"a.abc": tune(100), "b": noise(100)}, True, failed).keys() == {"b"}
+    assert [os.path.basename(path) for path, _ in failed] == ["a.abc"] and "does not give the content back" in failed[0][1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What does not
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def outcomes(coder, folder, variants, content):
+    """Decompresses damaged containers; checks that each ends in a message or in the right content, and returns the messages."""
+    folder.mkdir()
+    found, failed = decompress(coder, folder, {f"{i}.abc": variant for i, variant in enumerate(variants)})
+    assert len(found) + len(failed) == len(variants) and set(found.values()) <= {content}
+    return set(failed.values())
+
+
+@pytest.mark.parametrize("content", [tune(60), noise(30)], ids=["coded", "stored"])
+def test_every_bit_and_every_length(tmp_path, coder, content):
+    [container] = compress(coder, tmp_path / "in", {"a.abc": content}).values()
+    flipped = [bytearray(container) for _ in range(8 * len(container))]
+    for bit, variant in enumerate(flipped):
+        variant[bit // 8] ^= 1 << bit % 8
+    cut = [container[:length] for length in range(len(container))] + [container + b"\0"]
+    for name, variants in (("flipped", flipped), ("cut", cut)):
+        variants = [bytes(variant) for variant in variants]
+        messages = outcomes(coder, tmp_path / name, variants, content)
+        assert messages and all("damaged or cut short" in each or "no container" in each for each in messages)
+        # as if that had been meant: what is left are the digests, the lengths and the CRC-32 of the content
+        sealed = [seal(variant) for variant in variants if len(variant) >= 3]
+        messages = outcomes(coder, tmp_path / (name + "-sealed"), sealed, content)
+        if name == "flipped" and container[0] == lossless.CODED:
+            assert all(any(words in each for each in messages) for words in ("another model", "other libraries", "CRC-32"))
+
+
+def test_hostile_containers_take_no_memory(tmp_path, coder):
+    start = compress(coder, tmp_path / "in", {"a.abc": tune(60)})["a.abc"][:10]
+    lengths = [b"\xff" * 8 + b"\x7f", b"\xff" * 12, b"\x80\x80\x80\x80\x04", b""]  # 2**63 - 1, none, 2**30, none
+    variants = [start + length + rest for length in lengths for rest in (b"", bytes(40), noise(400))]
+    two = start + b"\x80\x80\x04"  # 65,536 bytes, so two stretches
+    variants += [two + b"\xff\xff\x03" * 2, two + b"\0\x09" + bytes(36), start + b"\x09" + bytes(5)]
+    tracemalloc.start()
+    messages = outcomes(coder, tmp_path / "out", [seal(variant) for variant in variants], None)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert any("what it says of its length cannot be" in message for message in messages)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 200), st.binary(max_size=60)), min_size=1, max_size=20))
+def test_no_code_is_an_error_of_ours(tmp_path_factory, coder, codes):
+    head = bytes([lossless.CODED, 0, 0]) + b"1234" + coder.weights + coder.machine
+    variants = [seal(head + (bytes([size]) if size < 128 else bytes([size, 1])) + code) for size, code in codes]
+    outcomes(coder, tmp_path_factory.mktemp("hostile") / "out", variants, None)
+
+
+def test_other_models_names_and_files_are_refused(tmp_path, model, coder):
+    containers = compress(coder, tmp_path / "in", {"a.abc": tune(100), "noise.abc": noise(100)})
+    other = utils.ModelSizes(**TINY).build().eval()
+    other.load_state_dict(model.state_dict())
+    other.patch_level_decoder.base.wpe.weight.data[3, 5] += 1e-6
+    found, failed = decompress(lossless.Coder(other, 4), tmp_path / "out", containers)  # what is stored needs no model
+    assert found == {"noise.abc": noise(100)} and failed == {"a.abc": "was compressed with another model"}
+    renamed = {"a.txt": containers["a.abc"], "b.abc": containers["a.abc"], "c.abc": b"MThd", "d.abc": b""}
+    found, failed = decompress(coder, tmp_path / "out", renamed)
+    assert found == {"b.abc": tune(100)} and "or its extension was changed" in failed["a.txt"]
+    assert all("is no container of MODE 'compress'" in failed[name] for name in ("c.abc", "d.abc"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# inference.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def infer(folder, mode, **constants):
+    return run_script("inference.py", *options(MODE=mode, **constants), cwd=folder)
+
+
+def contents_of(folder):
+    """Returns {path within the folder, as bytes: content} of all files."""
+    root = os.fsencode(folder)
+    paths = [os.path.join(inner, name) for inner, _, names in os.walk(root) for name in names]
+    return {os.path.relpath(path, root): open(path, "rb").read() for path in paths}
+
+
+@pytest.fixture()
+def ready(tmp_path, model):
+    """A folder with weights.pth and input files."""
+    checkpoint.save_checkpoint(tmp_path / "weights.pth", {"model": model.state_dict()})
+    contents = {b"a.abc": tune(300), b"sub/a.abc": tune(40), b"none": noise(50), b"\xff\t.abc": tune(30), b"b.bgpt": tune(9)}
+    for name, content in (contents | {b"empty.x": b""}).items():
+        path = os.path.join(os.fsencode(tmp_path / "input"), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(content)
+    return tmp_path
+
+
+def test_there_and_back(ready):
+    done = infer(ready, "compress", INFERENCE_BATCH_SIZE=3)
+    assert done.returncode == 0, done.stderr
+    before, containers = contents_of(ready / "input"), contents_of(ready / "output")
+    assert set(containers) == {name + b".bgpt" for name in before}
+    total = sum(map(len, containers.values()))
+    assert "float32 on cpu" in done.stdout and f"{sum(map(len, before.values()))} bytes, {total} in containers: " in done.stdout
+    assert "(xz -9e, file by file: " in done.stdout and "6 files written to output" in done.stdout
+    (ready / "output" / "notes.txt").write_text("of no concern")
+    (ready / "back").mkdir()
+    (ready / "back" / "a.abc").write_text("mine")
+    (ready / "back" / "none").symlink_to(ready / "elsewhere")
+    done = infer(ready, "decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
+    assert done.returncode == 1 and "1 of 7 files do not end in .bgpt and are left out" in done.stdout
+    assert "1 could not be done" in done.stdout and "back/none: a link stands in its place" in done.stdout
+    assert not (ready / "elsewhere").exists()
+    assert "back/a.abc was not made by this run: kept as back/a.abc.bak" in done.stdout
+    (ready / "back" / "none").unlink()
+    for _ in range(2):  # again: what is the same already is no reason for a backup
+        done = infer(ready, "decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
+        assert done.returncode == 0 and ".bak" not in done.stdout
+    assert contents_of(ready / "back") == before | {b"a.abc.bak": b"mine"}
+
+
+def test_what_cannot_be_done_is_told_and_the_rest_is_done(ready):
+    (ready / "input" / "dead.abc").symlink_to(ready / "gone")
+    done = infer(ready, "compress", VERIFY=False)
+    assert done.returncode == 1 and "dead.abc: No such file or directory" in done.stdout and "6 files written" in done.stdout
+    container = bytearray((ready / "output" / "a.abc.bgpt").read_bytes())
+    container[40] ^= 4
+    (ready / "output" / "a.abc.bgpt").write_bytes(container)
+    (ready / "output" / "foreign.mid.bgpt").write_bytes(b"MThd")
+    done = infer(ready, "decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "5 files written to back" in done.stdout
+    assert "output/a.abc.bgpt: is damaged or cut short" in done.stdout and "foreign.mid.bgpt: is no container" in done.stdout
+    assert not (ready / "back" / "a.abc").exists() and not (ready / "back" / "foreign.mid").exists()
+
+
+def test_mistakes_are_one_message(ready):
+    for mode, constants, words in [
+        ("decompress", {}, "no file in 'input' ends in .bgpt"),
+        ("compress", {"PRECISION": "bf16"}, "PRECISION is 'bf16'; MODE 'compress' computes in float32: auto or fp32"),
+        ("compress", {"OUTPUT_FOLDER": "input/sub"}, "OUTPUT_FOLDER"),
+    ]:
+        (ready / "input" / "b.bgpt").unlink(missing_ok=True)
+        assert words in one_message(infer(ready, mode, **constants))
+
+
+def test_without_constriction_there_is_a_message(ready):
+    (ready / "sitecustomize.py").write_text("import sys; sys.modules['constriction'] = None")
+    done = run_fresh("inference.py", *options(MODE="compress"), cwd=ready, env={"PYTHONPATH": str(ready)})
+    assert one_message(done) == "error: MODE 'compress' needs the package constriction: pip install -r requirements.txt\n"
+
+
+def test_another_processor_is_told(ready):
+    """Other instructions, which PyTorch can be told to use, add up in another order."""
+    assert infer(ready, "compress", VERIFY=False).returncode == 0
+    arguments = options(MODE="decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
+    done = run_fresh("inference.py", *arguments, cwd=ready, env={"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and "numbers differ" in done.stdout
