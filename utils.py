@@ -185,7 +185,8 @@ class Examples:
 
     def select(self, indices):
         """Returns the Examples at `indices`, an integer array, in its order."""
-        parts = {new: self.parts[old] for new, old in enumerate(np.asarray(indices).tolist()) if old in self.parts} if self.parts else None
+        olds = np.asarray(indices).tolist() if self.parts else []
+        parts = {new: self.parts[old] for new, old in enumerate(olds) if old in self.parts}
         return Examples(self.files, self.indices[indices], parts)
 
     def both_ways(self):

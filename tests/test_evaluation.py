@@ -48,7 +48,8 @@ def write_files(folder, contents):
 def score(model, examples, folder, batch_size=4, failed=None):
     """Returns {name: FileScore} of Examples, in float32."""
     windows = windowing.evaluation_windows(examples, model.patch_size, model.patch_length)
-    found = evaluation.score_files(model, windows, str(folder), batch_size, torch.float32, lambda count: None, [] if failed is None else failed)
+    failed = [] if failed is None else failed
+    found = evaluation.score_files(model, windows, str(folder), batch_size, torch.float32, lambda count: None, failed)
     return {each.name: each for each in found}
 
 
@@ -246,7 +247,8 @@ HOSTILE = "<script>alert(1)<x>&\"'\t\u202e"  # within a name
 
 def test_evaluate(tmp_path, tiny_model, tiny_checkpoint):
     hostile = b"</pre><script>alert(1)</script>\"' onclick=alert(1) <img src=x>\n"
-    contents = {"a.abc": LINES, "sub/b.abc": LINES * 9, "c.bin": bytes(range(256)), "empty.abc": b"", "none": b"abc", f"{HOSTILE}.txt": hostile}
+    contents = {"a.abc": LINES, "sub/b.abc": LINES * 9, "c.bin": bytes(range(256)), "empty.abc": b"", "none": b"abc"}
+    contents[f"{HOSTILE}.txt"] = hostile
     write_files(tmp_path / "input", contents)
     (tmp_path / "input" / "dead.abc").symlink_to(tmp_path / "gone")
     done = evaluate(tmp_path, INFERENCE_BATCH_SIZE=3)
@@ -336,7 +338,10 @@ def test_a_file_that_changes_on_the_way_is_named(tmp_path, tiny_model):
     (tmp_path / "pairs" / "a.y").write_bytes(b"123456")  # as many patches as before
     assert not score(tiny_model, pairs, tmp_path, 2, failed) and failed.pop()[1] == "has another size than when it was listed"
     assert set(scores) == {"b.x"}
-    assert sorted(failed) == [(str(tmp_path / "a.x"), "has another size than when it was listed"), (str(tmp_path / "c.x"), "No such file or directory")]
+    assert sorted(failed) == [
+        (str(tmp_path / "a.x"), "has another size than when it was listed"),
+        (str(tmp_path / "c.x"), "No such file or directory"),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,7 +372,8 @@ def test_the_page_of_large_files_is_bounded(tmp_path, tiny_model, monkeypatch):
 
 
 def test_text_is_shown_as_text_even_with_a_damaged_byte(tmp_path, tiny_model):
-    contents = {"a.abc": LINES + b"\xff" + LINES, "b.abc": "naïve ☕ 字\r\n".encode(), "c.abc": bytes(range(64)), "d.abc": b"a\xe2\x80\xae" + LINES * 2}
+    contents = {"a.abc": LINES + b"\xff" + LINES, "b.abc": "naïve ☕ 字\r\n".encode(), "c.abc": bytes(range(64))}
+    contents["d.abc"] = b"a\xe2\x80\xae" + LINES * 2
     windows = windowing.evaluation_windows(utils.Examples.of(write_files(tmp_path, contents)), 4, 16)
     texts = {}
     for name, each in score(tiny_model, windows.examples, tmp_path).items():
@@ -381,7 +387,8 @@ def test_text_is_shown_as_text_even_with_a_damaged_byte(tmp_path, tiny_model):
 
 
 def test_the_worst_the_median_and_the_best_are_shown():
-    scores = [evaluation.FileScore(name=str(i), counted_nats=i, bytes=1) for i in range(20)] + [evaluation.FileScore(name="empty", bytes=0)]
+    scores = [evaluation.FileScore(name=str(i), counted_nats=i, bytes=1) for i in range(20)]
+    scores.append(evaluation.FileScore(name="empty", bytes=0))
     chosen = report_page.choose_files(scores)
     assert [score.name for score, _ in chosen] == "19 18 17 11 10 9 2 1 0".split()
     assert chosen[0][1] == "worst, number 1 of 20 from the worst"

@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = ["train-gen", "train-cls", "inference", "cpu-simulation"]
+# fmt: off
 IMPORTS = {  # arrows point down: {module: the modules of this repository that it may import}
     "system": set(),
     "config": {"system"},
@@ -24,9 +25,13 @@ IMPORTS = {  # arrows point down: {module: the modules of this repository that i
     "training": {"system", "listing", "selection", "utils", "windowing", "devices", "checkpoint"},
     "train-gen": {"config", "system", "listing", "selection", "utils", "devices", "checkpoint", "evaluation", "training"},
     "train-cls": {"config", "system", "listing", "selection", "labeling", "utils", "devices", "checkpoint", "evaluation", "training"},
-    "inference": {"config", "system", "listing", "selection", "labeling", "utils", "windowing", "devices", "checkpoint", "evaluation", "generation", "lossless", "index_page", "report_page"},
+    "inference": {
+        "config", "system", "listing", "selection", "labeling", "utils", "windowing", "devices", "checkpoint", "evaluation",
+        "generation", "lossless", "index_page", "report_page",
+    },
     "cpu-simulation": {"system", "listing"},
 }
+# fmt: on
 
 
 def tree_of(module):
