@@ -26,6 +26,8 @@ log_start      | int                                        | * where that begin
 run_id         | str                                        | * names the run; its files carry the same one
 data           | {"TRAIN_FOLDERS": int64 (files, 2),         | * of each file of the examples, in order, a hash of its identity
                |  "EVAL_FOLDERS": the same}                 |   and its size; in older files a digest of paths and sizes, hex
+parts          | {the same: [[int, int, int]]}               | * example, first patch, the one after the last, of those of
+               |                                            |   which a part is taken
 names          | {the same: uint8 (bytes,)}                 | * what the hashes are of, see `selection.pack_names`
 config         | {str: plain value}                         | * the constants that bear on training
 
@@ -346,8 +348,8 @@ class RunFiles:
         return self.best in self._own
 
     def keep_best(self):
-        """Keeps the best model, which the next save would replace, as a backup."""
-        system.keep_backup(self.best, "chosen by other evaluation files")
+        """Keeps the best model, which the next save would replace, as a backup: figures that do not compare chose it."""
+        system.keep_backup(self.best, "chosen by figures that do not compare with the next ones")
 
     def save(self, path, contents):
         """Saves a checkpoint at one of the two paths; a file of another run is kept as a backup.

@@ -21,8 +21,8 @@ import system
 TRAIN_FOLDERS: list[str] = ["cpu_states/train"]
 # Folders of evaluation files. With none, or none in them, EVAL_SPLIT of the training files are held out instead.
 EVAL_FOLDERS: list[str] = ["cpu_states/test"]
-# Share of the training files held out when EVAL_FOLDERS holds none: whole files, at least one; of a file longer than
-# PATCH_LENGTH with more than this share of all patches, its end (see LONG_FILES). Between 0 and 1, exclusive.
+# Share of the training files held out when EVAL_FOLDERS holds none: whole files, at least one; of one large file beside
+# others, or alone, its end (see LONG_FILES). Between 0 and 1, exclusive.
 EVAL_SPLIT: float = 0.01
 # Pre-trained checkpoint to start from when LOAD_FROM_PRE_CHECKPOINT is True. A .pth file.
 PRE_WEIGHTS_PATH: str = "weights-pre.pth"

@@ -289,10 +289,10 @@ def _varint(number):
 def _read_varint(view):
     """Returns (a number, the rest of a memoryview that begins with it); raises IndexError where the view ends before it does."""
     number = 0
-    for place in range(9):
-        number += view[place] % 128 << 7 * place
-        if view[place] < 128:
-            return number, view[place + 1 :]
+    for i in range(9):
+        number += view[i] % 128 << 7 * i
+        if view[i] < 128:
+            return number, view[i + 1 :]
     raise IndexError("a varint of more than 9 bytes")
 
 

@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import itertools
+import math
 import os
 import re
 import zlib
@@ -148,8 +149,9 @@ def hold_out(count, share, seed, candidates=None, groups=None):
 def hold_out_parts(examples, share, seed, patch_size, longest):
     """Splits Examples in two, the rest and what is held out; a file that is too large to be held out whole gives its end.
 
-    That is a file of more than `longest` patches that holds more than `share` of all patches. The others are held out whole
-    at random, at least one unless another gives its end.
+    That is a file with more than ten times `share` of all patches (or more than half of them), and of more than 8 times
+    `longest`, so that its end is of use; a lone file need only be longer than that. The others are held out whole at
+    random, at least one unless another gives its end.
 
     Args:
         examples: Examples of single files; of pairs with `longest` None.
@@ -165,19 +167,20 @@ def hold_out_parts(examples, share, seed, patch_size, longest):
         UserError: there are too few.
     """
     lengths = examples.lengths(patch_size)
-    is_large = (lengths > share * lengths.sum()) & (longest is not None and lengths > longest)
+    least = math.inf if longest is None else longest if len(examples) == 1 else 8 * longest  # patches of a large file
+    is_large = (lengths > min(10 * share, 0.5) * lengths.sum()) & (lengths > least)
     large, others = np.flatnonzero(is_large), np.flatnonzero(~is_large)
     kept, chosen = np.arange(len(examples)), np.array([], dtype=np.int64)
     if not len(large) or round(share * len(others)):
         kept, chosen = hold_out(len(examples), share, seed, others)
     # two patches at least: of the first of a part no window predicts anything
     cuts = lengths - np.clip((share * lengths).round().astype(np.int64), 2, lengths - 2)
-    train_parts = {place: (0, int(cuts[index])) for place, index in enumerate(kept.tolist()) if is_large[index]}
+    train_parts = {i: (0, int(cuts[index])) for i, index in enumerate(kept.tolist()) if is_large[index]}
     held_out_parts = {len(chosen) + i: (int(cuts[index]), int(lengths[index])) for i, index in enumerate(large.tolist())}
     if len(large):
-        names = ", ".join(system.escape_name(os.path.basename(examples[index][0])) for index in large[:3].tolist())
-        more = f" and {len(large) - 3} more" if len(large) > 3 else ""
-        print(f"EVAL_FOLDERS holds none: the last {share:.2%} of {names}{more} is held out for evaluation")
+        names = ", ".join(system.escape_name(os.path.basename(examples[index][0])) for index in large.tolist())
+        held_out_bytes = int((lengths - cuts)[large].sum()) * patch_size
+        print(f"EVAL_FOLDERS holds none: of {names}, the end is held out for evaluation, {held_out_bytes:,} bytes")
     train = utils.Examples(examples.files, examples.indices[kept], train_parts)
     return train, utils.Examples(examples.files, examples.indices[np.concatenate((chosen, large))], held_out_parts)
 
@@ -194,11 +197,12 @@ def print_long_files(train, held_out, patch_size, patch_length, cuts_windows):
         if not longer.any() or examples.indices.shape[1] == 2:
             continue
         lengths = last - first
-        share = 1 if cuts_windows else lengths.clip(max=patch_length).sum() / lengths.sum()
+        share = f"{lengths.clip(max=patch_length).sum() / lengths.sum():.2%} of all bytes"
         who, how = ("an epoch", "a crop of each") if name == "training" else ("evaluation", "the head of each")
+        seen = "all bytes, in windows" if cuts_windows else f"{share}, {how}"
         print(
             f"longer than PATCH_LENGTH ({patch_length} patches of {patch_size} bytes): {longer.sum()} of {len(examples)} {name} "
-            f"files; {who} sees {share:.2%} of all bytes, {'all windows' if cuts_windows else how}"
+            f"files; {who} sees {seen}"
         )
 
 

@@ -460,7 +460,7 @@ def choose_waiting():
     not change what they compute; how many they are would, so that stays. OMP_WAIT_POLICY or GOMP_SPINCOUNT in the environment
     decide instead; processes that torchrun started take each other for others, and have one thread each anyway.
     """
-    is_told = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "WORLD_SIZE"} & set(os.environ)
+    is_told = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "WORLD_SIZE"} & set(os.environ) or os.environ.get("OMP_NUM_THREADS") == "1"
     if is_told or "torch" in sys.modules or not os.path.exists(_CPU_TIMES):
         return
     cores, times = os.sched_getaffinity(0), []

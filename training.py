@@ -262,6 +262,10 @@ class Run:
         self._data = {"TRAIN_FOLDERS": torch.from_numpy(train.hashes()), "EVAL_FOLDERS": torch.from_numpy(held_out.hashes())}
         is_first = processes.rank == 0  # it alone writes checkpoints
         examples = {"TRAIN_FOLDERS": train, "EVAL_FOLDERS": held_out} if is_first else {}
+        self._parts = {
+            name: [[i, *part] for i, part in sorted(each.parts.items())]
+            for name, each in (("TRAIN_FOLDERS", train), ("EVAL_FOLDERS", held_out))
+        }
         self._names = {name: torch.from_numpy(selection.pack_names(each)) for name, each in examples.items()}
         self._extensions = sorted(train.extensions())
         self._random_state = None  # this process's, to be restored before the next step
@@ -357,7 +361,7 @@ class Run:
         Raises:
             UserError: there are such, and ALLOW_CHANGED_FILES is False.
         """
-        before, data, all_names = (found.get(key) or {} for key in ("config", "data", "names"))
+        before, data, parts, all_names = (found.get(key) or {} for key in ("config", "data", "parts", "names"))
         before = {"LONG_FILES": "crop", **before}  # what older versions and the published code do
         constants = ("SEED", "EVAL_SPLIT", *(["LONG_FILES"] if self.labels is None else []))
         changed = [name for name in constants if before.get(name, self.settings[name]) != self.settings[name]]
@@ -366,32 +370,47 @@ class Run:
         for (name, hashes), examples in zip(self._data.items(), (self.train, self.held_out)):
             known = data.get(name, hashes)  # published files have none
             is_older = isinstance(known, str)  # of a version that knew files by their whole paths
-            if not (known == selection.path_fingerprint(examples) if is_older else torch.equal(known, hashes)):
+            is_same = known == selection.path_fingerprint(examples) if is_older else torch.equal(known, hashes)
+            if not is_same or (name in data and parts.get(name, []) != self._parts[name]):
                 names = selection.unpack_names(all_names[name].numpy()) if name in all_names else None
                 differing = "" if is_older else selection.describe_difference(examples, hashes.numpy(), known.numpy(), names)
+                if is_same:
+                    differing = "; other parts of long files are taken"
                 differences[name] = (
                     f"{name}: the files are not those that the run at {path!r} had, by their paths below the folder and their "
                     f"sizes{differing}{why}"
                 )
         if differences and not self.settings["ALLOW_CHANGED_FILES"]:
+            as_before = " ".join(f"--{name} {before[name]}" for name in changed)
             raise system.UserError(
-                "\n".join(differences.values()) + ".\nTo go on with the files as they are, the epoch in hand anew, add "
-                f"--ALLOW_CHANGED_FILES True; {start_anew(path)}"
-            )
-        self._warn_of_leaks(differences, data)
+                "\n".join(differences.values()) + "\n" + (f"With {as_before} the run goes on as before. " if changed else "")
+                + "To go on with the files as they are, the epoch in hand anew, add --ALLOW_CHANGED_FILES True; " + start_anew(path)
+            )  # fmt: skip
+        if differences and self.held_out.files is self.train.files:
+            self._warn_of_leaks(data.get("TRAIN_FOLDERS"), parts.get("TRAIN_FOLDERS", []))
         return differences
 
-    def _warn_of_leaks(self, differences, data):
-        """Prints how many of the files that are held out now the run has trained on, where files have changed."""
-        known = data.get("TRAIN_FOLDERS")
-        if differences and isinstance(known, torch.Tensor) and self.held_out.files is self.train.files:
-            hashes = self._data["EVAL_FOLDERS"]
-            num_seen = int(torch.isin(hashes[:, 0], known[:, 0]).sum())
-            if num_seen:
-                print(
-                    f"warning: EVAL_SPLIT holds out other files now; the run has trained on {num_seen} of these {len(hashes)}, so "
-                    "their figures look better than they are. A folder in EVAL_FOLDERS stays apart"
-                )
+    def _warn_of_leaks(self, known, parts):
+        """Prints how many of the examples that EVAL_SPLIT holds out now a run has trained on.
+
+        Args:
+            known, parts: what the run's checkpoint holds of its training examples, see checkpoint.py.
+        """
+        what = "warning: EVAL_SPLIT holds out other files now; "
+        if isinstance(known, str):
+            print(f"{what}an older checkpoint does not tell which of them the run has trained on")
+            return
+        trained = {identity: index for index, identity in enumerate(known[:, 0].tolist())}
+        parts, whole, num_seen = {index: part for index, *part in parts}, (0, math.inf), 0
+        for index, identity in enumerate(self._data["EVAL_FOLDERS"][:, 0].tolist()):
+            if identity in trained:
+                (first, last), (start, stop) = parts.get(trained[identity], whole), self.held_out.parts.get(index, whole)
+                num_seen += max(first, start) < min(last, stop)
+        if num_seen:
+            print(
+                f"{what}the run has trained on {num_seen} of these {len(self.held_out)}, so their figures look better than they are. "
+                "A folder in EVAL_FOLDERS stays apart"
+            )
 
     def _sees_other_parts(self, found, examples):
         """Returns whether the run of a checkpoint takes other parts of some Examples, since they are long files."""
@@ -722,6 +741,7 @@ class Run:
             "totals": [totals for totals, _ in everyone],
             "random_states": [random_state for _, random_state in everyone],
             "data": self._data,
+            "parts": self._parts,
             "names": self._names,
             "config": self.settings,
         }

@@ -218,17 +218,14 @@ class Examples:
         return {extension.lower() for extension in found} if self.indices.shape[1] == 2 else found
 
     def hashes(self):
-        """Returns int64 (files, 2): a hash of each file's identity, and of the part that is taken; and its size; by example.
+        """Returns int64 (files, 2): a hash of each file's identity, and its size; in order, by example.
 
         Other data, or another order, have others; the same data in a moved or differently named folder have the same.
         """
         files, digests = self.indices.reshape(-1), bytearray()  # (n, 1) or (n, 2) -> (files,)
         for part in np.array_split(files, len(self) // 65536 + 1):  # few Python objects at a time
             digests += b"".join([hashlib.blake2b(self.files.identity(file), digest_size=8).digest() for file in part.tolist()])
-        hashes = np.stack((np.frombuffer(digests, dtype="<i8"), self.files.sizes[files]), axis=1)
-        for index, (first, last) in self.parts.items():
-            hashes[index, 0] ^= zlib.crc32(b"%d-%d" % (first, last))
-        return hashes
+        return np.stack((np.frombuffer(digests, dtype="<i8"), self.files.sizes[files]), axis=1)
 
 
 def balanced_parts(lengths, count):
@@ -349,7 +346,7 @@ class Batch:
         return patches.to(device, non_blocking=True).long()
 
 
-_dataset = None  # in a worker process: the ByteDataset that it reads
+_dataset = None  # in a worker process: the data set that it reads
 
 
 def _set_dataset(dataset):
@@ -365,7 +362,7 @@ def batches(dataset, index_batches, num_workers=0, while_waiting=None):
     """Yields the Batch of every array of indices.
 
     Args:
-        dataset: a ByteDataset.
+        dataset: a ByteDataset, or `windowing.Windows`.
         index_batches: iterable of integer arrays.
         num_workers: processes that read; their batches come through pipes, not through shared memory, of which containers
             have little. They end with the iteration, or with the main process.

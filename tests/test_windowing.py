@@ -128,10 +128,7 @@ def test_a_lone_file_gives_its_end(capsys):
     [cut] = {last for _, last in train.spans(10)}
     assert train.spans(10).tolist() == [[0, cut]] and held_out.spans(10).tolist() == [[cut, 10_002]]
     assert 10_002 - cut == round(0.05 * 10_002)
-    assert "the last 5.00% of a.x is held out" in capsys.readouterr().out
-    assert (train.hashes() != held_out.hashes()).any() and (train.hashes()[:, 1] == 100_000).all()
-    other, _ = selection.hold_out_parts(examples_of({"a.x": 100_000}), 0.06, 0, 10, 64)
-    assert (other.hashes() != train.hashes()).any()  # going on with another part is refused
+    assert "of a.x, the end is held out for evaluation, 5,000 bytes" in capsys.readouterr().out
     with pytest.raises(system.UserError, match="add files"):  # published: only whole files
         selection.hold_out_parts(examples_of({"a.x": 100_000}), 0.05, 0, 10, None)
     with pytest.raises(system.UserError, match="add files"):  # too short to be cut
@@ -149,7 +146,13 @@ def test_files_small_beside_the_rest_are_held_out_whole():
     assert list(held_out.parts) == [3] and held_out[3] == ("big.x",) and ("big.x",) in list(train)
     assert train[next(iter(train.parts))] == ("big.x",)
     train, held_out = selection.hold_out_parts(examples_of({"big.x": 10**6, "small.x": 10}), 0.01, 0, 10, 64)
-    assert len(train) == 2 and len(held_out) == 1
+    assert len(train) == 2 and len(held_out) == 1 and held_out.parts
+    few = {f"{i}.x": 700 for i in range(20)}  # 72 patches each, hardly longer than the context: their ends would be 2 patches
+    train, held_out = selection.hold_out_parts(examples_of(few), 0.01, 0, 10, 64)
+    assert len(train) == 19 and len(held_out) == 1 and not held_out.parts
+    few = {f"{i}.x": 10_000 for i in range(5)}  # a fifth of all each
+    train, held_out = selection.hold_out_parts(examples_of(few), 0.01, 0, 10, 64)
+    assert len(train) == 5 and held_out.spans(10).tolist() == [[992, 1002]] * 5
 
 
 def test_what_of_long_files_is_seen_is_said(capsys):
@@ -158,12 +161,12 @@ def test_what_of_long_files_is_seen_is_said(capsys):
     selection.print_long_files(examples, examples, 10, 64, cuts_windows=False)
     selection.print_long_files(examples, examples, 10, 641, cuts_windows=False)
     assert capsys.readouterr().out.splitlines() == [
-        f"longer than PATCH_LENGTH (64 patches of 10 bytes): 1 of 2 {who} of all bytes, {how}"
-        for who, how in (
-            ("training files; an epoch sees 100.00%", "all windows"),
-            ("evaluation files; evaluation sees 100.00%", "all windows"),
-            ("training files; an epoch sees 11.64%", "a crop of each"),
-            ("evaluation files; evaluation sees 11.64%", "the head of each"),
+        f"longer than PATCH_LENGTH (64 patches of 10 bytes): 1 of 2 {what}"
+        for what in (
+            "training files; an epoch sees all bytes, in windows",
+            "evaluation files; evaluation sees all bytes, in windows",
+            "training files; an epoch sees 11.64% of all bytes, a crop of each",
+            "evaluation files; evaluation sees 11.64% of all bytes, the head of each",
         )
     ]
 
@@ -196,14 +199,21 @@ def train(folder, **changes):
 
 def test_a_run_on_one_file(text_folder):
     out = train(text_folder)
-    assert "EVAL_FOLDERS holds none: the last 10.00% of text.txt is held out" in out
-    assert "1 of 1 training files; an epoch sees 100.00% of all bytes, all windows" in out
+    assert "EVAL_FOLDERS holds none: of text.txt, the end is held out for evaluation, 300 bytes" in out
+    assert "1 of 1 training files; an epoch sees all bytes, in windows" in out
     # 677 patches predicted, 15 in each window, the first of them shorter
     assert torch.load(text_folder / "weights-last.pth", weights_only=True)["lr_sched"]["last_epoch"] in (12, 13, 14)
     first, last = (float(line.split("eval_bits_per_byte")[1]) for line in (text_folder / "logs.txt").read_text().splitlines())
     assert last < first < 8.1
     message = one_message(run_script("train-gen.py", *options(**{**SETTINGS, "EVAL_SPLIT": 0.2}), cwd=text_folder))
-    assert "the files are not those" in message and "EVAL_SPLIT was 0.1 and is now 0.2" in message
+    assert "other parts of long files are taken; EVAL_SPLIT was 0.1 and is now 0.2" in message
+    assert "With --EVAL_SPLIT 0.1 the run goes on as before." in message
+    out = train(text_folder, EVAL_SPLIT=0.2, NUM_EPOCHS=3, ALLOW_CHANGED_FILES=True)
+    assert "the run has trained on 1 of these 1, so their figures look better than they are" in out
+    text = text_folder / "train" / "text.txt"
+    text.write_bytes(text.read_bytes() + b"more")
+    message = one_message(run_script("train-gen.py", *options(**{**SETTINGS, "EVAL_SPLIT": 0.2}), cwd=text_folder))
+    assert "1 of another size (train/text.txt)" in message and "gone" not in message
     message = one_message(run_script("train-gen.py", *options(**SETTINGS, LONG_FILES="crop", WEIGHTS_PATH="c.pth"), cwd=text_folder))
     assert "cannot hold out a part of 1" in message
 
