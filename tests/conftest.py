@@ -27,6 +27,7 @@ import utils  # noqa: E402
 
 # a shell has Ctrl-C ignored in what it runs in the background, and the scripts under test would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as nohup has SIGHUP
 
 TINY = {"PATCH_SIZE": 4, "PATCH_LENGTH": 16, "HIDDEN_SIZE": 64, "PATCH_NUM_LAYERS": 2, "BYTE_NUM_LAYERS": 1}
 
