@@ -383,7 +383,7 @@ class Run:
         if differences and not self.settings["ALLOW_CHANGED_FILES"]:
             as_before = " ".join(f"--{name} {before[name]}" for name in changed)
             raise system.UserError(
-                "\n".join(differences.values()) + "\n" + (f"With {as_before} the run goes on as before. " if changed else "")
+                "\n".join(differences.values()) + ".\n" + (f"With {as_before} the run goes on as before. " if changed else "")
                 + "To go on with the files as they are, the epoch in hand anew, add --ALLOW_CHANGED_FILES True; " + start_anew(path)
             )  # fmt: skip
         if differences and self.held_out.files is self.train.files:

@@ -29,6 +29,8 @@ import utils  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as nohup has SIGHUP
 
+torch.set_num_threads(1)  # products as small as the tests' are faster so, above all on a busy machine
+
 TINY = {"PATCH_SIZE": 4, "PATCH_LENGTH": 16, "HIDDEN_SIZE": 64, "PATCH_NUM_LAYERS": 2, "BYTE_NUM_LAYERS": 1}
 
 

@@ -21,15 +21,6 @@ import windowing
 LETTERS = b"ABCDabcd|:\n "
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Products as small as these are faster in one thread, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tune(size, seed=0):
     """Returns a content of `size` bytes that the model below has learned to expect."""
     return bytes(np.random.default_rng([size, seed]).choice(np.frombuffer(LETTERS, dtype=np.uint8), size))

@@ -25,15 +25,6 @@ import utils
 import windowing
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Products as small as these are faster in one thread, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 LINES = b"X:1\nK:C\nCDEF GABc|\n"
 
 
