@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import itertools
 import math
 import os
 import time
@@ -53,17 +54,15 @@ def process_batches(processes, dataset, order, batch_size, num_workers, while_wa
     """
     size = batch_size * processes.count
     steps = [order[start : start + size] for start in range(0, len(order), size)]
-
-    def mine(step):
-        return step[utils.balanced_parts(dataset.lengths(step), processes.count)[processes.rank]]
-
-    # one step at a time, for an epoch may have very many
-    read = (indices if len(indices := mine(step)) else step[:1] for step in steps)
+    # one step at a time, for an epoch may have very many; what is read is some steps ahead of what is yielded
+    mine = (step[utils.balanced_parts(dataset.lengths(step), processes.count)[processes.rank]] for step in steps)
+    mine, ahead = itertools.tee(mine)
+    read = (indices if len(indices) else step[:1] for indices, step in zip(ahead, steps))
     with contextlib.closing(utils.batches(dataset, read, num_workers, while_waiting)) as batches:  # its workers end here, too
-        for step in steps:
+        for step, indices in zip(steps, mine):
             with processes.agreeing(before_end), waiting():
                 batch = next(batches)
-            yield batch, mine(step), len(step)
+            yield batch, indices, len(step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -480,8 +479,12 @@ class Run:
                 )
             )
         size = settings["BATCH_SIZE"] * processes.count
-        # of all epochs, for the windows of long files are not as many in each
-        steps = [-(-len(self._training_set(epoch)) // size) for epoch in range(max(settings["NUM_EPOCHS"], state.epoch + 1))]
+        num_epochs = max(settings["NUM_EPOCHS"], state.epoch + 1)
+        counts = [len(self.train)] * num_epochs
+        if self._cuts_windows:  # which are not as many in each epoch
+            seeds, sizes = map(self._seeds, range(num_epochs)), self.sizes
+            counts = windowing.count_training_windows(self.train, sizes.PATCH_SIZE, sizes.PATCH_LENGTH, seeds)
+        steps = [-(-count // size) for count in counts]
         # by epochs, not by the steps that were counted: another BATCH_SIZE has other steps in an epoch
         done = sum(steps[: state.epoch]) + -(-state.position // size)
         num_steps = sum(steps[: settings["NUM_EPOCHS"]])

@@ -40,6 +40,17 @@ def training_windows(examples, patch_size, patch_length, seeds):
     return Windows(examples, patch_size, patch_length, patch_length - 1, rng)
 
 
+def count_training_windows(examples, patch_size, patch_length, seeds):
+    """Returns how many windows `training_windows` makes of Examples with each of several seeds: a list.
+
+    Of the files that fit in one window nothing is made anew each time, and there may be millions.
+    """
+    first, last = examples.spans(patch_size).T
+    longer = examples.select(np.flatnonzero(last - first > patch_length))
+    num_others = len(examples) - len(longer)
+    return [num_others + len(training_windows(longer, patch_size, patch_length, each)) for each in seeds]
+
+
 class Windows:
     """Examples as windows: a data set for `utils.batches`. Of a pair, the target's content is predicted.
 

@@ -63,6 +63,16 @@ def test_every_patch_but_the_first_is_predicted_once(sizes, length, cut, seed):
             assert predicted == list(range(begin + 1, end))
 
 
+@given(sizes=st.lists(st.integers(0, 900), min_size=1, max_size=6), length=st.integers(3, 40), cut=st.booleans())
+def test_windows_are_counted_as_they_are_made(sizes, length, cut):
+    examples = examples_of({f"{i}.x": size for i, size in enumerate(sizes)})
+    if cut and sizes[0] > 12:
+        examples.parts[0] = (1, 5)
+    seeds = [[0, epoch] for epoch in range(4)]
+    made = [len(windowing.training_windows(examples, 3, length, each)) for each in seeds]
+    assert windowing.count_training_windows(examples, 3, length, seeds) == made
+
+
 def test_training_windows_begin_elsewhere_in_each_epoch():
     examples = examples_of({"a.x": 10_000, "b.x": 10_000, "short.x": 20})
 
