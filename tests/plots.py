@@ -1,0 +1,82 @@
+"""Draws the pictures of README.md and RESULTS.md from what runs leave: logs and outputs. Needs matplotlib.
+
+    python tests/plots.py curves docs/learning.svg "random batches=new0.txt,new1.txt,new2.txt" "one length=old0.txt,old1.txt"
+    python tests/plots.py rolls docs/conversion.svg --true abc_midi/test --made output --files a.mid b.mid c.mid
+
+curves: eval bits per byte after each epoch, one line for each label: the mean of its logs (LOGS_PATH), and their range.
+rolls: the notes of true MIDI files, and in their places those of the files that MODE convert made.
+"""
+
+import argparse
+import os
+import re
+import statistics
+
+import matplotlib
+from bench_convert import read_notes, share_right
+
+matplotlib.use("svg")
+matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "bgpt", "axes.spines.top": False, "axes.spines.right": False}
+
+from matplotlib import pyplot  # noqa: E402
+
+
+def read_log(path, figure):
+    """Returns {epoch: value} of a figure in a log of training."""
+    with open(path, encoding="utf-8") as file:
+        found = re.findall(rf"^epoch (\d+)  .*\b{figure} (\S+)", file.read(), flags=re.MULTILINE)
+    return {int(epoch): float(value) for epoch, value in found}
+
+
+def draw_curves(options):
+    """Returns a figure of the logs' evaluation."""
+    figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
+    for label, _, paths in (line.partition("=") for line in options.lines):
+        logs = [read_log(path, "eval_bits_per_byte") for path in paths.split(",")]
+        epochs = sorted(set.intersection(*map(set, logs)))
+        values = [[log[epoch] for log in logs] for epoch in epochs]
+        drawn = axes.plot(epochs, [statistics.fmean(each) for each in values], marker="o", markersize=3, label=label)
+        axes.fill_between(epochs, list(map(min, values)), list(map(max, values)), alpha=0.2, color=drawn[0].get_color())
+    axes.set(xlabel="epoch", ylabel="bits per byte, evaluation files")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False)
+    return figure
+
+
+def draw_rolls(options):
+    """Returns a figure of piano rolls: true notes as grey bars, made ones as coloured lines within them."""
+    figure, rows = pyplot.subplots(len(options.files), figsize=(9, 1.9 * len(options.files)), layout="constrained", squeeze=False)
+    for name, axes in zip(options.files, rows[:, 0]):
+        with open(os.path.join(options.true, name), "rb") as true, open(os.path.join(options.made, name), "rb") as made:
+            contents = true.read(), made.read()
+        styles = ({"color": "0.8", "linewidth": 5, "label": "true"}, {"color": "tab:blue", "linewidth": 1.8, "label": "converted"})
+        for content, style in zip(contents, styles):
+            notes = [note for note in read_notes(content) if note[0] < options.ticks]
+            starts, pitches, lengths = zip(*notes) if notes else ((), (), ())
+            axes.hlines(pitches, starts, [start + length for start, length in zip(starts, lengths)], **style)
+        axes.set(title=f"{name}: {share_right(*contents):.0%} of all its notes right", ylabel="MIDI pitch", xlim=(0, options.ticks))
+    rows[-1, 0].set(xlabel="ticks")
+    rows[0, 0].legend(frameon=False, loc="upper right", ncols=2)
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    kinds = parser.add_subparsers(required=True)
+    curves = kinds.add_parser("curves")
+    curves.set_defaults(draw=draw_curves)
+    curves.add_argument("picture")
+    curves.add_argument("lines", nargs="+", help="LABEL=LOG,LOG,…")
+    rolls = kinds.add_parser("rolls")
+    rolls.set_defaults(draw=draw_rolls)
+    rolls.add_argument("picture")
+    rolls.add_argument("--true", required=True, help="folder of the true files")
+    rolls.add_argument("--made", required=True, help="OUTPUT_FOLDER of MODE convert")
+    rolls.add_argument("--files", nargs="+", required=True)
+    rolls.add_argument("--ticks", type=int, default=24000, help="how much is drawn")
+    options = parser.parse_args()
+    options.draw(options).savefig(options.picture, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The count of what MODE convert got right: a MIDI file made by hand, and what damage does to it."""
+
+import pytest
+from bench_convert import is_whole, read_notes, share_right
+
+NAME = b"\x00\xff\x03\x02ab"  # a meta event
+EVENTS = (
+    b"\x00\x90\x3c\x40",  # C sounds
+    b"\x81\x00\x3c\x00",  # 128 ticks later it ends: velocity 0, and no status byte of its own
+    b"\x05\xc0\x07",  # another instrument
+    b"\x03\x90\x40\x40",  # 8 ticks later E sounds
+    b"\x60\x80\x40\x00",  # for 96 ticks
+    b"\x00\xff\x2f\x00",
+)
+
+
+def midi(events):
+    track = NAME + b"".join(events)
+    return b"MThd\0\0\0\6\0\0\0\1\x01\xe0MTrk" + len(track).to_bytes(4, "big") + track
+
+
+def test_notes_of_a_midi_file():
+    assert read_notes(midi(EVENTS)) == [(0, 0x3C, 128), (136, 0x40, 96)]
+    assert is_whole(midi(EVENTS), "mid") and share_right(midi(EVENTS), midi(EVENTS)) == 1
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"",
+        midi(EVENTS)[1:],
+        midi(EVENTS)[:-1],
+        midi(EVENTS) + b"\0",
+        midi(EVENTS[:-2]),  # E never ends
+        midi([*EVENTS, b"\x00\x90\x3c"]),  # an event cut short
+        midi(EVENTS).replace(b"\0\1\x01\xe0", b"\0\2\x01\xe0"),  # two tracks, of which one is missing
+    ],
+)
+def test_files_that_are_not_whole(damaged):
+    assert not is_whole(damaged, "mid")
+
+
+def test_share_of_the_notes_that_is_right():
+    lower, cut_short = midi([b"\x00\x90\x3b\x40", b"\x81\x00\x3b\x00", *EVENTS[2:]]), midi(EVENTS)[:-15]
+    assert share_right(midi(EVENTS), lower) == share_right(midi(EVENTS), cut_short) == 0.5
+    assert share_right(midi(EVENTS), b"") == 0 and share_right(midi([*EVENTS[:5], *EVENTS]), midi(EVENTS)) == 0.5
+
+
+def test_tunes_in_abc():
+    assert is_whole(b"X:1\nT:A\nK:C\nCDE|", "abc") and not is_whole(b"T:X:1\nK:C\nCDE|", "abc")
