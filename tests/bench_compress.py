@@ -2,8 +2,9 @@
 
     python tests/bench_compress.py --weights weights.pth --folder midi/test [--files 100] [--batch 32]
     python tests/bench_compress.py --sizes 16 512 768 12 3 --folder midi/test --files 32 --bytes 256
+    python tests/bench_compress.py --others --folder midi/test
 
-Without weights, the model of `--sizes` has random ones, and only its speed means something.
+With --others, the other compressors alone. Without weights, the model of `--sizes` has random ones, and only its speed means something.
 """
 
 import argparse
@@ -40,25 +41,11 @@ def run(coder, stretches):
     return time.perf_counter() - start
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split(";")[0])
-    parser.add_argument("--weights", help="a checkpoint")
-    parser.add_argument("--sizes", type=int, nargs=5, default=[16, 512, 768, 12, 3], help="those of utils.ModelSizes")
-    parser.add_argument("--folder", required=True, help="of the files")
-    parser.add_argument("--files", type=int, default=0, help="so many, drawn with seed 0; 0 = all")
-    parser.add_argument("--bytes", type=int, default=None, help="of each file, at most")
-    parser.add_argument("--batch", type=int, default=32, help="INFERENCE_BATCH_SIZE")
-    options = parser.parse_args()
+def time_coder(options, paths, contents):
+    """Codes and decodes the contents of files, prints how fast that was, and returns the containers' bytes."""
     devices.tune_memory()
     torch.manual_seed(0)
     model = checkpoint.load_model(options.weights)[0] if options.weights else utils.ModelSizes(*options.sizes).build()
-    paths = list(listing.list_files([options.folder], "folder"))
-    if options.files:
-        paths = random.Random(0).sample(paths, options.files)
-    contents = []
-    for path in paths:
-        with open(path, "rb") as file:
-            contents.append(file.read(options.bytes))
     coder, extensions, encodings = lossless.Coder(model.eval(), options.batch), list(map(listing.extension_of, paths)), []
     for content, extension in zip(contents, extensions):
         starts = range(0, max(len(content), 1), lossless.STRETCH)
@@ -77,8 +64,32 @@ def main():
         f"{total:,} bytes, {stored} stored"
     )
     print("bytes/s: compress (without VERIFY) {:,.0f}, decompress {:,.0f}".format(*(total / each for each in seconds)))
-    sizes = {"container": sum(map(len, containers))}
-    sizes |= {name: sum(len(compress(content)) for content in contents) for name, compress in COMPRESSORS.items()}
+    return sum(map(len, containers))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split(";")[0])
+    parser.add_argument("--weights", help="a checkpoint")
+    parser.add_argument("--sizes", type=int, nargs=5, default=[16, 512, 768, 12, 3], help="those of utils.ModelSizes")
+    parser.add_argument("--others", action="store_true", help="the other compressors alone")
+    parser.add_argument("--folder", required=True, help="of the files")
+    parser.add_argument("--files", type=int, default=0, help="so many, drawn with seed 0; 0 = all")
+    parser.add_argument("--bytes", type=int, default=None, help="of each file, at most")
+    parser.add_argument("--batch", type=int, default=32, help="INFERENCE_BATCH_SIZE")
+    options = parser.parse_args()
+    paths = list(listing.list_files([options.folder], "folder"))
+    if options.files:
+        paths = random.Random(0).sample(paths, options.files)
+    contents = []
+    for path in paths:
+        with open(path, "rb") as file:
+            contents.append(file.read(options.bytes))
+    total = sum(map(len, contents))
+    sizes = {name: sum(len(compress(content)) for content in contents) for name, compress in COMPRESSORS.items()}
+    if options.others:
+        print(f"{len(contents)} files, {total:,} bytes")
+    else:
+        sizes = {"container": time_coder(options, paths, contents)} | sizes
     print("bits per byte: " + ", ".join(f"{name} {8 * size / total:.3f}" for name, size in sizes.items()))
 
 
