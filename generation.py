@@ -89,6 +89,29 @@ def sample_symbols(logits, sampling, uniforms):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+GRAIN = 2**15  # elements from which on PyTorch spreads an elementwise operation over several threads, so many to each or more
+TWICE_SQRT_2_BY_PI = torch.tensor(1.5957691216057308)
+
+
+def apply_gelu(x):
+    """Replaces x, contiguous float32, by its tanh-GELU, x·sigmoid(2u), on a CPU up to twice as fast as by PyTorch's tanh.
+
+    An element's number depends on nothing else: the threads' shares are whole grains, so that none ends within a vector of
+    the processor, the rest of which PyTorch computes in another way.
+
+    Args:
+        x: a multiple of 64 elements.
+    """
+    parts = (x,)
+    if x.numel() > GRAIN:
+        elements = x.view(-1)
+        num_whole = len(elements) // GRAIN * GRAIN
+        parts = *elements[:num_whole].split(GRAIN * torch.get_num_threads()), elements[num_whole:]
+    for part in parts:
+        # 2u = 2 · sqrt(2 / pi) · (x + 0.044715 · x³)
+        part.mul_(torch.addcmul(TWICE_SQRT_2_BY_PI, part, part, value=0.07135481627260025).mul_(part).sigmoid_())
+
+
 class PackedLinear:
     """A linear layer for few rows at a time; on a CPU, its weight is laid out once in the way that oneDNN reads it.
 
@@ -123,6 +146,10 @@ class PackedLinear:
             return self(x, residual)[:1]
         if residual is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+        if self.gelu and x.dtype == torch.float32:
+            x = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            apply_gelu(x)
+            return x
         then = ("gelu", [], "tanh") if self.gelu else ("none", [], "")
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *then)
 

@@ -107,6 +107,24 @@ def test_extreme_uniforms_never_draw_an_impossible_symbol():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_gelu_is_that_of_the_model_for_any_rows_and_threads():
+    """To the bit the same for a row, however many there are, and however many threads share them."""
+    rows = torch.randn(97, 1024, generator=torch.Generator().manual_seed(0)) * 3
+    alone = rows.clone()
+    for row in alone.split(1):
+        generation.apply_gelu(row)
+    torch.testing.assert_close(alone, torch.nn.functional.gelu(rows, approximate="tanh"), rtol=1e-5, atol=1e-6)
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            for count in (2, 33, 64, 97):
+                together = rows[:count].clone()
+                generation.apply_gelu(together)
+                assert torch.equal(together, alone[:count]), (threads, count)
+    finally:
+        torch.set_num_threads(1)
+
+
 @torch.no_grad()
 def recompute_greedy(model, symbols, most):
     """Greedy continuation with no cache, one prompt, everything recomputed for every symbol; at most `most` symbols."""
