@@ -28,7 +28,7 @@ data           | {"TRAIN_FOLDERS": int64 (files, 2),         | * of each file of
                |  "EVAL_FOLDERS": the same}                 |   and its size; in older files a digest of paths and sizes, hex
 parts          | {the same: [[int, int, int]]}               | * example, first patch, the one after the last, of those of
                |                                            |   which a part is taken
-names          | {the same: uint8 (bytes,)}                 | * what the hashes are of, see `selection.pack_names`
+names          | {the same: uint8 (bytes,)}                 | * what the hashes are of, see `fingerprints.py`
 config         | {str: plain value}                         | * the constants that bear on training
 
 Published files hold the keys without *. The tensors of `model`, with S = PATCH_SIZE, D = HIDDEN_SIZE:

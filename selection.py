@@ -1,7 +1,6 @@
-"""What to train and evaluate on: pairs for a conversion, what is held out, what two sets share, what has changed."""
+"""What to train and evaluate on: pairs for a conversion, what is held out, what two sets share."""
 
 import collections
-import hashlib
 import itertools
 import math
 import os
@@ -212,55 +211,3 @@ def print_overlap(train, held_out):
     shared = int(np.isin(found, train.indices[:, 0]).sum())
     if shared:
         print(f"{shared} evaluation examples are training examples too: their figures say nothing about unseen files")
-
-
-def path_fingerprint(examples):
-    """Returns a hex digest of the Examples' whole paths and sizes, by which older checkpoints know them.
-
-    Their order was that of the paths, whatever the places of the folders.
-    """
-    indices, sizes = examples.indices, examples.files.sizes
-    both_ways = len(indices) > 1 and np.array_equal(indices[::2], indices[1::2, ::-1])  # pair by pair, see `both_ways`
-    keys = np.repeat(indices[::2, 0], 2) if both_ways else indices[:, 0]
-    indices = indices[np.argsort(keys, kind="stable")]
-    digest = hashlib.sha256(sizes[indices].tobytes())
-    for part in np.array_split(indices.reshape(-1), len(indices) // 65536 + 1):
-        digest.update(b"".join([examples.files.encoded(file) + b"\0" for file in part.tolist()]))
-    return digest.hexdigest()
-
-
-def pack_names(examples):
-    """Returns uint8 (bytes,), compressed: what the files of Examples are known by, in the order of `Examples.hashes`."""
-    packer, packed = zlib.compressobj(), bytearray()
-    for file in examples.indices.reshape(-1).tolist():
-        packed += packer.compress(examples.files.identity(file) + b"\0")
-    return np.frombuffer(packed + packer.flush(), dtype=np.uint8).copy()
-
-
-def unpack_names(packed):
-    """Returns the list of bytes that `pack_names` packed."""
-    return zlib.decompress(packed.tobytes()).split(b"\0")[:-1]
-
-
-def describe_difference(examples, hashes, known, names):
-    """Returns which files were added, are gone or have changed in size, as a clause for messages; "" if none.
-
-    Args:
-        examples: the Examples now.
-        hashes: their `Examples.hashes`.
-        known: those of the examples before.
-        names: what `pack_names` packed of the examples before; None = unknown, as of older checkpoints.
-    """
-    files = examples.indices.reshape(-1)
-    gone, where = np.unique(known[:, 0], return_index=True)  # a pair in both directions has each file twice
-    is_gone = ~np.isin(gone, hashes[:, 0])
-    lost = [None if names is None else examples.files.locate(names[i]) for i in where[is_gone].tolist()]
-    known = known[np.argsort(known[:, 0])]
-    nearest = known[np.searchsorted(known[:, 0], hashes[:, 0]).clip(max=len(known) - 1)]  # int64 (files, 2)
-    is_known = nearest[:, 0] == hashes[:, 0]
-    found = {"added": ~is_known, "of another size": is_known & (nearest[:, 1] != hashes[:, 1])}
-    found = {what: [examples.files[file] for file in np.unique(files[chosen]).tolist()] for what, chosen in found.items()}
-    clauses = [f"{len(paths)} {what} ({listing.first_names(paths)})" for what, paths in found.items() if paths]
-    if lost:
-        clauses.append(f"{len(lost)} gone ({'an older checkpoint keeps no names' if names is None else listing.first_names(lost)})")
-    return "; " + ", ".join(clauses) if clauses else ""

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import glob
-import hashlib
 import itertools
 import math
 import os
@@ -19,8 +18,8 @@ from tqdm import tqdm
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 import checkpoint
+import fingerprints
 import system
-import selection
 import utils
 import windowing
 
@@ -258,14 +257,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=settings["LEARNING_RATE"], fused=True)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == torch.float16)
         self.scheduler = self.bar = self._reading = None  # see `begin`, `training_batches`
-        self._data = {"TRAIN_FOLDERS": torch.from_numpy(train.hashes()), "EVAL_FOLDERS": torch.from_numpy(held_out.hashes())}
-        is_first = processes.rank == 0  # it alone writes checkpoints
-        examples = {"TRAIN_FOLDERS": train, "EVAL_FOLDERS": held_out} if is_first else {}
-        self._parts = {
-            name: [[i, *part] for i, part in sorted(each.parts.items())]
-            for name, each in (("TRAIN_FOLDERS", train), ("EVAL_FOLDERS", held_out))
-        }
-        self._names = {name: torch.from_numpy(selection.pack_names(each)) for name, each in examples.items()}
+        self._fingerprints = fingerprints.Fingerprints(train, held_out, with_names=processes.rank == 0)  # it writes checkpoints
         self._extensions = sorted(train.extensions())
         self._random_state = None  # this process's, to be restored before the next step
         self._saved_at, self._saved_position = time.monotonic(), None  # when, and at which (epoch, position), it was saved
@@ -360,25 +352,15 @@ class Run:
         Raises:
             UserError: there are such, and ALLOW_CHANGED_FILES is False.
         """
-        before, data, parts, all_names = (found.get(key) or {} for key in ("config", "data", "parts", "names"))
-        before = {"LONG_FILES": "crop", **before}  # what older versions and the published code do
+        before = {"LONG_FILES": "crop", **(found.get("config") or {})}  # what older versions and the published code do
         constants = ("SEED", "EVAL_SPLIT", *(["LONG_FILES"] if self.labels is None else []))
         changed = [name for name in constants if before.get(name, self.settings[name]) != self.settings[name]]
         why = "".join(f"; {name} was {before[name]!r} and is now {self.settings[name]!r}" for name in changed)
-        differences = {}
-        for (name, hashes), examples in zip(self._data.items(), (self.train, self.held_out)):
-            known = data.get(name, hashes)  # published files have none
-            is_older = isinstance(known, str)  # of a version that knew files by their whole paths
-            is_same = known == selection.path_fingerprint(examples) if is_older else torch.equal(known, hashes)
-            if not is_same or (name in data and parts.get(name, []) != self._parts[name]):
-                names = selection.unpack_names(all_names[name].numpy()) if name in all_names else None
-                differing = "" if is_older else selection.describe_difference(examples, hashes.numpy(), known.numpy(), names)
-                if is_same:
-                    differing = "; other parts of long files are taken"
-                differences[name] = (
-                    f"{name}: the files are not those that the run at {path!r} had, by their paths below the folder and their "
-                    f"sizes{differing}{why}"
-                )
+        differences = {
+            name: f"{name}: the files are not those that the run at {path!r} had, by their paths below the folder and their "
+            f"sizes{difference}{why}"
+            for name, difference in self._fingerprints.differences(found).items()
+        }
         if differences and not self.settings["ALLOW_CHANGED_FILES"]:
             as_before = " ".join(f"--{name} {before[name]}" for name in changed)
             raise system.UserError(
@@ -386,26 +368,15 @@ class Run:
                 + "To go on with the files as they are, the epoch in hand anew, add --ALLOW_CHANGED_FILES True; " + start_anew(path)
             )  # fmt: skip
         if differences and self.held_out.files is self.train.files:
-            self._warn_of_leaks(data.get("TRAIN_FOLDERS"), parts.get("TRAIN_FOLDERS", []))
+            self._warn_of_leaks(found)
         return differences
 
-    def _warn_of_leaks(self, known, parts):
-        """Prints how many of the examples that EVAL_SPLIT holds out now a run has trained on.
-
-        Args:
-            known, parts: what the run's checkpoint holds of its training examples, see checkpoint.py.
-        """
-        what = "warning: EVAL_SPLIT holds out other files now; "
-        if isinstance(known, str):
+    def _warn_of_leaks(self, found):
+        """Prints how many of the examples that EVAL_SPLIT holds out now the run of a checkpoint has trained on."""
+        what, num_seen = "warning: EVAL_SPLIT holds out other files now; ", self._fingerprints.count_leaks(found)
+        if num_seen is None:
             print(f"{what}an older checkpoint does not tell which of them the run has trained on")
-            return
-        trained = {identity: index for index, identity in enumerate(known[:, 0].tolist())}
-        parts, whole, num_seen = {index: part for index, *part in parts}, (0, math.inf), 0
-        for index, identity in enumerate(self._data["EVAL_FOLDERS"][:, 0].tolist()):
-            if identity in trained:
-                (first, last), (start, stop) = parts.get(trained[identity], whole), self.held_out.parts.get(index, whole)
-                num_seen += max(first, start) < min(last, stop)
-        if num_seen:
+        elif num_seen:
             print(
                 f"{what}the run has trained on {num_seen} of these {len(self.held_out)}, so their figures look better than they are. "
                 "A folder in EVAL_FOLDERS stays apart"
@@ -470,8 +441,7 @@ class Run:
             UserError, SystemExit: the processes see different files or states.
         """
         settings, processes, state = self.settings, self.processes, self.state
-        data = [hashlib.sha256(hashes.numpy().tobytes()).hexdigest() for hashes in self._data.values()]
-        views = processes.gather((state.epoch, state.position, state.run_id, data))
+        views = processes.gather((state.epoch, state.position, state.run_id, self._fingerprints.digests()))
         if any(view != views[0] for view in views):
             processes.agree(
                 system.UserError(
@@ -743,8 +713,6 @@ class Run:
             "order": ORDER,
             "totals": [totals for totals, _ in everyone],
             "random_states": [random_state for _, random_state in everyone],
-            "data": self._data,
-            "parts": self._parts,
-            "names": self._names,
+            **self._fingerprints.to_checkpoint(),
             "config": self.settings,
         }

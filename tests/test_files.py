@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import as_batch
 
+import fingerprints
 import listing
 import selection
 import system
@@ -176,7 +177,7 @@ def test_hashes_know_paths_order_and_sizes():
     pairs = selection.pair_files(make_files(sizes), "abc->mid")
     same = selection.pair_files(make_files({"0.txt": 9, **sizes}), "abc->mid")  # other files do not matter
     assert pairs.hashes().shape == (4, 2) and (pairs.hashes() == same.hashes()).all()
-    assert selection.path_fingerprint(pairs) == selection.path_fingerprint(same)
+    assert fingerprints.path_fingerprint(pairs) == fingerprints.path_fingerprint(same)
     others = [pairs.select([1, 0]), pairs.select([0]), pairs.both_ways(), selection.pair_files(same.files, "mid->abc")]
     others += [selection.pair_files(make_files({**sizes, change: 5}), "abc->mid") for change in sizes]
     assert len({examples.hashes().tobytes() for examples in [pairs, *others]}) == 9

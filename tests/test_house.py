@@ -14,6 +14,7 @@ IMPORTS = {  # arrows point down: {module: the modules of this repository that i
     "labeling": {"system", "listing"},
     "utils": {"system", "listing"},
     "selection": {"system", "listing", "utils"},
+    "fingerprints": {"listing"},
     "devices": {"system"},
     "checkpoint": {"system", "utils"},
     "generation": {"system", "utils"},
@@ -22,7 +23,7 @@ IMPORTS = {  # arrows point down: {module: the modules of this repository that i
     "report_page": {"system", "utils", "windowing", "evaluation"},
     "lossless": {"system", "listing", "utils", "windowing", "generation"},
     "index_page": {"system", "listing"},
-    "training": {"system", "listing", "selection", "utils", "windowing", "devices", "checkpoint"},
+    "training": {"system", "fingerprints", "utils", "windowing", "devices", "checkpoint"},
     "train-gen": {"config", "system", "listing", "selection", "utils", "devices", "checkpoint", "evaluation", "training"},
     "train-cls": {"config", "system", "listing", "selection", "labeling", "utils", "devices", "checkpoint", "evaluation", "training"},
     "inference": {
