@@ -15,7 +15,7 @@ class Fingerprints:
 
     Args:
         train, held_out: Examples to train and to evaluate on.
-        with_names: whether to keep the names too; only who writes checkpoints needs them.
+        with_names: whether to keep the names too; only the process that writes checkpoints needs them.
     """
 
     def __init__(self, train, held_out, with_names):
@@ -29,7 +29,7 @@ class Fingerprints:
         return {"data": self.hashes, "parts": self.parts, "names": self.names}
 
     def digests(self):
-        """Returns a short text of the hashes of each set, the same where the files are."""
+        """Returns a SHA-256 in hex of the hashes of each set, by which processes compare what files they see."""
         return [hashlib.sha256(hashes.numpy().tobytes()).hexdigest() for hashes in self.hashes.values()]
 
     def differences(self, found):

@@ -89,15 +89,15 @@ def sample_symbols(logits, sampling, uniforms):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-GRAIN = 2**15  # elements from which on PyTorch spreads an elementwise operation over several threads, so many to each or more
-TWICE_SQRT_2_BY_PI = torch.tensor(1.5957691216057308)
+GRAIN = 2**15  # PyTorch gives each thread at least so many elements of an elementwise operation
 
 
 def apply_gelu(x):
-    """Replaces x, contiguous float32, by its tanh-GELU, x·sigmoid(2u), on a CPU up to twice as fast as by PyTorch's tanh.
+    """Replaces x, contiguous float32, by its tanh-GELU, x·sigmoid(2u), on a CPU faster than by a tanh, except for a few rows.
 
-    An element's number depends on nothing else: the threads' shares are whole grains, so that none ends within a vector of
-    the processor, the rest of which PyTorch computes in another way.
+    What an element becomes depends neither on how many others there are nor on the number of threads: what is left at the
+    end of a thread's share, less than a vector of the processor, PyTorch computes by other instructions. So x is handed
+    over in pieces of which each thread's share is a whole grain.
 
     Args:
         x: a multiple of 64 elements.
@@ -107,9 +107,10 @@ def apply_gelu(x):
         elements = x.view(-1)
         num_whole = len(elements) // GRAIN * GRAIN
         parts = *elements[:num_whole].split(GRAIN * torch.get_num_threads()), elements[num_whole:]
+    factor = x.new_tensor(1.5957691216057308)  # 2 · sqrt(2 / pi)
     for part in parts:
         # 2u = 2 · sqrt(2 / pi) · (x + 0.044715 · x³)
-        part.mul_(torch.addcmul(TWICE_SQRT_2_BY_PI, part, part, value=0.07135481627260025).mul_(part).sigmoid_())
+        part.mul_(torch.addcmul(factor, part, part, value=0.07135481627260025).mul_(part).sigmoid_())
 
 
 class PackedLinear:

@@ -25,7 +25,7 @@ A container, the file name.ext.bgpt, little-endian:
     …      words of each stretch but the last, as varints
     …      the stretches, 32-bit words as constriction's range coder makes them
 
-What else a code depends on (how windows advance, STRETCH, the coder's fixed-point numbers) belongs to the version.
+What else a code depends on (how windows advance, STRETCH, how generation.py computes, the coder's fixed-point numbers) belongs to the version.
 
 The module cannot be called `compression`: since Python 3.14 that is a package of its own, which gzip and others import.
 """
@@ -51,7 +51,7 @@ import windowing
 from utils import END
 
 SUFFIX = ".bgpt"
-STORED, CODED = 0xB0, 0xB1
+STORED, CODED = 0xB0, 0xB2
 STRETCH = 2**15  # bytes of the stretches of a file; the last may be shorter
 
 _FAMILY = constriction.stream.model.Categorical(perfect=False)  # 24-bit fixed-point probabilities, none of them 0

@@ -257,7 +257,8 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=settings["LEARNING_RATE"], fused=True)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == torch.float16)
         self.scheduler = self.bar = self._reading = None  # see `begin`, `training_batches`
-        self._fingerprints = fingerprints.Fingerprints(train, held_out, with_names=processes.rank == 0)  # it writes checkpoints
+        # rank 0 alone writes checkpoints
+        self._fingerprints = fingerprints.Fingerprints(train, held_out, with_names=processes.rank == 0)
         self._extensions = sorted(train.extensions())
         self._random_state = None  # this process's, to be restored before the next step
         self._saved_at, self._saved_position = time.monotonic(), None  # when, and at which (epoch, position), it was saved

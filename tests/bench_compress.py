@@ -4,7 +4,8 @@
     python tests/bench_compress.py --sizes 16 512 768 12 3 --folder midi/test --files 32 --bytes 256
     python tests/bench_compress.py --others --folder midi/test
 
-With --others, the other compressors alone. Without weights, the model of `--sizes` has random ones, and only its speed means something.
+With --others, the other compressors alone. Without weights, the model of `--sizes` has random ones, and only its speed means
+something.
 """
 
 import argparse

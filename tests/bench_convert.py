@@ -3,9 +3,10 @@
     python inference.py --MODE convert --INPUT_EXT abc --TARGET_EXT mid --INPUT_FOLDER abc_midi/test --TEMPERATURE 0
     python tests/bench_convert.py --true abc_midi/test --made output [--extension mid]
 
-Prints how many files are the true ones byte for byte; how many are whole: MIDI files whose header and track lengths add up, or
-ABC tunes with the fields X and K; of MIDI files, which share of the notes is right, by an alignment of both files' notes (pitch
-and length in ticks) in their order, relative to the longer file; and how many files were cut off, as index.tsv says.
+Prints how many files are the true ones byte for byte; how many are whole: MIDI files whose track lengths add up, whose events
+can all be read and whose notes all end, or ABC tunes with the fields X and K; of MIDI files, which share of the notes is right:
+of those (pitch and length in ticks; rests and tempo do not count) in the blocks that difflib finds in both, by the notes of the
+longer file; and how many files were cut off, as index.tsv says.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import index_page
+import system
 
 
 def read_tracks(content):
@@ -47,38 +49,52 @@ def read_number(track, position):
 
 
 def read_events(track):
-    """Returns the notes of a track, a list of (start, pitch, length) in ticks, and whether all of it could be read."""
-    notes, sounding, time, position, status = [], {}, 0, 0, 0  # sounding: {pitch: start}
+    """Returns the notes of a track, (start, pitch, length) in ticks each, and whether it is whole.
+
+    That is: all of its events can be read, all notes end, and End of Track comes last.
+    """
+    notes, time, position = [], 0, 0
+    sounding, status = {}, 0  # {(channel, pitch): start}; the running status, 0 = none
     try:
         while position < len(track):
             delta, position = read_number(track, position)
             time += delta
-            if track[position] >= 128:
+            if track[position] >= 0x80:
                 status, position = track[position], position + 1
-            if status in (0xFF, 0xF0, 0xF7):  # a meta event has its kind first
-                size, position = read_number(track, position + (status == 0xFF))
-                position += size
-            elif status >> 4 in (0xC, 0xD):
-                position += 1
-            else:
-                pitch, velocity, position = track[position], track[position + 1], position + 2
-                if status >> 4 in (0x8, 0x9) and pitch in sounding:
-                    start = sounding.pop(pitch)
-                    notes.append((start, pitch, time - start))
-                if status >> 4 == 0x9 and velocity:
-                    sounding[pitch] = time
+            if status in (0xF0, 0xF7, 0xFF):
+                is_meta = status == 0xFF
+                is_end = is_meta and track[position] == 0x2F
+                size, position = read_number(track, position + is_meta)  # a meta event has its kind first
+                position, status = position + size, 0
+                if is_end:
+                    return notes, position == len(track) and not sounding
+                continue
+            size = 1 if status >> 4 in (0xC, 0xD) else 2
+            data, position = track[position : position + size], position + size
+            if not 0x80 <= status < 0xF0 or len(data) < size or max(data) >= 0x80:
+                return notes, False
+            if status >> 4 in (0x8, 0x9):
+                key = status & 15, data[0]
+                if key in sounding:
+                    start = sounding.pop(key)
+                    notes.append((start, data[0], time - start))
+                if status >> 4 == 0x9 and data[1]:
+                    sounding[key] = time
     except IndexError:
-        return notes, False
-    return notes, position == len(track) and not sounding
+        pass
+    return notes, False
 
 
 def read_notes(content):
     """Returns the notes of a MIDI file, (start, pitch, length) in ticks, in the order of their starts.
 
-    Of a file that is none, those up to where its events cannot be read, whatever lengths its tracks have.
+    Of a file whose track lengths do not add up, those up to where its events cannot be read.
     """
-    tracks = content.split(b"MTrk")[1:]
-    return sorted(note for track in tracks for note in read_events(track[4:])[0])
+    try:
+        tracks = read_tracks(content)
+    except ValueError:
+        tracks = [track[4:] for track in content.split(b"MTrk")[1:]]
+    return sorted(note for track in tracks for note in read_events(track)[0])
 
 
 def is_whole(content, extension):
@@ -92,26 +108,39 @@ def is_whole(content, extension):
 
 
 def share_right(true, made):
-    """Returns which share of two MIDI files' notes agrees."""
+    """Returns which share of two MIDI files' notes agrees, pitches and lengths, in blocks that both have in the same order."""
     expected, heard = ([note[1:] for note in read_notes(content)] for content in (true, made))
+    if not expected and not heard:
+        return 1.0
     blocks = difflib.SequenceMatcher(None, expected, heard, autojunk=False).get_matching_blocks()
-    return sum(block.size for block in blocks) / max(len(expected), len(heard), 1)
+    return sum(block.size for block in blocks) / max(len(expected), len(heard))
 
 
-def main():
+def read_pair(true_folder, made_folder, name):
+    """Returns the contents of a true file and of what MODE convert made in its place: tune.mid and tune.abc.mid.
+
+    Args:
+        name: of the latter, within its folder.
+    """
+    stem, extension = os.path.splitext(name)
+    true_name = os.path.splitext(stem)[0] + extension
+    with open(os.path.join(true_folder, true_name), "rb") as true, open(os.path.join(made_folder, name), "rb") as made:
+        return true.read(), made.read()
+
+
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split(".")[0])
     parser.add_argument("--true", required=True, help="folder of the true files")
     parser.add_argument("--made", required=True, help="OUTPUT_FOLDER of MODE convert")
     parser.add_argument("--extension", choices=["mid", "abc"], default="mid")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     index = index_page.read_index(os.path.join(options.made, "index.tsv"))
     if index is None:
         parser.error(f"{options.made!r} holds no index.tsv of MODE convert")
     pairs, is_cut_off = [], []  # (true content, made content) of each file; whether it was cut off
     for name, fields in index.items():
         if name.endswith("." + options.extension):
-            with open(os.path.join(options.true, name), "rb") as true, open(os.path.join(options.made, name), "rb") as made:
-                pairs.append((true.read(), made.read()))
+            pairs.append(read_pair(options.true, options.made, system.unescape_name(name)))
             is_cut_off.append(fields[index_page.INDEX_COLUMNS.index("cut off or ended")] == "cut off")
     if not pairs:
         parser.error(f"{options.made!r} holds no .{options.extension} files")

@@ -1,36 +1,35 @@
 """Draws the pictures of README.md and RESULTS.md from what runs leave: logs and outputs. Needs matplotlib.
 
     python tests/plots.py curves docs/learning.svg "random batches=new0.txt,new1.txt,new2.txt" "one length=old0.txt,old1.txt"
-    python tests/plots.py rolls docs/conversion.svg --true abc_midi/test --made output --files a.mid b.mid c.mid
+    python tests/plots.py rolls docs/conversion.svg --true abc_midi/test --made output --files a.abc.mid b.abc.mid
 
-curves: eval bits per byte after each epoch, one line for each label: the mean of its logs (LOGS_PATH), and their range.
+curves: eval bits per byte after each epoch, one line for each label: the mean of its logs (LOGS_PATH), and their range, over the epochs
+that all of them have.
 rolls: the notes of true MIDI files, and in their places those of the files that MODE convert made.
 """
 
 import argparse
-import os
 import re
 import statistics
 
 import matplotlib
-from bench_convert import read_notes, share_right
-
-matplotlib.use("svg")
-matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "bgpt", "axes.spines.top": False, "axes.spines.right": False}
-
-from matplotlib import pyplot  # noqa: E402
+from bench_convert import read_notes, read_pair, share_right
+from matplotlib.figure import Figure
 
 
 def read_log(path, figure):
-    """Returns {epoch: value} of a figure in a log of training."""
+    """Returns {epoch: value} of a figure in a log of training. Raises ValueError if it has none."""
     with open(path, encoding="utf-8") as file:
         found = re.findall(rf"^epoch (\d+)  .*\b{figure} (\S+)", file.read(), flags=re.MULTILINE)
+    if not found:
+        raise ValueError(f"{path} holds no {figure}")
     return {int(epoch): float(value) for epoch, value in found}
 
 
 def draw_curves(options):
     """Returns a figure of the logs' evaluation."""
-    figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
     for label, _, paths in (line.partition("=") for line in options.lines):
         logs = [read_log(path, "eval_bits_per_byte") for path in paths.split(",")]
         epochs = sorted(set.intersection(*map(set, logs)))
@@ -45,10 +44,10 @@ def draw_curves(options):
 
 def draw_rolls(options):
     """Returns a figure of piano rolls: true notes as grey bars, made ones as coloured lines within them."""
-    figure, rows = pyplot.subplots(len(options.files), figsize=(9, 1.9 * len(options.files)), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(9, 1.9 * len(options.files)), layout="constrained")
+    rows = figure.subplots(len(options.files), squeeze=False)
     for name, axes in zip(options.files, rows[:, 0]):
-        with open(os.path.join(options.true, name), "rb") as true, open(os.path.join(options.made, name), "rb") as made:
-            contents = true.read(), made.read()
+        contents = read_pair(options.true, options.made, name)
         styles = ({"color": "0.8", "linewidth": 5, "label": "true"}, {"color": "tab:blue", "linewidth": 1.8, "label": "converted"})
         for content, style in zip(contents, styles):
             notes = [note for note in read_notes(content) if note[0] < options.ticks]
@@ -75,6 +74,7 @@ def main():
     rolls.add_argument("--files", nargs="+", required=True)
     rolls.add_argument("--ticks", type=int, default=24000, help="how much is drawn")
     options = parser.parse_args()
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "bgpt", "axes.spines.top": False, "axes.spines.right": False}
     options.draw(options).savefig(options.picture, metadata={"Date": None})
 
 

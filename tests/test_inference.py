@@ -117,7 +117,7 @@ def test_gelu_is_that_of_the_model_for_any_rows_and_threads():
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            for count in (2, 33, 64, 97):
+            for count in (2, 33, 65, 95, 97):  # 65 and 95: PyTorch's own shares would end within a vector
                 together = rows[:count].clone()
                 generation.apply_gelu(together)
                 assert torch.equal(together, alone[:count]), (threads, count)
