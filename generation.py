@@ -147,12 +147,12 @@ class PackedLinear:
             return self(x, residual)[:1]
         if residual is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
-        if self.gelu and x.dtype == torch.float32:
-            x = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        applies_gelu = self.gelu and x.dtype == torch.float32
+        then = ("gelu", [], "tanh") if self.gelu and not applies_gelu else ("none", [], "")
+        x = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *then)
+        if applies_gelu:
             apply_gelu(x)
-            return x
-        then = ("gelu", [], "tanh") if self.gelu else ("none", [], "")
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *then)
+        return x
 
 
 class Blocks:

@@ -25,7 +25,8 @@ A container, the file name.ext.bgpt, little-endian:
     …      words of each stretch but the last, as varints
     …      the stretches, 32-bit words as constriction's range coder makes them
 
-What else a code depends on (how windows advance, STRETCH, how generation.py computes, the coder's fixed-point numbers) belongs to the version.
+What else a code depends on (how windows advance, STRETCH, how generation.py computes, the coder's fixed-point numbers) belongs to
+the version.
 
 The module cannot be called `compression`: since Python 3.14 that is a package of its own, which gzip and others import.
 """
