@@ -152,6 +152,7 @@ import dataclasses
 import numpy as np
 from tqdm import tqdm
 
+import intervals
 import listing
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -790,30 +791,6 @@ def share(right, total):
     return {"right": int(right), "total": int(total), "share": right / total if total else None}
 
 
-def independent_draws(sums, files):
-    """Returns how many independent draws, each right or wrong, tell as much about a share as the files do.
-
-    The bytes of a file are right or wrong together; only the files are independent. So the draws are as many as would give the
-    share the variance that the files' own shares show (the variance of a ratio, from clusters). Where no file has an error,
-    or all have nothing else, that variance is unknown, and each counts as one draw. `sums` are those of `new_tally`.
-    """
-    x, n, xx, xn, nn = sums.tolist()
-    p = x / n
-    squares = xx - 2 * p * xn + p * p * nn  # sum of (x - p·n)²
-    if x in (0, n) or files == 1 or squares < 1e-9 * nn:
-        return files
-    student = 1 + 1.21 / (files - 1)  # about Student's quantile divided by the normal one; 1.21 = (1.96² + 1) / 4
-    return min(p * (1 - p) * n**2 / (squares * files / (files - 1) * student**2), n)
-
-
-def interval(p, draws):
-    """Returns the 95 % interval (low, high) of a share p of so many independent draws (Wilson, 1927)."""
-    z = 1.959964
-    middle, half = p + z * z / (2 * draws), z * math.sqrt(p * (1 - p) / draws + z * z / (4 * draws * draws))
-    low, high = ((middle + sign * half) / (1 + z * z / draws) for sign in (-1, 1))
-    return max(low, 0.0), min(high, 1.0)
-
-
 def percent(right, total):
     """Returns a share in percent with two digits, rounded down, so that only a share of all is 100.00."""
     return f"{int(right) * 10000 // int(total) / 100:.2f}" if total else "-"
@@ -824,8 +801,8 @@ def report_shares(tally):
     lines, details = [], {}
     for name, unit in (("byte_accuracy", "bytes"), ("exact_states", "states"), ("exact_files", "files")):
         right, total = map(int, tally[unit][:2])
-        draws = total if unit == "files" else independent_draws(tally[unit], tally["programs"])
-        low, high = interval(right / total, draws)
+        draws = total if unit == "files" else intervals.independent_draws(*tally[unit].tolist(), tally["programs"])
+        _, low, high = intervals.wilson_interval(right / total, draws)
         details[name] = {**share(right, total), "low": low, "high": high}
         lines.append(f"{name.replace('_', ' '):<13} {percent(right, total):>6} %  (95 % interval {math.floor(1e4 * low) / 100:.2f}"
                      f" - {math.ceil(1e4 * high) / 100:.2f} %, {right:,} of {total:,} {unit})")

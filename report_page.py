@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import evaluation
+import intervals
 import system
 import windowing
 from utils import END
@@ -83,12 +84,12 @@ def sum_up(scores):
     return {
         "files": len(scores),
         "bytes": int(num_bytes.sum()),
-        "bits_per_byte": evaluation.ratio_interval(bits, num_bytes),
-        "nats_per_symbol": evaluation.ratio_interval(column(lambda s: s.nats), column(lambda s: s.symbols)),
-        "top1": evaluation.ratio_interval(column(lambda s: s.top1), num_bytes + 1, highest=1.0),
-        "exact_files": evaluation.wilson_interval(sum(score.exact for score in scores), len(scores)),
-        "compressors": {name: evaluation.ratio_interval(each, num_bytes) for name, each in compressed.items()},
-        "gains": {name: evaluation.ratio_interval(each - bits, num_bytes, lowest=-math.inf) for name, each in compressed.items()},
+        "bits_per_byte": intervals.ratio_interval(bits, num_bytes),
+        "nats_per_symbol": intervals.ratio_interval(column(lambda s: s.nats), column(lambda s: s.symbols)),
+        "top1": intervals.ratio_interval(column(lambda s: s.top1), num_bytes + 1, highest=1.0),
+        "exact_files": intervals.wilson_interval(sum(score.exact for score in scores) / len(scores), len(scores)),
+        "compressors": {name: intervals.ratio_interval(each, num_bytes) for name, each in compressed.items()},
+        "gains": {name: intervals.ratio_interval(each - bits, num_bytes, lowest=-math.inf) for name, each in compressed.items()},
     }
 
 

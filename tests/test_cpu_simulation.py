@@ -585,48 +585,8 @@ def test_what_is_not_a_file_is_not_read(tmp_path):
     assert found["malformed"]["unreadable"]["files"] == 1 and found["exact_files"]["total"] == 2
 
 
-def test_wilson_interval():
-    assert cpu.share(0, 0)["share"] is None
-
-    def rounded(right, total):
-        right, total = np.array(right, float), np.array(total, float)
-        sums = np.array([right.sum(), total.sum(), right @ right, right @ total, total @ total])
-        return tuple(round(end, 4) for end in cpu.interval(right.sum() / total.sum(), cpu.independent_draws(sums, len(right))))
-
-    assert tuple(round(end, 4) for end in cpu.interval(0.8, 10)) == (0.4902, 0.9433)  # by the formula of Wilson (1927)
-    # files that are right or wrong as a whole say no more the longer they are; the spread of 10 is known but roughly, so that
-    # they count as 9 / (1 + 1.21 / 9)² = 6.99 draws
-    assert rounded([500] * 8 + [0] * 2, [500] * 10) == rounded([1] * 8 + [0] * 2, [1] * 10) == (0.4328, 0.9545)
-    assert rounded([500] * 10, [500] * 10) == rounded([1] * 10, [1] * 10) == (0.7225, 1)
-    # one file, or several of one share, show no spread, whatever the rounding
-    for right in range(1, 80):
-        assert rounded([right], [80])[1] - rounded([right], [80])[0] > 0.7
-        assert rounded([right] * 5, [80] * 5)[1] - rounded([right] * 5, [80] * 5)[0] > 0.4
-    # single bytes that are wrong here and there are as good as drawn one by one
-    rng = np.random.default_rng(0)
-    low, high = rounded(rng.binomial(100, 0.9, 400), [100] * 400)
-    assert 0.0055 < high - low < 0.0063  # 2 * 1.96 * sqrt(0.9 * 0.1 / 40000) = 0.0059
-
-
-def test_the_intervals_hold_the_truth_19_times_of_20():
-    """Files of 1 to 255 steps in which a mistake, once made, is carried along: their shares of right bytes vary widely."""
-    rng = np.random.default_rng(1)
-
-    def draw(files):
-        steps = rng.integers(1, 256, files)
-        return 16 * np.minimum(rng.geometric(0.01, files), steps).astype(float), 16.0 * steps
-
-    right, total = draw(1_000_000)
-    truth, held = right.sum() / total.sum(), 0
-    for _ in range(500):
-        right, total = draw(200)
-        sums = np.array([right.sum(), total.sum(), right @ right, right @ total, total @ total])
-        low, high = cpu.interval(right.sum() / total.sum(), cpu.independent_draws(sums, 200))
-        held += low < truth < high
-    assert 460 <= held <= 490  # of 500; 475 are meant
-
-
 def test_percent_is_cut_off():
+    assert cpu.share(0, 0)["share"] is None
     assert cpu.percent(99999999, 100000000) == "99.99" and cpu.percent(5, 5) == "100.00"
 
 

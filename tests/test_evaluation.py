@@ -1,4 +1,4 @@
-"""How files are scored: windows, sums, intervals, conversions; the report, and MODE evaluate as a user runs it."""
+"""How files are scored: windows, sums, conversions; the report, and MODE evaluate as a user runs it."""
 
 import hashlib
 import json
@@ -49,31 +49,6 @@ def forward_nats(model, patches):
     batch = as_batch([patches])
     with torch.no_grad():
         return model(batch.patches.long(), batch.masks).nats.double().numpy()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Intervals
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_intervals_are_the_known_ones():
-    assert evaluation.wilson_interval(3, 4) == pytest.approx((0.75, 0.3006, 0.9544), abs=1e-4)
-    assert evaluation.wilson_interval(0, 10) == pytest.approx((0.0, 0.0, 0.2775), abs=1e-4)
-    # with equal denominators the ratio is a mean, and its interval Student's: 2.7764 is the quantile for 5 values
-    values = np.array([1.0, 2, 3, 4, 10])
-    margin = 2.7764 * values.std(ddof=1) / math.sqrt(5)
-    assert evaluation.ratio_interval(values, np.ones(5), lowest=-9) == pytest.approx((4, 4 - margin, 4 + margin), abs=0.02)
-    assert evaluation.ratio_interval([3], [2]) == (1.5, None, None) and evaluation.ratio_interval([3], [0])[0] is None
-
-
-def test_an_interval_holds_the_true_ratio_as_often_as_it_says():
-    random, true = np.random.default_rng(0), 0
-    for _ in range(1000):
-        sizes = random.integers(10, 200, 30)
-        bits = sizes * random.normal(2, 0.5, 30)
-        _, low, high = evaluation.ratio_interval(bits, sizes)
-        true += low <= 2 <= high
-    assert 920 <= true <= 980
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ from conftest import ROOT, Running, fill_by_recipe, load_script, one_message, op
 from hypothesis import given
 from hypothesis import strategies as st
 
-import listing
 import generation
 import index_page
+import layers
+import listing
 import system
 import utils
 
@@ -112,14 +113,14 @@ def test_gelu_is_that_of_the_model_for_any_rows_and_threads():
     rows = torch.randn(97, 1024, generator=torch.Generator().manual_seed(0)) * 3
     alone = rows.clone()
     for row in alone.split(1):
-        generation.apply_gelu(row)
+        layers.apply_gelu(row)
     torch.testing.assert_close(alone, torch.nn.functional.gelu(rows, approximate="tanh"), rtol=1e-5, atol=1e-6)
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             for count in (2, 33, 65, 95, 97):  # 65 and 95: PyTorch's own shares would end within a vector
                 together = rows[:count].clone()
-                generation.apply_gelu(together)
+                layers.apply_gelu(together)
                 assert torch.equal(together, alone[:count]), (threads, count)
     finally:
         torch.set_num_threads(1)
