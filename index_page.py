@@ -24,7 +24,7 @@ _PAGE = """<!doctype html>
  content="default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'">
 <style>
 body {{ font: 15px/1.4 sans-serif; margin: 1.5em; }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(32em, 1fr)); gap: 1em; }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax({width}, 1fr)); gap: 1em; }}
 article {{ border: 1px solid #bbb; border-radius: 4px; padding: .7em; min-width: 0; content-visibility: auto; }}
 h2 {{ font-size: 1em; margin: 0; overflow-wrap: anywhere; }}
 p {{ margin: .2em 0 .6em; color: #555; overflow-wrap: anywhere; }}
@@ -90,8 +90,9 @@ def write_index(folder, rows):
             with open(path, "rb") as file:
                 content = file.read()
         articles.append(_article(listed[name], content, listing.extension_of(path).lower()))
+    width = "32em" if any("<pre>" in article for article in articles) else "15em"  # pictures and sounds take less than text
     note = f"All figures: {INDEX_NAMES[0]}. Contents are shown up to {SHOWN_BYTES / 2**20:.0f} MiB in all."
-    system.write_whole(page, _PAGE.format(count=len(names), note=note, articles="\n".join(articles)).encode())
+    system.write_whole(page, _PAGE.format(width=width, count=len(names), note=note, articles="\n".join(articles)).encode())
 
 
 def _article(fields, content, extension):
