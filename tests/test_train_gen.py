@@ -19,7 +19,6 @@ from conftest import (
     load_script,
     one_message,
     options,
-    run_fresh,
     run_script,
 )
 
@@ -302,7 +301,7 @@ def test_wandb(folder, tmp_path, monkeypatch):
         load_script("train-gen").main()
     home = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"), "XDG_CONFIG_HOME": str(tmp_path)}
     on = options(**{**SETTINGS, "WANDB_LOG": True, "WEIGHTS_PATH": "on.pth", "NUM_EPOCHS": 1})
-    done = run_fresh("train-gen.py", *on, cwd=folder, env=home)
+    done = run_script("train-gen.py", *on, cwd=folder, env=home)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wandb: not logged in") == 1
     assert list((folder / "wandb").glob("offline-run-*"))

@@ -173,7 +173,7 @@ def test_torchrun(folder):
     assert_same_end(folder, "torchrun", "forked")
 
 
-@pytest.mark.parametrize("num_processes, num_workers", [(1, 0), (1, 2), (2, 2)])
+@pytest.mark.parametrize("num_processes, num_workers", [(1, 0), (1, 2), (2, 0), (2, 2)])
 def test_a_file_that_vanishes_ends_a_run_whose_state_is_saved(own_folder, num_processes, num_workers):
     """One process fails: all end with its message; without consent a rerun is refused, with it the epoch begins anew."""
     gone, settings = own_folder / "train" / "gone.bin", {"SAVE_MINUTES": 60, "NUM_WORKERS": num_workers}
@@ -606,9 +606,8 @@ def test_progress_in_a_file_is_short(folder):
     assert 0 < len(done.stderr) < 4000 and "epoch 2 train" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "number, num_processes, num_workers", [(signal.SIGINT, 1, 0), (signal.SIGTERM, 2, 0), (signal.SIGTERM, 2, 1)]
-)
+@pytest.mark.parametrize("num_processes, num_workers", [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_read_that_never_ends_does_not_keep_a_run_from_stopping(own_folder, number, num_processes, num_workers):
     """The state of the last finished step is saved, though no step comes any more."""
     running = start(own_folder, "hangs", num_processes, NUM_WORKERS=num_workers, SAVE_MINUTES=60, NUM_EPOCHS=10000)
