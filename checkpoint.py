@@ -373,7 +373,7 @@ class RunFiles:
         return os.path.getsize(self.log) if os.path.exists(self.log) else 0
 
     def complete_log(self, text, start):
-        """Adds the last finished epoch's `text` to the log at byte `start`, unless it stands there already.
+        """Adds the last finished epoch's `text` to the log from byte `start` on, unless it stands there already.
 
         That is once per epoch, also when the run was killed between its checkpoint and its log, or in the middle of it.
         """
@@ -382,9 +382,11 @@ class RunFiles:
             with open(self.log, "a+b") as log:
                 start = min(start, log.tell())
                 log.seek(start)
-                there = log.read(len(text))
-                if there != text and text.startswith(there):  # nothing of it, or a beginning that is all there is
+                there = log.read()
+                if text in there:
+                    return
+                if text.startswith(there):  # nothing of it, or a beginning that is all there is
                     log.truncate(start)
-                    log.write(text)
+                log.write(text)  # at the end: what another run has written there meanwhile stays
         except OSError as error:
             print(f"cannot write {self.log}: {error.strerror}; the run goes on")

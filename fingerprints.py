@@ -56,14 +56,14 @@ class Fingerprints:
         known = (found.get("data") or {}).get("TRAIN_FOLDERS")
         if isinstance(known, str):
             return None
-        trained = {identity: index for index, identity in enumerate(known[:, 0].tolist())}
-        parts = {index: part for index, *part in (found.get("parts") or {}).get("TRAIN_FOLDERS", [])}
-        whole, num_seen = (0, math.inf), 0
-        for index, identity in enumerate(self.hashes["EVAL_FOLDERS"][:, 0].tolist()):
-            if identity in trained:
-                first, last = parts.get(trained[identity], whole)
-                start, stop = self.examples["EVAL_FOLDERS"].parts.get(index, whole)
-                num_seen += max(first, start) < min(last, stop)
+        examples, whole, num_seen = self.examples["EVAL_FOLDERS"], (0, math.inf), 0
+        trained = {identity: row for row, identity in enumerate(known[:, 0].tolist())}
+        parts = {row: part for row, *part in (found.get("parts") or {}).get("TRAIN_FOLDERS", [])}  # pairs have none
+        identities = self.hashes["EVAL_FOLDERS"][:, 0].reshape(examples.indices.shape)  # (files,) -> (n, 1) or (n, 2)
+        for index, files in enumerate(identities.tolist()):
+            start, stop = examples.parts.get(index, whole)
+            takes = [parts.get(trained[identity], whole) for identity in files if identity in trained]
+            num_seen += any(max(first, start) < min(last, stop) for first, last in takes)
         return num_seen
 
 

@@ -106,7 +106,7 @@ def check_extensions(loaded):
         if known is not None and seen_extension(extension, known) not in known:
             raise system.UserError(
                 f"{name} is {extension!r}, but {config.INFERENCE_WEIGHTS_PATH} was trained on no such file; its training files' "
-                f"extensions: {', '.join(system.escape_name(each) or '(none)' for each in known[:20])}"
+                f"extensions: {listing.first_names([each or '(none)' for each in known])}"
             )
     direction, where = (config.INPUT_EXT.lower(), config.TARGET_EXT.lower()), config.INFERENCE_WEIGHTS_PATH
     if not isinstance(settings, dict):
@@ -139,9 +139,8 @@ def find_inputs():
     """Returns the input files of every MODE but generate.
 
     Raises:
-        UserError: there are none, or the settings do not allow to tell.
+        UserError: there are none.
     """
-    check_folders()
     pairs = config.MODE == "evaluate" and config.CONVERSION_MODE is not None  # then INPUT_EXT is that of their inputs
     files = listing.list_files([config.INPUT_FOLDER], "INPUT_FOLDER", None if pairs else config.INPUT_EXT)
     if not files:
@@ -241,7 +240,7 @@ def write_output(path, content, is_ours, failed):
     """Writes an output file and returns whether it could; appends (path, reason) to `failed` if not.
 
     Args:
-        is_ours: whether a file that is there already is that of an earlier run; any other is kept as a backup.
+        is_ours: function of the path: whether the file that is there is that of an earlier run; any other is kept as a backup.
 
     Raises:
         OSError: the disk is full, so that no other file would fit either.
@@ -251,7 +250,7 @@ def write_output(path, content, is_ours, failed):
         return False
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        if not is_ours and os.path.isfile(path):
+        if os.path.isfile(path) and not is_ours(path):
             system.keep_backup(path)
         system.write_whole(path, content)
     except OSError as error:
@@ -273,7 +272,8 @@ def write_files(model, extensions, files, check_stop):
     """
     patch_size, patch_length = model.patch_size, model.patch_length
     rows, cut_off, failed = [], [], []  # rows: of the index
-    known, indexed_at = index_page.read_index(os.path.join(config.OUTPUT_FOLDER, index_page.INDEX_NAMES[0])) or {}, time.monotonic()
+    known = index_page.read_index(os.path.join(config.OUTPUT_FOLDER, index_page.INDEX_NAMES[0])) or {}
+    indexed_at = time.monotonic()
     num_candidates = 1 if files is None else config.NUM_CANDIDATES
     if files is None:
         num_outputs, prompts = config.NUM_SAMPLES, new_prompts(patch_size, extensions)
@@ -281,6 +281,10 @@ def write_files(model, extensions, files, check_stop):
         num_outputs, prompts = len(files), input_prompts(files, patch_size, patch_length, extensions, failed)
     batch_size = min(config.INFERENCE_BATCH_SIZE, num_outputs * num_candidates)
     sampling = generation.Sampling(config.TOP_K, config.TOP_P, config.TEMPERATURE)
+
+    def is_listed(path):
+        return system.escape_name(os.path.relpath(path, config.OUTPUT_FOLDER)) in known
+
     try:
         with tqdm(unit="B", unit_scale=True, desc=config.MODE, **system.progress_options()) as bar:
 
@@ -291,13 +295,12 @@ def write_files(model, extensions, files, check_stop):
             continuations = generation.generate(model, prompts, batch_size, sampling, progress)
             for output, continuation in best_candidates(continuations, num_candidates):
                 content = output.prefix + utils.to_content(continuation.symbols)
-                name = os.path.relpath(output.path, config.OUTPUT_FOLDER)
-                is_ours = system.escape_name(name) in known
-                if not write_output(output.path, content, is_ours, failed):
+                if not write_output(output.path, content, is_listed, failed):
                     continue
                 if continuation.cut_off:
                     cut_off.append(output.path)
                 how = "cut off" if continuation.cut_off else "ended"
+                name = os.path.relpath(output.path, config.OUTPUT_FOLDER)
                 rows.append((name, output.source, len(content), continuation.bits_per_byte(), how, config.SEED))
                 bar.set_postfix_str(f"{len(rows)}/{num_outputs} files", refresh=False)
                 if time.monotonic() - indexed_at > INDEX_SECONDS:
@@ -329,25 +332,28 @@ def classify_files(model, labels, label_mode, files, dtype, check_stop):
         print(f"{longer} of {len(files)} files are longer than the model's {model.patch_length} patches: their heads are classified")
     order = np.argsort(lengths.clip(max=model.patch_length), kind="stable").tolist()  # least padding
     found, failed = {}, []  # found: {index of a file: [(probability, index of a label), …]}, the likeliest first
-    with tqdm(total=len(files), unit="file", desc=config.MODE, **system.progress_options()) as bar:
-        for start in range(0, len(order), config.INFERENCE_BATCH_SIZE):
-            check_stop()
-            chosen, sequences = order[start : start + config.INFERENCE_BATCH_SIZE], {}
-            for index in chosen:
-                try:
-                    sequences[index] = dataset[index]
-                except system.UserError as error:
-                    failed.append((files[index], str(error)))
-            if sequences:
-                batch = utils.Batch(sequences.values())
-                with torch.inference_mode(), devices.autocast(model.device, dtype):
-                    logits = model(batch.patches_on(model.device), batch.masks)  # (B, labels)
-                likeliest = logits.double().softmax(-1).topk(min(3, len(labels)))  # (B, 3) each
-                found |= {i: list(zip(*each)) for i, *each in zip(sequences, likeliest.values.tolist(), likeliest.indices.tolist())}
-            bar.update(len(chosen))
-    write_predictions(found, files, labels)
-    report(found, files, labels, label_mode)
-    list_failed(failed)
+    try:
+        with tqdm(total=len(files), unit="file", desc=config.MODE, **system.progress_options()) as bar:
+            for start in range(0, len(order), config.INFERENCE_BATCH_SIZE):
+                check_stop()
+                chosen, sequences = order[start : start + config.INFERENCE_BATCH_SIZE], {}
+                for index in chosen:
+                    try:
+                        sequences[index] = dataset[index]
+                    except system.UserError as error:
+                        failed.append((files[index], str(error)))
+                if sequences:
+                    batch = utils.Batch(sequences.values())
+                    with torch.inference_mode(), devices.autocast(model.device, dtype):
+                        logits = model(batch.patches_on(model.device), batch.masks)  # (B, labels)
+                    likeliest = logits.double().softmax(-1).topk(min(3, len(labels)))  # (B, 3) each
+                    found |= {i: list(zip(*each)) for i, *each in zip(sequences, likeliest.values.tolist(), likeliest.indices.tolist())}
+                bar.update(len(chosen))
+    finally:  # also after Ctrl-C: what is done stays, and is told
+        if found or failed:
+            write_predictions(found, files, labels)
+            report(found, files, labels, label_mode)
+            list_failed(failed)
     return 1 if failed else 0
 
 
@@ -361,7 +367,7 @@ def write_predictions(found, files, labels):
         shown = [word for probability, label in found[index] for word in (system.escape_name(labels[label]), f"{probability:.4f}")]
         lines.append([name, *shown])
     system.write_whole(path, "".join("\t".join(line) + "\n" for line in lines).encode())
-    print(f"{len(found)} files classified in {path}")
+    print(f"{len(found)} of {len(files)} files classified in {path}")
 
 
 def report(found, files, labels, label_mode):
@@ -382,7 +388,7 @@ def report(found, files, labels, label_mode):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def find_examples(files, patch_size, patch_length):
+def examples_to_score(files, patch_size, patch_length):
     """Returns (Examples to evaluate, the names of the pairs that do not fit in `patch_length` and their patches).
 
     Raises:
@@ -402,7 +408,7 @@ def find_examples(files, patch_size, patch_length):
         raise system.UserError(
             f"INPUT_FOLDER: no pair fits in the model's {patch_length} patches (PATCH_LENGTH); the shortest has {min(lengths)}"
         )
-    return pairs.select(lengths <= patch_length), unfit
+    return pairs.select(np.flatnonzero(lengths <= patch_length)), unfit
 
 
 def evaluate_files(model, files, dtype, check_stop):
@@ -410,7 +416,7 @@ def evaluate_files(model, files, dtype, check_stop):
 
     The arguments are those of `classify_files`; the model is a bGPTLMHeadModel.
     """
-    examples, unfit = find_examples(files, model.patch_size, model.patch_length)
+    examples, unfit = examples_to_score(files, model.patch_size, model.patch_length)
     windows, scores, failed = windowing.evaluation_windows(examples, model.patch_size, model.patch_length), [], []
     total = int(windows.sizes.sum() + len(examples))
     with tqdm(total=total, unit="B", unit_scale=True, desc=config.MODE, **system.progress_options()) as bar:
@@ -424,7 +430,9 @@ def evaluate_files(model, files, dtype, check_stop):
             bar.set_postfix_str(f"{len(scores)}/{len(examples)} files", refresh=False)
     if scores:
         scores.sort(key=lambda score: score.index)
-        print(report_page.write_report(config.OUTPUT_FOLDER, model, windows, scores, dtype, config.as_dict(), unfit, failed))
+        training = config.as_dict(training_only=True).keys() - {"PRECISION", "CONVERSION_MODE"}  # the model's own are not config.py's
+        settings = {name: value for name, value in config.as_dict().items() if name not in training}
+        print(report_page.write_report(config.OUTPUT_FOLDER, model, windows, scores, dtype, settings, unfit, failed))
     if unfit:
         print(f"{len(unfit)} pairs do not fit in the model's {model.patch_length} patches (PATCH_LENGTH) and are left out:")
         print("\n".join(f"  {system.escape_name(name)}: {length} patches" for name, length in unfit))
@@ -470,7 +478,7 @@ def code_files(model, files, check_stop):
                 output = os.path.join(config.OUTPUT_FOLDER, os.path.relpath(path, config.INPUT_FOLDER))
                 output = output + lossless.SUFFIX if is_compressing else output.removesuffix(lossless.SUFFIX)
                 result = container if is_compressing else content
-                if write_output(output, result, holds(output, result), failed):
+                if write_output(output, result, lambda path, content=result: holds(path, content), failed):
                     sizes.append((len(content), len(container), len(evaluation.COMPRESSORS["xz -9e"](content))))
                 bar.set_postfix_str(f"{len(sizes)}/{len(paths)} files", refresh=False)
     finally:  # also after Ctrl-C or on a full disk: what is written stays, and is told
@@ -482,8 +490,8 @@ def code_files(model, files, check_stop):
 
 
 def holds(path, content):
-    """Returns whether there is a file of this very content at a path."""
-    if not os.path.isfile(path) or os.path.getsize(path) != len(content):
+    """Returns whether the file at a path has this very content."""
+    if os.path.getsize(path) != len(content):
         return False
     with open(path, "rb") as file:
         return file.read() == content

@@ -64,8 +64,8 @@ def independent_draws(x, n, xx, xn, nn, files):
     """Returns how many independent draws, each right or wrong, tell as much about a share as files do.
 
     The bytes of a file are right or wrong together; only the files are independent. So the draws are as many as would give the
-    share the variance that the files' own shares show (the variance of a ratio, from clusters). Where no file has an error,
-    or all have nothing else, that variance is unknown, and each counts as one draw.
+    share the variance that the files' own shares show (the variance of a ratio, from clusters). Where every byte is right,
+    or every one wrong, the variance cannot be estimated, and each file counts as one draw.
 
     Args:
         x, n: the right bytes, and all bytes, summed over the files.

@@ -66,56 +66,75 @@ def warnings(paths, truth, labels, held_out_counts, mode):
         first_files.setdefault(label, path)
         numbers[index] = folders.setdefault(os.path.dirname(path), len(folders))
         if mode == "name" and re.search(r"_.*[^\d_].*_\d+$", os.path.splitext(os.path.basename(path))[0]):
-            prefixes.setdefault(label, {}).setdefault(label_of(path, "prefix"), path)
-    lines = []
+            prefixes.setdefault(labels[label], {}).setdefault(label_of(path, "prefix"), path)
+    single = {labels[label]: first_files[label] for label in np.flatnonzero(counts == 1).tolist()}
+    stray = [label for label, path in single.items() if mode != "folder" and extensions[listing.extension_of(path)] == 1]
+    # where files are only numbered in folders named after their label, a label by name occurs once in each folder
+    num_pairs = len(np.unique(truth * len(folders) + numbers))  # of a label and a folder
+    return [
+        *_warn_of_single_files(list(single), stray, len(labels)),
+        *_warn_of_spellings(labels),
+        *_warn_of_prefixes(prefixes),
+        *_warn_of_many_labels(len(labels), len(truth), folders, num_pairs, mode),
+        *_warn_of_few_evaluation_files(labels, counts, held_out_counts),
+    ]
 
-    single = np.flatnonzero(counts == 1).tolist()
-    stray = {label for label in single if mode != "folder" and extensions[listing.extension_of(first_files[label])] == 1}
-    if len(labels) - len(stray) < 2:
-        stray = set()  # then nothing is left that they could be strays among
+
+def _warn_of_single_files(single, stray, num_labels):
+    """Yields lines on the labels of one training file; `stray` are those that have an extension of their own, too."""
+    if num_labels - len(stray) < 2:
+        stray = []  # then nothing is left that they could be strays among
     if stray:
-        lines.append(
-            f"{_named([labels[label] for label in sorted(stray)])}: the only file of its extension, and a label of its own. What "
-            "is no data belongs out of TRAIN_FOLDERS, or gets a leading dot, which hides it"
+        yield (
+            f"{_named(stray)}: the only file of its extension, and a label of its own. What is no data belongs out of "
+            "TRAIN_FOLDERS, or gets a leading dot, which hides it"
         )
-    if rest := [labels[label] for label in single if label not in stray]:
-        lines.append(f"{_named(rest)}: a label with one training file, too few to learn from or to evaluate; add files, or take it out")
+    if rest := [label for label in single if label not in stray]:
+        yield f"{_named(rest)}: a label with one training file, too few to learn from or to evaluate; add files, or take it out"
 
+
+def _warn_of_spellings(labels):
     same = {}  # {label in lower case: its spellings}
     for label in labels:
         same.setdefault(label.lower(), []).append(label)
     for spellings in [each for each in same.values() if len(each) > 1][:SHOWN_NAMES]:
-        lines.append(f"{_named(spellings)}: labels that differ in case only; rename the files (or folders) if they are one")
+        yield f"{_named(spellings)}: labels that differ in case only; rename the files (or folders) if they are one"
 
+
+def _warn_of_prefixes(prefixes):
+    """Yields a line for each label by "name" that holds several by "prefix": {the one: {the other: an example}}."""
     for label in [label for label, found in prefixes.items() if len(found) > 1][:SHOWN_NAMES]:
         names = [os.path.basename(path) for path in prefixes[label].values()]
-        lines.append(
-            f"{system.escape_name(labels[label])} is the label of {_named(names, 'and')}, since LABELS 'name' ends at the first '_'; "
+        yield (
+            f"{system.escape_name(label)} is the label of {_named(names, 'and')}, since LABELS 'name' ends at the first '_'; "
             "--LABELS prefix ends at the last"
         )
-    # where files are only numbered in folders named after their label, a label by name occurs once in each folder
-    num_pairs = len(np.unique(truth * len(folders) + numbers))  # of a label and a folder
-    if mode != "folder" and 1 < len(folders) < len(labels) and num_pairs > len(truth) / 2:
+
+
+def _warn_of_many_labels(num_labels, num_files, folders, num_pairs, mode):
+    """Yields a line if the folders, or nothing, seem to be the labels; `num_pairs` are those of a label and a folder."""
+    if mode != "folder" and 1 < len(folders) < num_labels and num_pairs > num_files / 2:
         names = sorted(os.path.basename(folder) for folder in folders)
-        lines.append(
-            f"{len(labels)} labels for {len(truth)} files, which lie in {len(folders)} folders ({_named(names)}): if the folders are "
+        yield (
+            f"{num_labels} labels for {num_files} files, which lie in {len(folders)} folders ({_named(names)}): if the folders are "
             "the labels, give --LABELS folder"
         )
-    elif len(labels) > len(truth) / 2:
-        lines.append(f"{len(labels)} labels for {len(truth)} files: {described(mode)}")
+    elif num_labels > num_files / 2:
+        yield f"{num_labels} labels for {num_files} files: {described(mode)}"
 
+
+def _warn_of_few_evaluation_files(labels, counts, held_out_counts):
     total = int(held_out_counts.sum())
     if total < FEW_FILES:
-        lines.append(
+        yield (
             f"only {total} evaluation files: each is {100 / total:.1f} % of the accuracy, by which the best epoch is chosen; add to "
             "EVAL_FOLDERS, or raise EVAL_SPLIT where that is empty"
         )
     if missing := [labels[label] for label in np.flatnonzero((held_out_counts == 0) & (counts > 1)).tolist()]:
-        lines.append(
+        yield (
             f"{_named(missing)}: no evaluation file, so nothing tells how well it is learned; "
             "add to EVAL_FOLDERS, or raise EVAL_SPLIT where that is empty"
         )
-    return lines
 
 
 def described(mode):

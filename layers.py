@@ -164,7 +164,7 @@ class KVCache:
         Args:
             layer: its number.
             qkv: (N, H, 3, 64).
-            mask: (N·H, 1, longest), see `mask`.
+            mask: (N·H, 1, longest), see `mask`; or (1, 1, longest), if it is the same for all.
             where: (rows, positions), each an int64 tensor (N,), or rows a slice and positions one number.
             rows: int64 (N,), the row that each query sees; None = the first N.
         """

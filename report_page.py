@@ -365,7 +365,7 @@ def build_page(notes, table, groups, files):
     Args:
         notes: lines of text about the evaluation as a whole.
         table: rows of texts, the figures of each group of files; the first row is its head.
-        groups: {group: its figures}, see `evaluation.sum_up_groups`.
+        groups: {group: its figures}, see `sum_up_groups`.
         files: iterable of (FileScore, what it is, parts, symbols), see `choose_files`, `shown_parts` and
             `evaluation.score_symbols`.
     """
@@ -398,7 +398,7 @@ def write_report(folder, model, windows, scores, dtype, settings, unfit, failed)
     Args:
         model, windows, dtype: see `evaluation.score_files`.
         scores: list of FileScores, one or more.
-        settings: the constants of config.py, as a dict; the checkpoint is that of INFERENCE_WEIGHTS_PATH.
+        settings: the constants of config.py that bear on inference, as a dict; the checkpoint is that of INFERENCE_WEIGHTS_PATH.
         unfit: (name, patches) of the pairs that were left out.
         failed: (path, reason) of the files that could not be read; gets those that have become unreadable since.
     """
@@ -407,6 +407,14 @@ def write_report(folder, model, windows, scores, dtype, settings, unfit, failed)
     table, verdict = figures_table(groups), comparison(groups["all"]["gains"])
     with open(weights, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    system.write_whole(paths[0], table_of_files(scores).encode())
+    shown = []
+    for score, title in choose_files(scores):
+        parts = shown_parts(score, SHOWN_SYMBOLS)
+        try:
+            shown.append((score, title, parts, evaluation.score_symbols(model, windows, score.index, parts, dtype)))
+        except (OSError, system.UserError) as error:
+            failed.append((score.path, f"cannot be shown: {getattr(error, 'strerror', None) or error}"))
     everything = {
         "checkpoint": {"path": weights, "sha256": digest, "parameters": model.num_parameters()},
         "patch_size": model.patch_size,
@@ -422,15 +430,7 @@ def write_report(folder, model, windows, scores, dtype, settings, unfit, failed)
         "pairs_that_do_not_fit": [{"pair": system.escape_name(name), "patches": length} for name, length in unfit],
         "failed": [{"file": system.escape_name(path), "reason": why} for path, why in failed],
     }
-    system.write_whole(paths[0], table_of_files(scores).encode())
     system.write_whole(paths[1], json.dumps(everything, indent=1).encode())
-    shown = []
-    for score, title in choose_files(scores):
-        parts = shown_parts(score, SHOWN_SYMBOLS)
-        try:
-            shown.append((score, title, parts, evaluation.score_symbols(model, windows, score.index, parts, dtype)))
-        except (OSError, system.UserError) as error:
-            failed.append((score.path, f"cannot be shown: {getattr(error, 'strerror', None) or error}"))
     notes = [f"{weights}, SHA-256 {digest}, {dtype} on {model.device}; 95 % intervals over files.", verdict]
     system.write_whole(paths[2], build_page(map(system.escape_name, notes), table, groups, shown))
     lines = [f"{len(scores)} files evaluated in {', '.join(paths)}; 95 % intervals over files:", *evaluation.aligned(table), verdict]

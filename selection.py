@@ -21,7 +21,7 @@ def split_conversion_mode(mode):
 
 
 def pair_files(files, mode):
-    """Returns Examples of (input, target) for the Files of the same folder and stem, in the order of `Examples.of` the inputs.
+    """Returns Examples of (input, target) for the Files of the same folder and stem, in the order that `Examples.of` gives the inputs.
 
     Extensions are compared without case: tune.abc and tune.MID are a pair. Of tune.mid and tune.MID, the former is the target.
     """
@@ -71,7 +71,7 @@ def directed(examples, mode):
 def fitting_pairs(pairs, patch_size, patch_length):
     """Returns the pairs that fit in a sequence, and the patches of the longest pair of all (0 if there are none)."""
     lengths = pairs.lengths(patch_size, patch_length)
-    return pairs.select(lengths <= patch_length), int(lengths.max(initial=0))
+    return pairs.select(np.flatnonzero(lengths <= patch_length)), int(lengths.max(initial=0))
 
 
 def nearest_pairs(files, mode):

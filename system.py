@@ -34,7 +34,7 @@ class UserError(ValueError):
 
 
 def escape_name(name):
-    """Returns a name with backslashes and all that is not printable (tabs, newlines, broken UTF-8) as escapes: \\t, \\xff."""
+    """Returns a name with backslashes and all that is not printable (tabs, newlines, broken UTF-8) as escapes such as \\t."""
     return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in name)
 
 
@@ -106,32 +106,28 @@ def check_writable(path, name):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_whole(path, content, temporary=None, synced=True):
+def write_whole(path, content):
     """Writes a file beside `path` and moves it there: at any moment the path holds the whole old file or the whole new one.
 
-    After an error nothing is left beside it; after a kill, what `remove_leftovers` removes.
+    It waits until all is on the disk, so that it outlasts a power cut. After an error nothing is left beside it; after a kill, what `remove_leftovers` removes.
 
     Args:
         path: where the file is to be; a link stays one, and what it leads to is replaced.
         content: bytes, or a function that writes them to the open binary file that it is given.
-        temporary: the file to write first, in the same folder; None = one of its own. With one, `path` must be no link.
-        synced: wait until all is on the disk, so that it outlasts a power cut.
 
     Raises:
         OSError: names `path`, not the temporary file.
     """
-    if temporary is None:
-        path = os.path.realpath(path)
-        temporary = os.path.join(os.path.dirname(path), f"{_prefix(path)}{os.urandom(4).hex()}.tmp")
+    path = os.path.realpath(path)
+    temporary = os.path.join(os.path.dirname(path), f"{_prefix(path)}{os.urandom(4).hex()}.tmp")
     try:
         with open(temporary, "wb") as file:
             if callable(content):
                 content(file)
             else:
                 file.write(content)
-            if synced:
-                file.flush()
-                os.fsync(file.fileno())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -139,12 +135,11 @@ def write_whole(path, content, temporary=None, synced=True):
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, path) from None
         raise
-    if synced:  # the new name itself is on the disk only after its folder is synced
-        descriptor = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)  # the new name itself is on the disk only after its folder is synced
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_small_files(folder, files, temporary):
@@ -210,7 +205,7 @@ def keep_backup(path, why="not made by this run"):
         backup = f"{path}.bak{number}"
     print(f"{path} was {why}: kept as {backup}")
     try:
-        os.link(path, backup)  # the path itself is never without its file
+        os.link(os.path.realpath(path), backup)  # not the link, if it is one; the path itself is never without its file
     except OSError:  # a file system without hard links
         with open(path, "rb") as file:
             write_whole(backup, lambda copy: shutil.copyfileobj(file, copy))

@@ -163,7 +163,7 @@ class State:
     """How far a run is: plain data, the same in all processes but for `totals`. checkpoint.py says where it is kept."""
 
     totals: dict  # running sums of the epoch in hand, of this process
-    run_id: str
+    run_id: str = ""  # drawn by `Run.__enter__`; that of the checkpoint, where the run goes on from one
     epoch: int = 0  # finished epochs
     position: int = 0  # examples that the epoch in hand has trained on, in all processes together
     best_epoch: int = 0  # 0 = there is none yet
@@ -175,7 +175,7 @@ class State:
     log_start: int = 0  # where that begins in the log, in bytes
 
     def to_checkpoint(self):
-        """Returns the keys of a checkpoint that are the same in all processes, except that of `best`."""
+        """Returns the part of a checkpoint that all processes share; the caller adds `best` under its published name."""
         names = ("epoch", "position", "best_epoch", "best_loss", "report", "figures", "log_text", "log_start", "run_id")
         return {name: getattr(self, name) for name in names}
 
@@ -222,7 +222,7 @@ def no_number(epoch):
 
 
 class Run:
-    """A run of training. Within `with run:` its files are locked, and Ctrl-C and SIGTERM stop it after the step in hand.
+    """A run of training. Within `with run:` its files are locked; from `begin` on, a stop signal ends it after the step in hand.
 
     A script calls `resume` and `begin`; for each epoch it takes the batches of `training_batches`, and for each of them
     computes gradients and calls `clip_gradients`, `update_weights` and `step_done`; then those of `evaluation_batches`, with
@@ -251,7 +251,7 @@ class Run:
         self.train, self.held_out, self.labels, self._hold_out = train, held_out, labels, hold_out
         self.best_name, self.higher_is_better, self._no_totals = best_name, higher_is_better, no_totals
         self._cuts_windows = cuts_windows
-        self.state = State(no_totals, processes.gather(os.urandom(8).hex())[0])
+        self.state = State(no_totals)
         self.files = checkpoint.RunFiles(settings["WEIGHTS_PATH"], settings["LOGS_PATH"])
         groups = parameter_groups(model, settings["EMBEDDING_START"])
         self.optimizer = torch.optim.AdamW(groups, lr=settings["LEARNING_RATE"], fused=True)
@@ -264,7 +264,8 @@ class Run:
         self._saved_at, self._saved_position = time.monotonic(), None  # when, and at which (epoch, position), it was saved
         self._is_saved = True  # whether the last try to save the latest state went well
         self._epoch_began = time.monotonic()
-        self._logger, self._stop_signal, self._stack = NoLogger(), None, contextlib.ExitStack()  # the second: see `begin`
+        self._logger, self._stack = NoLogger(), contextlib.ExitStack()
+        self._stop_signal = None  # set by `begin`
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
@@ -273,6 +274,7 @@ class Run:
                 if self.processes.rank == 0:
                     stack.enter_context(self.files.locked())
             self._stack = stack.pop_all()  # all processes go on: the files stay locked until `__exit__`
+        self.state.run_id = self.processes.gather(os.urandom(8).hex())[0]
         return self
 
     def __exit__(self, *error):
@@ -308,7 +310,6 @@ class Run:
                 self.scaler.load_state_dict(found["scaler"])
             if not differences:
                 self._restore_position(found)
-            self._say_changes(found, path)
         except system.UserError:
             raise
         except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError, zlib.error) as error:
@@ -316,29 +317,39 @@ class Run:
                 f"WEIGHTS_PATH: {path!r} holds a model, but not the state of a run to go on from ({error!r}). To start from "
                 "its weights, set PRE_WEIGHTS_PATH to it, LOAD_FROM_PRE_CHECKPOINT to True and LOAD_FROM_CHECKPOINT to False"
             ) from None
+        self._say_changes(found, path)
+        for difference in differences.values():
+            print(f"{difference}: epoch {self.state.epoch + 1} begins anew with the files as they are")
+        self._forget_best_that_does_not_compare(found, other_files="EVAL_FOLDERS" in differences)
+        if self.processes.rank == 0:
+            self.files.complete_log(self.state.log_text, self.state.log_start)
+        return True
+
+    def _forget_best_that_does_not_compare(self, found, other_files):
+        """Has the next epoch count as the best so far, where the best model is not there or its figure is of other data.
+
+        Args:
+            found: the checkpoint.
+            other_files: whether the evaluation files have changed.
+        """
         why, has_best = None, self.files.find_own(self.state.run_id)
         if not has_best:
             why = f"the best model of this run is not at {self.files.best}"
         elif self._sees_other_parts(found, self.held_out):
             why = "LONG_FILES has changed, and with it what evaluation covers"
-        elif "EVAL_FOLDERS" in differences:
+        elif other_files:
             why = "figures of other evaluation files do not compare"
-        for difference in differences.values():
-            print(f"{difference}: epoch {self.state.epoch + 1} begins anew with the files as they are")
         if why and self.state.best_epoch:
             print(f"{why}: the next epoch counts as the best so far")
             if has_best and self.processes.rank == 0:
                 self.files.keep_best()
             self.state.best_epoch, self.state.best = 0, None
-        if self.processes.rank == 0:
-            self.files.complete_log(self.state.log_text, self.state.log_start)
-        return True
 
     def _check_fits(self, found, path):
         """Raises UserError if a checkpoint is of a run on other labels or pairs."""
         before, anew = found.get("config") or {}, start_anew(path)
         mode = self.settings["CONVERSION_MODE"]
-        if before.get("CONVERSION_MODE", mode) != mode:
+        if (before.get("CONVERSION_MODE", mode) or "").lower() != (mode or "").lower():
             raise system.UserError(
                 f"CONVERSION_MODE is {mode!r}, but the run at {path!r} trains with {before['CONVERSION_MODE']!r}: set that, or, {anew}"
             )
@@ -449,15 +460,15 @@ class Run:
                     "the processes see different files: TRAIN_FOLDERS, EVAL_FOLDERS and WEIGHTS_PATH must lie on a disk that all share"
                 )
             )
-        size = settings["BATCH_SIZE"] * processes.count
+        step_size = settings["BATCH_SIZE"] * processes.count  # examples in a step of all processes
         num_epochs = max(settings["NUM_EPOCHS"], state.epoch + 1)
         counts = [len(self.train)] * num_epochs
         if self._cuts_windows:  # which are not as many in each epoch
-            seeds, sizes = map(self._seeds, range(num_epochs)), self.sizes
-            counts = windowing.count_training_windows(self.train, sizes.PATCH_SIZE, sizes.PATCH_LENGTH, seeds)
-        steps = [-(-count // size) for count in counts]
+            seeds = map(self._seeds, range(num_epochs))
+            counts = windowing.count_training_windows(self.train, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH, seeds)
+        steps = [-(-count // step_size) for count in counts]
         # by epochs, not by the steps that were counted: another BATCH_SIZE has other steps in an epoch
-        done = sum(steps[: state.epoch]) + -(-state.position // size)
+        done = sum(steps[: state.epoch]) + -(-state.position // step_size)
         num_steps = sum(steps[: settings["NUM_EPOCHS"]])
         self.scheduler = make_scheduler(self.optimizer, settings["LR_SCHEDULE"], settings["LEARNING_RATE"], num_steps, done)
         print(
@@ -504,7 +515,7 @@ class Run:
         return self._reading
 
     def _training_set(self, epoch):
-        """Returns what an epoch, of which so many lie before it, trains on: a ByteDataset, or the Windows of all files."""
+        """Returns the data set of the epoch after `epoch` finished ones: a ByteDataset, or the Windows of all files."""
         make = windowing.training_windows if self._cuts_windows else utils.ByteDataset
         return make(self.train, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH, self._seeds(epoch))
 

@@ -184,8 +184,9 @@ class Examples:
         return cls(files, np.argsort(files.places, kind="stable")[:, None])
 
     def select(self, indices):
-        """Returns the Examples at `indices`, an integer array, in its order."""
-        olds = np.asarray(indices).tolist() if self.parts else []
+        """Returns the Examples at `indices`, integers, in their order."""
+        indices = np.asarray(indices, dtype=np.int64)
+        olds = indices.tolist() if self.parts else []
         parts = {new: self.parts[old] for new, old in enumerate(olds) if old in self.parts}
         return Examples(self.files, self.indices[indices], parts)
 
@@ -251,11 +252,11 @@ class ByteDataset:
     """Files, or pairs of files, as sequences of patches.
 
     Args:
-        examples: Examples, or a list of such tuples of paths.
+        examples: the Examples.
         patch_size: S.
         patch_length: L, the most patches in a sequence.
-        crop_seed: what the crops of files longer than that are drawn from, beside the file's identity (in a list of tuples,
-            its path): a list of whole numbers such as [seed, epoch]; None = always the head of the file.
+        crop_seed: what the crops of files longer than that are drawn from, beside the file's identity: a list of
+            whole numbers such as [seed, epoch]; None = always the head of the file.
     """
 
     def __init__(self, examples, patch_size, patch_length, crop_seed=None):
@@ -293,11 +294,7 @@ class ByteDataset:
         """Returns the seed of what is kept of a longer file; None = its head."""
         if self.crop_seed is None:
             return None
-        if isinstance(self.examples, Examples):
-            identity = self.examples.files.identity(self.examples.indices[index, 0])
-        else:
-            identity = os.fsencode(self.examples[index][0])
-        return [*self.crop_seed, zlib.crc32(identity)]
+        return [*self.crop_seed, zlib.crc32(self.examples.files.identity(self.examples.indices[index, 0]))]
 
     def lengths(self, indices):
         """Returns the patches of the sequences of the examples at `indices`, an integer array."""

@@ -284,6 +284,25 @@ def test_backups_never_replace_each_other(tmp_path):
     assert [(tmp_path / f"weights.pth.bak{n}").read_text() for n in ("", "2", "3")] == ["0", "1", "2"]
 
 
+def test_a_backup_of_a_link_keeps_what_it_leads_to(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "weights.pth").write_text("old")
+    (tmp_path / "weights.pth").symlink_to(tmp_path / "there" / "weights.pth")
+    system.keep_backup(str(tmp_path / "weights.pth"))
+    system.write_whole(str(tmp_path / "weights.pth"), b"new")
+    assert (tmp_path / "weights.pth.bak").read_text() == "old" and (tmp_path / "there" / "weights.pth").read_text() == "new"
+
+
+def test_a_log_that_others_write_too_loses_no_line(tmp_path):
+    """Two runs with one LOGS_PATH: the other's line comes between the end of the log that a run has seen and its own line."""
+    one, other = (checkpoint.RunFiles(str(tmp_path / name), str(tmp_path / "log.txt")) for name in ("a.pth", "b.pth"))
+    start = one.end_of_log()
+    other.complete_log("other, epoch 1\n", other.end_of_log())
+    for _ in range(2):  # again: after a restart
+        one.complete_log("one, epoch 1\n", start)
+    assert (tmp_path / "log.txt").read_text() == "other, epoch 1\none, epoch 1\n"
+
+
 @pytest.mark.parametrize("script", ["train-gen.py", "inference.py"])
 def test_scripts_refuse_broken_checkpoints(tmp_path, tiny_model, script):
     (tmp_path / "data").mkdir()

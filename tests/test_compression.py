@@ -1,13 +1,16 @@
 """Lossless compression: what is compressed comes back, or a message says why not; MODE compress as a user runs it."""
 
 import binascii
+import builtins
+import errno
 import os
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, as_batch, one_message, options, run_fresh, run_script
+from conftest import TINY, as_batch, load_script, one_message, options, run_fresh, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -250,6 +253,25 @@ def test_there_and_back(ready):
         done = infer(ready, "decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
         assert done.returncode == 0 and ".bak" not in done.stdout
     assert contents_of(ready / "back") == before | {b"a.abc.bak": b"mine"}
+
+
+def test_an_output_that_cannot_be_read_is_told_and_the_rest_is_done(ready, monkeypatch):
+    """Of a file that stands in its place, the content decides whether it must be kept."""
+    infer(ready, "compress")
+    infer(ready, "decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
+    monkeypatch.chdir(ready)
+    inference, failed = load_script("inference"), []
+    opened = builtins.open
+
+    def refuse(path, *arguments, **keywords):
+        if str(path) == "back/a.abc":  # root may read all
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return opened(path, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    content = Path("input/a.abc").read_bytes()
+    assert not inference.write_output("back/a.abc", content, lambda path: inference.holds(path, content), failed)
+    assert failed == [("back/a.abc", "Permission denied")]
 
 
 def test_what_cannot_be_done_is_told_and_the_rest_is_done(ready):

@@ -222,6 +222,7 @@ def test_evaluate(tmp_path, tiny_model, tiny_checkpoint):
     assert "1 could not be done" in done.stdout and "dead.abc: No such file" in done.stdout
     report = report_of(tmp_path)
     assert report["checkpoint"]["sha256"] == hashlib.sha256(tiny_checkpoint.read_bytes()).hexdigest()
+    assert "PATCH_SIZE" not in report["settings"] and "PRECISION" in report["settings"]  # config.py's sizes are not the model's
     assert report["settings"]["MODE"] == "evaluate" and report["versions"]["torch"] == torch.__version__
     assert list(report["groups"]) == ["all", ".abc", ".bin", ".txt", "no extension"]
     assert report["failed"] == [{"file": "input/dead.abc", "reason": "No such file or directory"}]

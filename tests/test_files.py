@@ -219,6 +219,10 @@ def test_files_that_cannot_be_read_are_left_out_and_named(tmp_path, monkeypatch,
         f"  {tmp_path}/0\\n.x: a link that leads nowhere",
         f"  {tmp_path}/2.x: no permission to read it",
     ]
+    (tmp_path / "round").symlink_to("round")  # a link to itself takes nothing else with it
+    listing.list_readable_files([str(tmp_path)], "TRAIN_FOLDERS")
+    assert f"  {tmp_path}/round: a link that leads nowhere" in capsys.readouterr().out.splitlines()
+    (tmp_path / "round").unlink()
     for i in range(12):
         (tmp_path / f"dead{i}.x").symlink_to("nowhere")
     listing.list_readable_files([str(tmp_path)], "TRAIN_FOLDERS")
@@ -299,10 +303,10 @@ def test_pairs_do_not_mind_case():
 def test_extension_patches_of_pairs_are_in_lower_case(tmp_path):
     (tmp_path / "a.ABC").write_bytes(b"x")
     (tmp_path / "a.MID").write_bytes(b"y")
-    paths = str(tmp_path / "a.ABC"), str(tmp_path / "a.MID")
-    patches, *_ = utils.ByteDataset([paths], 4, 16)[0]
+    files = listing.list_files([str(tmp_path)], "")
+    patches, *_ = utils.ByteDataset(utils.Examples(files, [[0, 1]]), 4, 16)[0]
     assert patches[[0, 2]].tolist() == [[*b"abc", E], [*b"mid", E]]
-    patches, *_ = utils.ByteDataset([paths[:1]], 4, 16)[0]
+    patches, *_ = utils.ByteDataset(utils.Examples(files, [[0]]), 4, 16)[0]
     assert patches[0].tolist() == [*b"ABC", E]  # plain files stay as they are
 
 
@@ -318,8 +322,9 @@ def test_lists_of_one_extension_do_not_mind_case(tmp_path):
 
 def test_conversion_sequence(pairs_folder):
     """[abc] content [mid] content [end]: the input's end patch is left out, the target is whole."""
-    example = (str(pairs_folder / "a.abc"), str(pairs_folder / "a.mid"))
-    patches, counted, _ = utils.ByteDataset([example], 4, 16)[0]
+    files = listing.list_files([str(pairs_folder)], "")
+    pair = [files.find(os.fsencode(pairs_folder / name)) for name in ("a.abc", "a.mid")]
+    patches, counted, _ = utils.ByteDataset(utils.Examples(files, [pair]), 4, 16)[0]
     expected = [list(b"abc") + [E], [0, 1, 2, 3], [4, E, E, E], list(b"mid") + [E], [0, 1, 2, 3], [4, 5, 6, 7], [E] * 4]
     assert patches.tolist() == expected
     # bits per byte: both contents with the end of each, where there is one; no extension, no padding
@@ -329,17 +334,17 @@ def test_conversion_sequence(pairs_folder):
 
 
 def test_dataset_crops_follow_seed_epoch_and_path(tmp_path):
-    examples = []
     for i in range(40):
         (tmp_path / f"{i}.bin").write_bytes(bytes(range(200)))
-        examples.append((str(tmp_path / f"{i}.bin"),))
+    examples = utils.Examples.of(listing.list_files([str(tmp_path)], ""))
 
     def crops(examples, *seed):
         dataset = utils.ByteDataset(examples, 2, 10, list(seed))
         return {example: dataset[i][0].tobytes() for i, example in enumerate(examples)}
 
     first = crops(examples, 0, 1)
-    assert first == crops(examples[::-1], 0, 1)  # not on the order or number of files
+    fewer = crops(examples.select(range(39, 9, -1)), 0, 1)  # the order or number of files decides nothing
+    assert len(fewer) == 30 and fewer.items() <= first.items()
     assert first != crops(examples, 0, 2) and first != crops(examples, 1, 1)
     assert len(set(first.values())) > 5
     head = utils.ByteDataset(examples, 2, 10)
@@ -350,7 +355,7 @@ def test_batches(tmp_path):
     lengths = [3, 0, 9, 4, 30]
     for i, length in enumerate(lengths):
         (tmp_path / f"{i}.x").write_bytes(bytes(length))
-    dataset = utils.ByteDataset([(path,) for path in listing.list_files([str(tmp_path)], "")], 4, 8)
+    dataset = utils.ByteDataset(utils.Examples.of(listing.list_files([str(tmp_path)], "")), 4, 8)
     index_batches = [np.array(indices) for indices in ([4, 2], [0, 1], [3])]
     state = torch.get_rng_state()
     alone, workers = (list(utils.batches(dataset, index_batches, num_workers=n)) for n in (0, 2))
@@ -370,8 +375,10 @@ def test_batches(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_file_that_vanishes(tmp_path, num_workers):
-    (tmp_path / "a.x").write_text("a")
-    dataset = utils.ByteDataset([(str(tmp_path / "a.x"),), (str(tmp_path / "gone.x"),)], 4, 8)
+    for name in ("a.x", "gone.x"):
+        (tmp_path / name).write_text("a")
+    dataset = utils.ByteDataset(utils.Examples.of(listing.list_files([str(tmp_path)], "")), 4, 8)
+    (tmp_path / "gone.x").unlink()
     with pytest.raises(system.UserError, match="^cannot read .*gone.x'.*No such file") as caught:
         list(utils.batches(dataset, [[0], [1]], num_workers))
     assert "Traceback" not in str(caught.value)

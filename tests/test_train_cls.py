@@ -419,6 +419,25 @@ def test_classify_agrees_with_the_evaluation_of_training(folder):
         assert list(map(float, shown[1::2])) == sorted(map(float, shown[1::2]), reverse=True)
 
 
+def test_ctrl_c_keeps_what_is_classified(folder, trained, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    inference, calls = load_script("inference"), iter([None, None, KeyboardInterrupt(signal.SIGINT)])
+    for name, value in {"MODE": "classify", "INPUT_FOLDER": "eval", "OUTPUT_FOLDER": "stopped", "INFERENCE_BATCH_SIZE": 4}.items():
+        monkeypatch.setattr(config, name, value)
+    (folder / "stopped").mkdir()
+    model, loaded = checkpoint.load_model(f"{trained}.pth", "")
+
+    def check_stop():
+        if error := next(calls):
+            raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        files = listing.list_files(["eval"], "")
+        inference.classify_files(model.eval(), list(loaded["labels"]), "name", files, torch.float32, check_stop)
+    assert f"8 of {len(files)} files classified in stopped/predictions.tsv" in capsys.readouterr().out
+    assert len((folder / "stopped" / "predictions.tsv").read_text().splitlines()) == 9
+
+
 def test_classify_files_of_unknown_labels_and_such_as_cannot_be_read(folder, trained):
     (folder / "odd").mkdir()
     (folder / "odd" / "a\tb\n.bin").write_bytes(b"\n" * 20)
@@ -426,12 +445,12 @@ def test_classify_files_of_unknown_labels_and_such_as_cannot_be_read(folder, tra
     (folder / "odd" / "low_2.txt").write_bytes(b"")
     (folder / "odd" / "gone_1.bin").symlink_to("nowhere")
     done = classify(folder, trained, status=1, INPUT_FOLDER="odd")
-    assert "3 files classified in output/predictions.tsv" in done.stdout
+    assert "3 of 4 files classified in output/predictions.tsv" in done.stdout
     assert "the names of 1 of them carry a label that the model knows" in done.stdout
     assert "1 could not be done:" in done.stdout and "odd/gone_1.bin: cannot read" in done.stdout
     assert [row[0] for row in read_predictions(folder)[1:]] == ["a\\tb\\n.bin", "low_1.bin", "low_2.txt"]
     done = classify(folder, trained, INPUT_FOLDER="odd", INPUT_EXT="txt")
-    assert "1 files classified" in done.stdout and "carry a label" not in done.stdout and "longer" not in done.stdout
+    assert "1 of 1 files classified" in done.stdout and "carry a label" not in done.stdout and "longer" not in done.stdout
     (folder / "odd" / "long.txt").write_bytes(bytes(1000))
     done = classify(folder, trained, INPUT_FOLDER="odd", INPUT_EXT="txt")
     assert "1 of 2 files are longer than the model's 16 patches: their heads are classified" in done.stdout

@@ -338,6 +338,21 @@ def test_another_conversion_mode_stops_a_rerun(folder):
     train(folder, "pairs", CONVERSION_MODE="abc->mid", **pairs)
     message = one_message(start(folder, "pairs", CONVERSION_MODE="mid->abc", **pairs)[0].wait())
     assert "CONVERSION_MODE is 'mid->abc', but the run at 'pairs-last.pth' trains with 'abc->mid'" in message
+    assert "goes on from pairs-last.pth" in train(folder, "pairs", CONVERSION_MODE="ABC->mid", **pairs).stdout
+
+
+def test_leaks_of_pairs_are_counted_by_example(folder):
+    (folder / "tunes").mkdir()
+    for i in range(8):
+        for extension in ("abc", "mid"):
+            (folder / "tunes" / f"{i}.{extension}").write_bytes(b"x" * i)
+    pairs = {"TRAIN_FOLDERS": ["tunes"], "EVAL_FOLDERS": [], "EVAL_SPLIT": 0.4, "CONVERSION_MODE": "abc&mid"}
+    train(folder, "tunes", **pairs, NUM_EPOCHS=1)
+    known = load(folder, "tunes-last")["data"]["TRAIN_FOLDERS"][:, 0]
+    done = train(folder, "tunes", **pairs, NUM_EPOCHS=2, SEED=1, ALLOW_CHANGED_FILES=True)
+    held_out = load(folder, "tunes-last")["data"]["EVAL_FOLDERS"][:, 0].view(-1, 2)  # three pairs, both ways
+    num_seen = int(torch.isin(held_out, known).any(1).sum())
+    assert f"the run has trained on {num_seen} of these 6" in done.stdout and num_seen > 0
 
 
 def test_another_seed_in_the_middle_of_an_epoch(folder):
@@ -372,12 +387,14 @@ def test_what_a_kill_leaves_of_the_log_is_put_right(folder):
         log.write_bytes(left)
         train(folder, "log")
         assert log.read_bytes() == whole
-    log.write_bytes(b"what others wrote\n" * 100)  # that is nobody's to change
-    train(folder, "log")
-    assert log.read_bytes() == b"what others wrote\n" * 100
+    last, others = whole[whole.rindex(b"epoch 3") :], b"what others wrote\n" * 100  # that is nobody's to change
+    log.write_bytes(others)
+    for _ in range(2):
+        train(folder, "log")
+        assert log.read_bytes() == others + last
     log.unlink()
     train(folder, "log")
-    assert log.read_bytes() == whole[whole.rindex(b"epoch 3") :]
+    assert log.read_bytes() == last
 
 
 def test_a_full_disk_does_not_end_a_run(folder):
@@ -502,6 +519,12 @@ def test_processes_that_see_different_files_end(folder, tmp_path):
     done = [process.wait(60) for process in [Running("train-gen.py", *settings, cwd=cwd, env=env) for cwd, env in places]]
     assert [process.returncode for process in done] == [1, 1]
     assert "must lie on a disk that all share" in one_message(done[0])
+    for path in (tmp_path / "train").iterdir():
+        path.unlink()
+    places = zip((folder, tmp_path), torchrun_environments(2))
+    done = [process.wait(60) for process in [Running("train-gen.py", *settings, cwd=cwd, env=env) for cwd, env in places]]
+    assert [process.returncode for process in done] == [1, 1]  # the one that finds none says so, and the other waits for nothing
+    assert "TRAIN_FOLDERS: no files to train on in train" in "".join(process.stderr for process in done)
 
 
 def test_two_runs_at_the_same_weights(folder):
