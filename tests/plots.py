@@ -9,21 +9,12 @@ rolls: the notes of true MIDI files, and in their places those of the files that
 """
 
 import argparse
-import re
 import statistics
 
 import matplotlib
 from bench_convert import read_notes, read_pair, share_right
+from logs import read_log
 from matplotlib.figure import Figure
-
-
-def read_log(path, figure):
-    """Returns {epoch: value} of a figure in a log of training. Raises ValueError if it has none."""
-    with open(path, encoding="utf-8") as file:
-        found = re.findall(rf"^epoch (\d+)  .*\b{figure} (\S+)", file.read(), flags=re.MULTILINE)
-    if not found:
-        raise ValueError(f"{path} holds no {figure}")
-    return {int(epoch): float(value) for epoch, value in found}
 
 
 def draw_curves(options):
@@ -31,7 +22,7 @@ def draw_curves(options):
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
     for label, _, paths in (line.partition("=") for line in options.lines):
-        logs = [read_log(path, "eval_bits_per_byte") for path in paths.split(",")]
+        logs = [{entry["epoch"]: entry["eval_bits_per_byte"] for entry in read_log(path)} for path in paths.split(",")]
         epochs = sorted(set.intersection(*map(set, logs)))
         values = [[log[epoch] for log in logs] for epoch in epochs]
         drawn = axes.plot(epochs, [statistics.fmean(each) for each in values], marker="o", markersize=3, label=label)

@@ -21,6 +21,7 @@ from conftest import (
     options,
     run_script,
 )
+from logs import read_log
 
 import config
 import checkpoint
@@ -57,14 +58,6 @@ def train(folder, **changes):
     return run_script("train-gen.py", *options(**{**SETTINGS, **changes}), cwd=folder)
 
 
-def log_entries(folder, name="logs.txt"):
-    """Returns the lines of a log as dicts of floats."""
-    return [
-        {key: float(value) for key, value in re.findall(r"(\w+) ([-\d.naif]+)", line)}
-        for line in (folder / name).read_text().splitlines()
-    ]
-
-
 def load(path):
     return torch.load(path, weights_only=True)
 
@@ -72,7 +65,7 @@ def load(path):
 def test_a_run_logs_and_saves_what_it_says(folder):
     done = train(folder, LONG_FILES="crop")
     assert done.returncode == 0, done.stderr
-    entries = log_entries(folder)
+    entries = read_log(folder / "logs.txt")
     assert [entry["epoch"] for entry in entries] == [1, 2]
     best, latest = load(folder / "weights.pth"), load(folder / "weights-last.pth")
     for name in ("model", "optimizer", "lr_sched", "epoch", "best_epoch", "min_eval_loss"):
@@ -138,7 +131,7 @@ def test_a_rerun_goes_on_after_the_last_epoch(folder):
     assert not list(folder.glob("*.bak"))  # the run's own files need no backup
     again = train(folder, NUM_EPOCHS=4, WEIGHTS_PATH="b.pth", LOGS_PATH="b.txt", **settings)
     assert again.returncode == 0 and "finished 4 of NUM_EPOCHS 4" in again.stdout
-    assert len(log_entries(folder, "b.txt")) == 4
+    assert len(read_log(folder / "b.txt")) == 4
 
 
 def test_micro_batches_change_nothing(folder):
@@ -147,7 +140,7 @@ def test_micro_batches_change_nothing(folder):
         settings = {"DROPOUT": 0, "PRECISION": "fp32"}
         done = train(folder, ACCUMULATION_STEPS=steps, **settings, WEIGHTS_PATH=f"{steps}.pth", LOGS_PATH=f"{steps}.txt")
         assert done.returncode == 0, done.stderr
-    entries = [log_entries(folder, f"{steps}.txt") for steps in (1, 2, 4)]
+    entries = [read_log(folder / f"{steps}.txt") for steps in (1, 2, 4)]
     assert entries[0] == [pytest.approx(entry, abs=2e-4) for entry in entries[1]]
     assert entries[0] == [pytest.approx(entry, abs=2e-4) for entry in entries[2]]
 
@@ -166,7 +159,7 @@ def test_overfits_eight_real_files_and_writes_them_again(tmp_path):
     settings = {"LEARNING_RATE": 3e-3, "BATCH_SIZE": 8, "NUM_EPOCHS": 15, "DROPOUT": 0, "LR_SCHEDULE": "constant"}
     done = train(tmp_path, **sizes, **settings, TRAIN_FOLDERS=folders, EVAL_FOLDERS=folders[:1])
     assert done.returncode == 0, done.stderr
-    assert log_entries(tmp_path)[-1]["eval_bits_per_byte"] < 0.1
+    assert read_log(tmp_path / "logs.txt")[-1]["eval_bits_per_byte"] < 0.1
     done = run_script(
         "inference.py",
         *options(MODE="complete", INPUT_FOLDER="copy0", PROMPT_BYTES=11, TEMPERATURE=0, INFERENCE_BATCH_SIZE=3),
@@ -279,7 +272,7 @@ def test_pre_trained_weights(folder):
 def test_patch_sampling_trains(folder):
     done = train(folder, PATCH_SAMPLING_BATCH_SIZE=3, ACCUMULATION_STEPS=2, NUM_EPOCHS=3, NUM_WORKERS=2)
     assert done.returncode == 0, done.stderr
-    losses = [entry["eval_loss"] for entry in log_entries(folder)]
+    losses = [entry["eval_loss"] for entry in read_log(folder / "logs.txt")]
     assert losses[-1] < losses[0]
 
 
@@ -287,7 +280,7 @@ def test_bf16_learns_like_fp32(folder):
     for precision in ("fp32", "bf16"):
         settings = {"PRECISION": precision, "WEIGHTS_PATH": f"{precision}.pth", "LOGS_PATH": f"{precision}.txt"}
         assert train(folder, NUM_EPOCHS=6, LEARNING_RATE=3e-3, DROPOUT=0, **settings).returncode == 0
-    fp32, bf16 = ([entry["eval_loss"] for entry in log_entries(folder, f"{p}.txt")] for p in ("fp32", "bf16"))
+    fp32, bf16 = ([entry["eval_loss"] for entry in read_log(folder / f"{p}.txt")] for p in ("fp32", "bf16"))
     assert fp32[-1] < fp32[0] and bf16 == pytest.approx(fp32, rel=0.01)
 
 
