@@ -44,6 +44,7 @@ tensors alone, names that begin with "module." or "_orig_mod." (other wrappers o
 """
 
 import contextlib
+import fcntl
 import dataclasses
 import errno
 import math
@@ -380,13 +381,17 @@ class RunFiles:
         text = text.encode("utf-8", "backslashreplace")
         try:
             with open(self.log, "a+b") as log:
-                start = min(start, log.tell())
-                log.seek(start)
-                there = log.read()
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.lockf(log, fcntl.LOCK_EX)  # until it is closed: another run may write to the same log
+                log.seek(0)
+                whole = log.read()
+                there = whole[start if start <= len(whole) else 0 :]
                 if text in there:
                     return
-                if text.startswith(there):  # nothing of it, or a beginning that is all there is
-                    log.truncate(start)
-                log.write(text)  # at the end: what another run has written there meanwhile stays
+                if there and text.startswith(there):  # a beginning that is all there is
+                    log.truncate(len(whole) - len(there))
+                    whole = whole[: len(whole) - len(there)]
+                # at the end: what another run has written meanwhile stays
+                log.write((b"\n" if whole and not whole.endswith(b"\n") else b"") + text)
         except OSError as error:
             print(f"cannot write {self.log}: {error.strerror}; the run goes on")

@@ -126,6 +126,8 @@ class PatchWriter:
         self.head = PackedLinear(model.byte_level_decoder.base.lm_head.weight)
         self.patch_cache = KVCache(patch_level.base, batch_size, self.length)
         self.byte_cache = KVCache(gpt2, batch_size, self.size)
+        masks = self.byte_cache.mask(torch.arange(self.size, device=self.device), self.byte_cache.length)  # (S·H, 1, T)
+        self.byte_masks = masks.unflatten(0, (self.size, -1))  # (S, H, 1, T), of a query at each symbol
         zeros = functools.partial(torch.zeros, dtype=torch.int64, device=self.device)
         self.newest = zeros(batch_size, self.size)  # (B, S), the newest whole patch of each row
         self.positions = zeros(batch_size)  # (B,), where it stands
@@ -249,10 +251,8 @@ class PatchWriter:
         given, num_given = self.given[:rows], self.num_given[:rows]
         uniforms = self.uniforms[torch.arange(rows, device=self.device), self.positions[:rows] + 1]  # (B, S)
         patches, logits = torch.empty_like(given), []
-        masks = self.byte_cache.mask(torch.arange(self.size, device=self.device), self.byte_cache.length)  # (S·H, 1, T)
-        masks = masks.unflatten(0, (self.size, -1))[:, :1]  # (S, 1, 1, T), those of the heads are equal
         for j in range(self.size):
-            attend = functools.partial(self.byte_cache.attend, mask=masks[j], where=(slice(rows), j))
+            attend = functools.partial(self.byte_cache.attend, mask=self.byte_masks[j, :1], where=(slice(rows), j))
             logits.append(self.head(self.byte_blocks(x + self.symbol_positions[j], attend)))  # (B, V)
             patches[:, j] = torch.where(j < num_given, given[:, j], self.choose(logits[-1], uniforms[:, j]))
             x = F.embedding(patches[:, j], self.symbol_vectors)  # (B, D)
@@ -281,7 +281,7 @@ class PatchWriter:
             read = np.where(column == 0, NUM_SYMBOLS + row, guesses[row, column - 1])
             places = row, column = torch.from_numpy(row), torch.from_numpy(column)
             x = F.embedding(torch.from_numpy(read), vectors) + F.embedding(column, self.symbol_positions)
-            mask = self.byte_cache.mask(column, self.byte_cache.length)
+            mask = self.byte_masks[column].flatten(0, 1)  # (n·w, H, 1, T) -> (n·w·H, 1, T)
             attend = functools.partial(self.byte_cache.attend, mask=mask, where=places, rows=row)
             logits[places] = found = self.head(self.byte_blocks(x, attend))  # (n·w, V)
             drawn = torch.where(is_given[places], patches[places], sample_symbols(found, self.sampling, uniforms[places]))

@@ -31,6 +31,7 @@ p {{ margin: .2em 0 .6em; color: #555; overflow-wrap: anywhere; }}
 pre {{ margin: 0; max-height: 20em; overflow: auto; background: #f4f4f4; padding: .4em; white-space: pre-wrap;
       overflow-wrap: anywhere; font-size: 11px; }}
 img {{ max-width: 100%; min-width: 8em; image-rendering: pixelated; }}
+audio {{ width: 100%; }}
 </style></head><body><h1>bGPT: {count:,} outputs</h1><p>{note}</p><main>
 {articles}
 </main></body></html>

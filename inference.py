@@ -315,6 +315,8 @@ def write_files(model, extensions, files, check_stop):
 def classify_files(model, labels, label_mode, files, dtype, check_stop):
     """Writes predictions.tsv: of each file the three likeliest labels with their probabilities; returns the exit status.
 
+    A run that is stopped writes predictions-partial.tsv.
+
     Where the files' names carry labels that the model knows, prints how many predictions are right.
 
     Args:
@@ -349,17 +351,19 @@ def classify_files(model, labels, label_mode, files, dtype, check_stop):
                     likeliest = logits.double().softmax(-1).topk(min(3, len(labels)))  # (B, 3) each
                     found |= {i: list(zip(*each)) for i, *each in zip(sequences, likeliest.values.tolist(), likeliest.indices.tolist())}
                 bar.update(len(chosen))
-    finally:  # also after Ctrl-C: what is done stays, and is told
-        if found or failed:
-            write_predictions(found, files, labels)
+    finally:  # also after Ctrl-C: what is done stays, and is told, but takes the place of no earlier run's predictions
+        is_whole = len(found) + len(failed) == len(files)
+        if is_whole:
             report(found, files, labels, label_mode)
-            list_failed(failed)
+        list_failed(failed)
+        if found or is_whole:
+            write_predictions(found, files, labels, "predictions.tsv" if is_whole else "predictions-partial.tsv")
     return 1 if failed else 0
 
 
-def write_predictions(found, files, labels):
-    """Writes predictions.tsv from {index of a file: [(probability, index of a label), …]}."""
-    path = os.path.join(config.OUTPUT_FOLDER, "predictions.tsv")
+def write_predictions(found, files, labels, name):
+    """Writes a table into OUTPUT_FOLDER, of that name, from {index of a file: [(probability, index of a label), …]}."""
+    path = os.path.join(config.OUTPUT_FOLDER, name)
     ranks = ("", " 2", " 3")[: min(3, len(labels))]
     lines = [["file"] + [word for rank in ranks for word in (f"label{rank}", f"probability{rank}")]]
     for index in sorted(found):

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from utils import HEAD_SIZE
 
 GRAIN = 2**15  # PyTorch gives each thread at least so many elements of an elementwise operation
-FACTOR = torch.tensor(1.5957691216057308)  # 2 · sqrt(2 / pi)
 
 
 def apply_gelu(x):
@@ -26,9 +25,10 @@ def apply_gelu(x):
         elements = x.view(-1)
         num_whole = len(elements) // GRAIN * GRAIN
         parts = *elements[:num_whole].split(GRAIN * torch.get_num_threads()), elements[num_whole:]
+    factor = x.new_tensor(1.5957691216057308)  # 2 · sqrt(2 / pi)
     for part in parts:
         # 2u = 2 · sqrt(2 / pi) · (x + 0.044715 · x³)
-        part.mul_(torch.addcmul(FACTOR, part, part, value=0.07135481627260025).mul_(part).sigmoid_())
+        part.mul_(torch.addcmul(factor, part, part, value=0.07135481627260025).mul_(part).sigmoid_())
 
 
 class PackedLinear:

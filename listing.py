@@ -3,6 +3,7 @@
 import array
 import bisect
 import collections
+import errno
 import os
 
 import numpy as np
@@ -113,18 +114,16 @@ def list_files(folders, name, extension=None, own=()):
             continue
         try:
             with os.scandir(folder) as found:
-                entries = [entry for entry in found if not entry.name.startswith(b".")]
+                entries = [(entry, *_look_at(entry)) for entry in found if not entry.name.startswith(b".")]
         except OSError as error:
             if folder in roots:
                 raise system.UserError(f"{name}: cannot read the folder {os.fsdecode(folder)!r}: {error.strerror}") from None
             lost[os.fsdecode(folder)] = error.strerror
             continue
-        for entry in entries:
-            kind = _kind_of(entry)
+        for entry, kind, size, file_id in entries:
             if kind == "folder":
                 (links if entry.is_symlink() else waiting).append((entry.path, place))
             elif kind == "file" and (wanted is None or extension_of(os.fsdecode(entry.name)).lower() == wanted):
-                size, file_id = _size_and_id(entry)
                 if file_id in own_ids:
                     found_own.append(entry.path)
                     continue
@@ -151,8 +150,7 @@ def list_readable_files(folders, name, own=()):
         return files
     print(f"{name}: {len(lost)} of {len(files)} files cannot be read and are left out:")
     for path in (files[index] for index in lost[:SHOWN_FILES]):
-        why = "no permission to read it" if os.path.exists(path) else "a link that leads nowhere" if os.path.islink(path) else "gone"
-        print(f"  {system.escape_name(path)}: {why}")
+        print(f"  {system.escape_name(path)}: {_why_unreadable(path)}")
     if len(lost) > SHOWN_FILES:
         print(f"  and {len(lost) - SHOWN_FILES} more")
     return files.select(np.setdiff1d(np.arange(len(files)), lost))
@@ -165,26 +163,36 @@ def first_names(paths):
     return f"{shown} and {len(paths) - SHOWN_FILES} more" if len(paths) > SHOWN_FILES else shown
 
 
-def _kind_of(entry):
-    """Returns what an os.DirEntry is: "folder", "file" or "other", such as a pipe.
+def _look_at(entry):
+    """Returns (what an os.DirEntry is: "folder", "file" or "other", such as a pipe; the bytes in a file; its id, see `_file_ids`).
 
-    A link that leads nowhere, round and round, or where this user may not go counts as a file: reading it says what it is.
+    A link that leads nowhere, round and round, or where this user may not go counts as a file, of -1 bytes and no id, and so
+    does a file that has gone in the meantime: reading it says what it is.
+
+    Raises:
+        OSError: this user may not reach what is in the folder.
     """
     try:
         if entry.is_dir():
-            return "folder"
-        return "file" if entry.is_file() or entry.is_symlink() else "other"
-    except OSError:
-        return "file"
-
-
-def _size_and_id(entry):
-    """Returns the bytes in the file of an os.DirEntry and its id, see `_file_ids`; -1 and None where it cannot be reached."""
-    try:
+            return "folder", 0, None
+        if not (entry.is_file() or entry.is_symlink()):
+            return "other", 0, None
         found = entry.stat()
-    except OSError:
-        return -1, None
-    return found.st_size, (found.st_dev, found.st_ino)
+    except OSError as error:
+        if entry.is_symlink() or error.errno == errno.ENOENT:
+            return "file", -1, None
+        raise
+    return "file", found.st_size, (found.st_dev, found.st_ino)
+
+
+def _why_unreadable(path):
+    """Returns why a file cannot be read, in a few words."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM):
+            return "a link that leads nowhere" if os.path.islink(path) else "gone"
+    return "no permission to read it"
 
 
 def _file_ids(paths):

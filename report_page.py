@@ -407,7 +407,6 @@ def write_report(folder, model, windows, scores, dtype, settings, unfit, failed)
     table, verdict = figures_table(groups), comparison(groups["all"]["gains"])
     with open(weights, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    system.write_whole(paths[0], table_of_files(scores).encode())
     shown = []
     for score, title in choose_files(scores):
         parts = shown_parts(score, SHOWN_SYMBOLS)
@@ -430,6 +429,7 @@ def write_report(folder, model, windows, scores, dtype, settings, unfit, failed)
         "pairs_that_do_not_fit": [{"pair": system.escape_name(name), "patches": length} for name, length in unfit],
         "failed": [{"file": system.escape_name(path), "reason": why} for path, why in failed],
     }
+    system.write_whole(paths[0], table_of_files(scores).encode())
     system.write_whole(paths[1], json.dumps(everything, indent=1).encode())
     notes = [f"{weights}, SHA-256 {digest}, {dtype} on {model.device}; 95 % intervals over files.", verdict]
     system.write_whole(paths[2], build_page(map(system.escape_name, notes), table, groups, shown))

@@ -109,7 +109,8 @@ def check_writable(path, name):
 def write_whole(path, content):
     """Writes a file beside `path` and moves it there: at any moment the path holds the whole old file or the whole new one.
 
-    It waits until all is on the disk, so that it outlasts a power cut. After an error nothing is left beside it; after a kill, what `remove_leftovers` removes.
+    It waits until all is on the disk, so that it outlasts a power cut. After an error nothing is left beside it; after a kill,
+    what `remove_leftovers` removes.
 
     Args:
         path: where the file is to be; a link stays one, and what it leads to is replaced.

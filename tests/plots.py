@@ -17,12 +17,20 @@ from logs import read_log
 from matplotlib.figure import Figure
 
 
+def read_figure(path, name):
+    """Returns {epoch: value} of a figure in a log of training. Raises ValueError if it has none."""
+    found = {int(entry["epoch"]): entry[name] for entry in read_log(path) if name in entry}
+    if not found:
+        raise ValueError(f"{path} holds no {name}")
+    return found
+
+
 def draw_curves(options):
     """Returns a figure of the logs' evaluation."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
     for label, _, paths in (line.partition("=") for line in options.lines):
-        logs = [{entry["epoch"]: entry["eval_bits_per_byte"] for entry in read_log(path)} for path in paths.split(",")]
+        logs = [read_figure(path, "eval_bits_per_byte") for path in paths.split(",")]
         epochs = sorted(set.intersection(*map(set, logs)))
         values = [[log[epoch] for log in logs] for epoch in epochs]
         drawn = axes.plot(epochs, [statistics.fmean(each) for each in values], marker="o", markersize=3, label=label)

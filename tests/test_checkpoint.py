@@ -294,13 +294,43 @@ def test_a_backup_of_a_link_keeps_what_it_leads_to(tmp_path):
 
 
 def test_a_log_that_others_write_too_loses_no_line(tmp_path):
-    """Two runs with one LOGS_PATH: the other's line comes between the end of the log that a run has seen and its own line."""
-    one, other = (checkpoint.RunFiles(str(tmp_path / name), str(tmp_path / "log.txt")) for name in ("a.pth", "b.pth"))
-    start = one.end_of_log()
-    other.complete_log("other, epoch 1\n", other.end_of_log())
+    """Two runs with one LOGS_PATH, side by side."""
+    log, lines = tmp_path / "log.txt", {}
+
+    def write(name):
+        files = checkpoint.RunFiles(str(tmp_path / f"{name}.pth"), str(log))
+        for line in lines[name]:
+            files.complete_log(line, files.end_of_log())
+
+    for name in ("one", "other"):
+        lines[name] = [f"{name}, epoch {i}\n" for i in range(300)]
+    child = os.fork()
+    if not child:
+        write("other")
+        os._exit(0)
+    write("one")
+    os.waitpid(child, 0)
+    assert sorted(log.read_text().splitlines(keepends=True)) == sorted(lines["one"] + lines["other"])
+
+
+@pytest.mark.parametrize(
+    "there, end, expected",
+    [
+        ("", 0, "new line\n"),
+        ("old\n", 4, "old\nnew line\n"),
+        ("old\nnew li", 4, "old\nnew line\n"),  # torn by a kill
+        ("old\nother's\n", 4, "old\nother's\nnew line\n"),
+        ("old\nnew liother's\n", 4, "old\nnew liother's\nnew line\n"),  # torn, and then another run's
+        ("old\noth", 4, "old\noth\nnew line\n"),  # another run's, torn
+        ("short", 400, "short\nnew line\n"),  # another log than it was
+    ],
+)
+def test_a_line_of_the_log_is_whole_and_there_once(tmp_path, there, end, expected):
+    log = tmp_path / "log.txt"
+    log.write_text(there)
     for _ in range(2):  # again: after a restart
-        one.complete_log("one, epoch 1\n", start)
-    assert (tmp_path / "log.txt").read_text() == "other, epoch 1\none, epoch 1\n"
+        checkpoint.RunFiles(str(tmp_path / "w.pth"), str(log)).complete_log("new line\n", end)
+        assert log.read_text() == expected
 
 
 @pytest.mark.parametrize("script", ["train-gen.py", "inference.py"])

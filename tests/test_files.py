@@ -1,7 +1,9 @@
 """Files as patches, lists of files, conversion pairs, data sets, batches."""
 
+import contextlib
 import math
 import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -248,6 +250,19 @@ def test_folders_within_that_cannot_be_read_are_left_out_and_named(tmp_path, mon
     assert capsys.readouterr().out.splitlines() == [expected]
     with pytest.raises(system.UserError, match="cannot read the folder .*lost.found': Permission denied"):
         listing.list_files([str(tmp_path), str(tmp_path / "lost+found")], "TRAIN_FOLDERS")
+
+    def list_only(folder):  # as a user may who has the right to list a folder, but not to enter it
+        entries = list(scandir(folder))
+        if os.fsencode(folder).endswith(b"lost+found"):
+            denied = PermissionError(13, "Permission denied", folder)
+            answers = {"is_dir.return_value": False, "is_symlink.return_value": False, "stat.side_effect": denied}
+            entries = [mock.Mock(path=entry.path, **answers) for entry in entries]
+            entries[0].name = b"2.x"
+        return contextlib.nullcontext(entries)
+
+    monkeypatch.setattr(os, "scandir", list_only)
+    assert [os.path.basename(path) for path in listing.list_files([str(tmp_path)], "TRAIN_FOLDERS")] == ["1.x", "3.x"]
+    assert capsys.readouterr().out.splitlines() == [expected]
 
 
 def test_parts_have_nearly_the_same_number_of_patches():

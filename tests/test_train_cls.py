@@ -425,6 +425,7 @@ def test_ctrl_c_keeps_what_is_classified(folder, trained, monkeypatch, capsys):
     for name, value in {"MODE": "classify", "INPUT_FOLDER": "eval", "OUTPUT_FOLDER": "stopped", "INFERENCE_BATCH_SIZE": 4}.items():
         monkeypatch.setattr(config, name, value)
     (folder / "stopped").mkdir()
+    (folder / "stopped" / "predictions.tsv").write_text("of an earlier run")
     model, loaded = checkpoint.load_model(f"{trained}.pth", "")
 
     def check_stop():
@@ -434,8 +435,10 @@ def test_ctrl_c_keeps_what_is_classified(folder, trained, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         files = listing.list_files(["eval"], "")
         inference.classify_files(model.eval(), list(loaded["labels"]), "name", files, torch.float32, check_stop)
-    assert f"8 of {len(files)} files classified in stopped/predictions.tsv" in capsys.readouterr().out
-    assert len((folder / "stopped" / "predictions.tsv").read_text().splitlines()) == 9
+    out = capsys.readouterr().out
+    assert f"8 of {len(files)} files classified in stopped/predictions-partial.tsv" in out and "accuracy" not in out
+    assert len((folder / "stopped" / "predictions-partial.tsv").read_text().splitlines()) == 9
+    assert (folder / "stopped" / "predictions.tsv").read_text() == "of an earlier run"
 
 
 def test_classify_files_of_unknown_labels_and_such_as_cannot_be_read(folder, trained):

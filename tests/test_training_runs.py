@@ -393,8 +393,9 @@ def test_what_a_kill_leaves_of_the_log_is_put_right(folder):
         train(folder, "log")
         assert log.read_bytes() == others + last
     log.unlink()
-    train(folder, "log")
-    assert log.read_bytes() == last
+    for _ in range(2):
+        train(folder, "log")
+        assert log.read_bytes() == last
 
 
 def test_a_full_disk_does_not_end_a_run(folder):
