@@ -368,7 +368,9 @@ def test_mistakes(tmp_path, monkeypatch, tiny_checkpoint, constants, words):
     for name, value in constants.items():
         monkeypatch.setattr(config, name, value)
     with pytest.raises(system.UserError, match=re.escape(words)):
-        load_script("inference").main()
+        script = load_script("inference")
+        script.check_settings()
+        script.main()
     assert (tmp_path / "data" / "a.x").read_bytes() == b"abc" and not (tmp_path / "output").exists()
 
 

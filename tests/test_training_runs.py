@@ -341,16 +341,16 @@ def test_another_conversion_mode_stops_a_rerun(folder):
     assert "goes on from pairs-last.pth" in train(folder, "pairs", CONVERSION_MODE="ABC->mid", **pairs).stdout
 
 
-def test_leaks_of_pairs_are_counted_by_example(folder):
-    (folder / "tunes").mkdir()
+def test_leaks_of_pairs_are_counted_by_example(own_folder):
+    (own_folder / "tunes").mkdir()
     for i in range(8):
         for extension in ("abc", "mid"):
-            (folder / "tunes" / f"{i}.{extension}").write_bytes(b"x" * i)
+            (own_folder / "tunes" / f"{i}.{extension}").write_bytes(b"x" * i)
     pairs = {"TRAIN_FOLDERS": ["tunes"], "EVAL_FOLDERS": [], "EVAL_SPLIT": 0.4, "CONVERSION_MODE": "abc&mid"}
-    train(folder, "tunes", **pairs, NUM_EPOCHS=1)
-    known = load(folder, "tunes-last")["data"]["TRAIN_FOLDERS"][:, 0]
-    done = train(folder, "tunes", **pairs, NUM_EPOCHS=2, SEED=1, ALLOW_CHANGED_FILES=True)
-    held_out = load(folder, "tunes-last")["data"]["EVAL_FOLDERS"][:, 0].view(-1, 2)  # three pairs, both ways
+    train(own_folder, "tunes", **pairs, NUM_EPOCHS=1)
+    known = load(own_folder, "tunes-last")["data"]["TRAIN_FOLDERS"][:, 0]
+    done = train(own_folder, "tunes", **pairs, NUM_EPOCHS=2, SEED=1, ALLOW_CHANGED_FILES=True)
+    held_out = load(own_folder, "tunes-last")["data"]["EVAL_FOLDERS"][:, 0].view(-1, 2)  # three pairs, both ways
     num_seen = int(torch.isin(held_out, known).any(1).sum())
     assert f"the run has trained on {num_seen} of these 6" in done.stdout and num_seen > 0
 
