@@ -255,7 +255,7 @@ def test_there_and_back(ready):
     assert contents_of(ready / "back") == before | {b"a.abc.bak": b"mine"}
 
 
-def test_an_output_that_cannot_be_read_is_told_and_the_rest_is_done(ready, monkeypatch):
+def test_an_output_that_cannot_be_read_ends_no_run(ready, monkeypatch):
     """Of a file that stands in its place, the content decides whether it must be kept."""
     infer(ready, "compress")
     infer(ready, "decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")

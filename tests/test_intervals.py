@@ -10,6 +10,7 @@ import intervals
 
 def test_intervals_are_the_known_ones():
     assert intervals.wilson_interval(3 / 4, 4) == pytest.approx((0.75, 0.3006, 0.9544), abs=1e-4)
+    assert intervals.wilson_interval(0.8, 10) == pytest.approx((0.8, 0.4902, 0.9433), abs=5e-5)  # by the formula of Wilson (1927)
     assert intervals.wilson_interval(0, 10) == pytest.approx((0.0, 0.0, 0.2775), abs=1e-4)
     # with equal denominators the ratio is a mean, and its interval Student's: 2.7764 is the quantile for 5 values
     values = np.array([1.0, 2, 3, 4, 10])
