@@ -45,6 +45,7 @@ import system
 END = 256  # the symbol of padding and end of file
 NUM_SYMBOLS = 257  # V: 256 bytes and END
 HEAD_SIZE = 64  # width of an attention head
+MOST_ATTENDED = 2**15  # sequences in one attention on a GPU; CUDA has no kernel for 2**16 and more
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files <-> patches
@@ -446,6 +447,8 @@ def attend(qkv, rate=0.0):
     Returns:
         (B, T, H, 64).
     """
+    if qkv.device.type == "cuda" and len(qkv) > MOST_ATTENDED:
+        return torch.cat([attend(part, rate) for part in qkv.split(MOST_ATTENDED)])
     queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, 64) each
     if rate == 0 or qkv.device.type != "cpu":
         return F.scaled_dot_product_attention(queries, keys, values, dropout_p=rate, is_causal=True).transpose(1, 2)

@@ -59,6 +59,19 @@ def test_losses_and_gradients():
         assert (gradient - other_gradients[name]).norm() <= 1e-3 * gradient.norm() + 1e-6, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_very_many_sequences(dtype):
+    """More than the 65,535 that one of CUDA's kernels takes, as patches of one or two bytes make them."""
+    qkv = torch.randn(70_000, 2, 3, 1, 64, device="cuda", dtype=dtype).requires_grad_()
+    gradients = []
+    for last in (len(qkv), 1000):  # each sequence by itself: the first thousand are as if there were no others
+        utils.attend(qkv[:last])[:1000].float().square().sum().backward()
+        gradients.append(qkv.grad[:1000].clone())
+        qkv.grad = None
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert gradients[0].abs().sum() > 0
+
+
 def test_classifier():
     batch = ragged_batch(4)
     sizes = {name: size for name, size in TINY.items() if name != "BYTE_NUM_LAYERS"}
