@@ -20,7 +20,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # options of glibc's mallopt
 
 
 def pick_device():
-    """Returns the torch.device to run on: a CUDA GPU if there is one, else the CPU."""
+    """Returns the torch.device to run on: a CUDA GPU if there is one, else the CPU.
+
+    Attention on a GPU is then left to PyTorch's other kernels than cuDNN's, which it prefers on some: cuDNN prepares tens of
+    milliseconds for each new shape, and nearly every batch of files has shapes of its own.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if torch.backends.mps.is_available():
         print("the Apple GPU is not used: this runs on the CPU")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

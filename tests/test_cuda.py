@@ -11,6 +11,7 @@ import torch
 from conftest import TINY, as_batch, fill_by_recipe, options, run_script
 from test_inference import GREEDY, continue_all, ragged_prompts
 from test_training_runs import SETTINGS, assert_same_end, folder, stop, train  # noqa: F401 - `folder` is a fixture
+from torch.nn.attention import SDPBackend
 
 import checkpoint
 import devices
@@ -57,6 +58,14 @@ def test_losses_and_gradients():
     assert gradients.keys() == other_gradients.keys()
     for name, gradient in gradients.items():
         assert (gradient - other_gradients[name]).norm() <= 1e-3 * gradient.norm() + 1e-6, name
+
+
+def test_new_shapes_need_no_preparation():
+    """cuDNN's attention, which PyTorch prefers on an H100, makes a plan for each new shape of a batch."""
+    devices.pick_device()
+    queries = torch.zeros(3, 2, 17, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    choice = torch._fused_sdp_choice(queries, queries, queries, is_causal=True)
+    assert choice != SDPBackend.CUDNN_ATTENTION.value
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
