@@ -27,6 +27,7 @@ import devices
 import evaluation
 import listing
 import lossless
+import system
 import utils
 
 COMPRESSORS = evaluation.COMPRESSORS | {
@@ -78,14 +79,16 @@ def main():
     parser.add_argument("--bytes", type=int, default=None, help="of each file, at most")
     parser.add_argument("--batch", type=int, default=32, help="INFERENCE_BATCH_SIZE")
     options = parser.parse_args()
-    paths = list(listing.list_files([options.folder], "folder"))
+    paths = list(listing.list_files([options.folder], "--folder"))
     if options.files:
-        paths = random.Random(0).sample(paths, options.files)
+        paths = random.Random(0).sample(paths, min(options.files, len(paths)))
     contents = []
     for path in paths:
         with open(path, "rb") as file:
             contents.append(file.read(options.bytes))
     total = sum(map(len, contents))
+    if not total:
+        raise system.UserError(f"--folder: {options.folder!r} holds no bytes to compress")
     sizes = {name: sum(len(compress(content)) for content in contents) for name, compress in COMPRESSORS.items()}
     if options.others:
         print(f"{len(contents)} files, {total:,} bytes")
@@ -95,4 +98,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    system.run(main)
