@@ -1,4 +1,4 @@
-"""The parts of a training run: its processes, batches, weight updates, state and files. The loop stands in the scripts."""
+"""The parts of a training run: its batches, weight updates, saves and ends. The loop stands in the scripts."""
 
 import contextlib
 import dataclasses
@@ -19,12 +19,12 @@ from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_
 
 import checkpoint
 import fingerprints
+import resuming
 import system
 import utils
 import windowing
 
 MOST_EXTENSIONS = 1000  # a checkpoint lists no more extensions of training files: beyond, they are hardly kinds of files
-ORDER = "permutation"  # how the order of an epoch is drawn, for checkpoints
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
@@ -154,63 +154,8 @@ def make_logger(enabled, settings, run_id):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The state of a run
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class State:
-    """How far a run is: plain data, the same in all processes but for `totals`. checkpoint.py says where it is kept."""
-
-    totals: dict  # running sums of the epoch in hand, of this process
-    run_id: str = ""  # drawn by `Run.__enter__`; that of the checkpoint, where the run goes on from one
-    epoch: int = 0  # finished epochs
-    position: int = 0  # examples that the epoch in hand has trained on, in all processes together
-    best_epoch: int = 0  # 0 = there is none yet
-    best: float | None = None  # the figure that decides, in the best epoch
-    best_loss: float = -math.inf  # its eval loss, the lower of which decides between equal figures; -inf = unknown, never beaten
-    report: str = ""  # what there is to say of the best epoch beside its figures
-    figures: dict = dataclasses.field(default_factory=dict)  # of the last finished epoch
-    log_text: str = ""  # what the last finished epoch logged
-    log_start: int = 0  # where that begins in the log, in bytes
-
-    def to_checkpoint(self):
-        """Returns the part of a checkpoint that all processes share; the caller adds `best` under its published name."""
-        names = ("epoch", "position", "best_epoch", "best_loss", "report", "figures", "log_text", "log_start", "run_id")
-        return {name: getattr(self, name) for name in names}
-
-    def take_over(self, found, best_name):
-        """Takes over the state in a checkpoint, but for its place within an epoch; raises one of many errors if it is none.
-
-        Args:
-            found: the checkpoint.
-            best_name: its key of `best`.
-        """
-        numbers = {name: found[name] for name in ("epoch", "best_epoch")}
-        numbers["log_start"] = found.get("log_start", 0)
-        if any(type(value) is not int or not 0 <= value < 2**63 for value in numbers.values()):
-            raise TypeError(f"these should be whole numbers: {numbers}")
-        if not isinstance(found[best_name], (int, float)) or math.isnan(found[best_name]):
-            raise TypeError(f"{best_name} is no number")
-        self.epoch, self.best_epoch, self.log_start = numbers.values()
-        self.best = float(found[best_name]) if self.best_epoch else None
-        self.best_loss = float(found.get("best_loss", -math.inf))  # files from before have none
-        self.run_id = str(found.get("run_id") or self.run_id)  # published checkpoints have none
-        self.figures, self.report = dict(found.get("figures", {})), str(found.get("report", ""))
-        self.log_text = str(found.get("log_text", ""))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # A run
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def start_anew(path):
-    """Returns how to start a new run from the weights of a run that cannot go on, as a clause for messages."""
-    return (
-        f"to start a new run from its weights, set WEIGHTS_PATH to another path, PRE_WEIGHTS_PATH to {path!r} and "
-        "LOAD_FROM_PRE_CHECKPOINT to True"
-    )
 
 
 def no_number(epoch):
@@ -251,7 +196,7 @@ class Run:
         self.train, self.held_out, self.labels, self._hold_out = train, held_out, labels, hold_out
         self.best_name, self.higher_is_better, self._no_totals = best_name, higher_is_better, no_totals
         self._cuts_windows = cuts_windows
-        self.state = State(no_totals)
+        self.state = resuming.State(no_totals)
         self.files = checkpoint.RunFiles(settings["WEIGHTS_PATH"], settings["LOGS_PATH"])
         groups = parameter_groups(model, settings["EMBEDDING_START"])
         self.optimizer = torch.optim.AdamW(groups, lr=settings["LEARNING_RATE"], fused=True)
@@ -301,15 +246,16 @@ class Run:
                 hint = f"Without that file, the run goes on from its best model, {self.files.best}"
                 raise system.UserError(f"{error}. {hint}") from None
             raise
+        earlier = resuming.EarlierRun(found, path, self.settings, self.labels, self._fingerprints, self._cuts_windows)
         try:
-            self._check_fits(found, path)
-            differences = self._compare_files(found, path)
+            earlier.check_fits()
+            earlier.check_files()
             self.state.take_over(found, self.best_name)
             checkpoint.load_optimizer(self.optimizer, found["optimizer"])
             if found.get("scaler"):
                 self.scaler.load_state_dict(found["scaler"])
-            if not differences:
-                self._restore_position(found)
+            if not earlier.differences:
+                self._restore_position(earlier)
         except system.UserError:
             raise
         except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError, zlib.error) as error:
@@ -317,91 +263,24 @@ class Run:
                 f"WEIGHTS_PATH: {path!r} holds a model, but not the state of a run to go on from ({error!r}). To start from "
                 "its weights, set PRE_WEIGHTS_PATH to it, LOAD_FROM_PRE_CHECKPOINT to True and LOAD_FROM_CHECKPOINT to False"
             ) from None
-        self._say_changes(found, path)
-        for difference in differences.values():
-            print(f"{difference}: epoch {self.state.epoch + 1} begins anew with the files as they are")
-        self._forget_best_that_does_not_compare(found, other_files="EVAL_FOLDERS" in differences)
+        state = self.state
+        within = f" and {state.position} examples of the next" if state.position else ""
+        so_far = f"; {self.best_name} so far {state.best:.4f}" if state.best_epoch else ""
+        print(f"goes on from {path} after epoch {state.epoch}{within}{so_far}")
+        earlier.say_changes(state.epoch + 1)
+        self._forget_best_that_does_not_compare(earlier)
         if self.processes.rank == 0:
-            self.files.complete_log(self.state.log_text, self.state.log_start)
+            self.files.complete_log(state.log_text, state.log_start)
         return True
 
-    def _forget_best_that_does_not_compare(self, found, other_files):
-        """Has the next epoch count as the best so far, where the best model is not there or its figure is of other data.
+    def _restore_position(self, earlier):
+        """Takes over where in an epoch a run was, and its running sums; `training_batches` restores its random state.
 
         Args:
-            found: the checkpoint.
-            other_files: whether the evaluation files have changed.
+            earlier: the EarlierRun.
         """
-        why, has_best = None, self.files.find_own(self.state.run_id)
-        if not has_best:
-            why = f"the best model of this run is not at {self.files.best}"
-        elif self._sees_other_parts(found, self.held_out):
-            why = "LONG_FILES has changed, and with it what evaluation covers"
-        elif other_files:
-            why = "figures of other evaluation files do not compare"
-        if why and self.state.best_epoch:
-            print(f"{why}: the next epoch counts as the best so far")
-            if has_best and self.processes.rank == 0:
-                self.files.keep_best()
-            self.state.best_epoch, self.state.best = 0, None
-
-    def _check_fits(self, found, path):
-        """Raises UserError if a checkpoint is of a run on other labels or pairs."""
-        before, anew = found.get("config") or {}, start_anew(path)
-        mode = self.settings["CONVERSION_MODE"]
-        if (before.get("CONVERSION_MODE", mode) or "").lower() != (mode or "").lower():
-            raise system.UserError(
-                f"CONVERSION_MODE is {mode!r}, but the run at {path!r} trains with {before['CONVERSION_MODE']!r}: set that, or, {anew}"
-            )
-        if self.labels is not None and found.get("labels") != self.labels:
-            mode = checkpoint.label_mode(found)
-            why = "" if mode == self.settings["LABELS"] else f" (LABELS was {mode!r} and is now {self.settings['LABELS']!r})"
-            raise system.UserError(f"TRAIN_FOLDERS: the labels or their order are not those of {path!r}{why}; {anew}")
-
-    def _compare_files(self, found, path):
-        """Returns {constant: what differs} for the files that are not those of a checkpoint's run.
-
-        Raises:
-            UserError: there are such, and ALLOW_CHANGED_FILES is False.
-        """
-        before = {"LONG_FILES": "crop", **(found.get("config") or {})}  # what older versions and the published code do
-        constants = ("SEED", "EVAL_SPLIT", *(["LONG_FILES"] if self.labels is None else []))
-        changed = [name for name in constants if before.get(name, self.settings[name]) != self.settings[name]]
-        why = "".join(f"; {name} was {before[name]!r} and is now {self.settings[name]!r}" for name in changed)
-        differences = {
-            name: f"{name}: the files are not those that the run at {path!r} had, by their paths below the folder and their "
-            f"sizes{difference}{why}"
-            for name, difference in self._fingerprints.differences(found).items()
-        }
-        if differences and not self.settings["ALLOW_CHANGED_FILES"]:
-            as_before = " ".join(f"--{name} {before[name]}" for name in changed)
-            raise system.UserError(
-                "\n".join(differences.values()) + ".\n" + (f"With {as_before} the run goes on as before. " if changed else "")
-                + "To go on with the files as they are, the epoch in hand anew, add --ALLOW_CHANGED_FILES True; " + start_anew(path)
-            )  # fmt: skip
-        if differences and self.held_out.files is self.train.files:
-            self._warn_of_leaks(found)
-        return differences
-
-    def _warn_of_leaks(self, found):
-        """Prints how many of the examples that EVAL_SPLIT holds out now the run of a checkpoint has trained on."""
-        what, num_seen = "warning: EVAL_SPLIT holds out other files now; ", self._fingerprints.count_leaks(found)
-        if num_seen is None:
-            print(f"{what}an older checkpoint does not tell which of them the run has trained on")
-        elif num_seen:
-            print(
-                f"{what}the run has trained on {num_seen} of these {len(self.held_out)}, so their figures look better than they are. "
-                "A folder in EVAL_FOLDERS stays apart"
-            )
-
-    def _sees_other_parts(self, found, examples):
-        """Returns whether the run of a checkpoint takes other parts of some Examples, since they are long files."""
-        took_windows = (found.get("config") or {}).get("LONG_FILES") == "windows" and self.labels is None
-        return took_windows != self._cuts_windows and (examples.lengths(self.sizes.PATCH_SIZE) > self.sizes.PATCH_LENGTH).any()
-
-    def _restore_position(self, found):
-        """Takes over where in an epoch a checkpoint is, and its running sums; `training_batches` restores its random state."""
-        position, processes, state = found.get("position", 0), self.processes, self.state
+        found, processes, state = earlier.found, self.processes, self.state
+        position = found.get("position", 0)
         if type(position) is not int or position < 0:
             raise ValueError(f"its position is {position!r}")
         if position == 0:
@@ -410,18 +289,9 @@ class Run:
         random_states = found["random_states"]
         if not len(totals) == len(random_states) > 0:
             raise ValueError(f"it holds {len(totals)} totals and {len(random_states)} random states")
-        anew = f"epoch {state.epoch + 1} begins anew"
-        if found.get("order") != ORDER:
-            print(f"the checkpoint is from a version that drew the order of an epoch in another way: {anew}")
-            return
-        if isinstance(found.get("data", {}).get("TRAIN_FOLDERS"), str) and (np.diff(self.train.files.places) < 0).any():
-            print(f"the checkpoint is from a version that took the files of several folders in another order: {anew}")
-            return
-        if found["config"]["SEED"] != self.settings["SEED"]:
-            print(f"SEED has changed, so {anew}, in another order")
-            return
-        if self._sees_other_parts(found, self.train):
-            print(f"LONG_FILES has changed, so {anew}")
+        why_anew = earlier.why_anew()
+        if why_anew:
+            print(f"{why_anew}: epoch {state.epoch + 1} begins anew")
             return
         if position > len(self._training_set(state.epoch)):
             raise ValueError(f"its position is {position!r}, but there are {len(self._training_set(state.epoch))} examples")
@@ -434,17 +304,24 @@ class Run:
         if processes.rank == 0:  # the others begin at 0
             state.totals = {name: sum(each[name] for each in totals) for name in self._no_totals}
 
-    def _say_changes(self, found, path):
-        """Prints where the run goes on, and which constants are not what they were."""
-        state = self.state
-        within = f" and {state.position} examples of the next" if state.position else ""
-        so_far = f"; {self.best_name} so far {state.best:.4f}" if state.best_epoch else ""
-        print(f"goes on from {path} after epoch {state.epoch}{within}{so_far}")
-        before = found.get("config") or {}
-        for name, value in self.settings.items():
-            if name in before and before[name] != value:
-                note = ": the schedule is laid anew" if name == "NUM_EPOCHS" else ""
-                print(f"{name} was {before[name]!r} and is now {value!r}{note}")
+    def _forget_best_that_does_not_compare(self, earlier):
+        """Has the next epoch count as the best so far, where the best model is not there or its figure is of other data.
+
+        Args:
+            earlier: the EarlierRun.
+        """
+        why, has_best = None, self.files.find_own(self.state.run_id)
+        if not has_best:
+            why = f"the best model of this run is not at {self.files.best}"
+        elif earlier.sees_other_parts(self.held_out):
+            why = "LONG_FILES has changed, and with it what evaluation covers"
+        elif "EVAL_FOLDERS" in earlier.differences:
+            why = "figures of other evaluation files do not compare"
+        if why and self.state.best_epoch:
+            print(f"{why}: the next epoch counts as the best so far")
+            if has_best and self.processes.rank == 0:
+                self.files.keep_best()
+            self.state.best_epoch, self.state.best = 0, None
 
     def begin(self):
         """Lays the learning rate's schedule over the run; returns what trains the model, see `Processes.distribute`.
@@ -722,7 +599,7 @@ class Run:
             **({} if self._hold_out is None else {"hold_out": self._hold_out}),
             **({"extensions": self._extensions} if len(self._extensions) <= MOST_EXTENSIONS else {}),
             **self.state.to_checkpoint(),
-            "order": ORDER,
+            "order": resuming.ORDER,
             "totals": [totals for totals, _ in everyone],
             "random_states": [random_state for _, random_state in everyone],
             **self._fingerprints.to_checkpoint(),

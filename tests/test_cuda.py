@@ -13,6 +13,7 @@ from test_inference import GREEDY, continue_all, ragged_prompts
 from test_training_runs import SETTINGS, assert_same_end, folder, stop, train  # noqa: F401 - `folder` is a fixture
 from torch.nn.attention import SDPBackend
 
+import attention
 import checkpoint
 import devices
 import generation
@@ -74,7 +75,7 @@ def test_attention_of_very_many_sequences(dtype):
     qkv = torch.randn(70_000, 2, 3, 1, 64, device="cuda", dtype=dtype).requires_grad_()
     gradients = []
     for last in (len(qkv), 1000):  # each sequence by itself: the first thousand are as if there were no others
-        utils.attend(qkv[:last])[:1000].float().square().sum().backward()
+        attention.attend(qkv[:last])[:1000].float().square().sum().backward()
         gradients.append(qkv.grad[:1000].clone())
         qkv.grad = None
     torch.testing.assert_close(gradients[0], gradients[1])

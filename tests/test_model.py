@@ -8,6 +8,7 @@ import torch
 from conftest import TINY, as_batch, fill_by_recipe, load_script
 from transformers import GPT2Config
 
+import attention
 import devices
 import training
 import utils
@@ -158,7 +159,7 @@ def test_padding_takes_no_part(tiny_model, monkeypatch):
 def test_ragged_rows():
     random = np.random.default_rng(1)
     for lengths in ([1], [0, 3], [5, 5, 5], [64, 65, 1, 0, 16, 17], random.integers(1, 600, 9).tolist()):
-        ragged = utils.Ragged(lengths, "cpu")
+        ragged = attention.Ragged(lengths, "cpu")
         assert len(ragged.position) == sum(lengths)
         for i, length in enumerate(lengths):
             rows = slice(int(ragged.starts[i]), int(ragged.starts[i]) + length)
@@ -166,11 +167,11 @@ def test_ragged_rows():
         qkv = torch.randn(sum(lengths), 3, 2, 64)
         attended = ragged.attend(qkv)
         for start, length in zip(ragged.starts.tolist(), lengths):
-            expected = utils.attend(qkv[None, start : start + length])[0]
+            expected = attention.attend(qkv[None, start : start + length])[0]
             torch.testing.assert_close(attended[start : start + length], expected, rtol=1e-4, atol=1e-5)
     for length in range(1, 5000):
-        assert length <= utils.padded_length(length) <= max(length + 15, length * 5 / 4)
-        assert utils.padded_length(length) <= utils.padded_length(length + 1)
+        assert length <= attention.padded_length(length) <= max(length + 15, length * 5 / 4)
+        assert attention.padded_length(length) <= attention.padded_length(length + 1)
 
 
 def test_masks_that_are_not_padding_on_the_right(tiny_model):
@@ -199,7 +200,7 @@ def test_too_many_patches(tiny_model):
 def test_dropout_is_that_of_the_definition(dtype, rate):
     torch.manual_seed(0)
     ones = torch.ones(300, 1001, dtype=dtype, requires_grad=True)
-    dropped = utils.dropout(ones, rate)
+    dropped = attention.dropout(ones, rate)
     assert dropped.dtype == dtype and dropped.shape == ones.shape
     values = dropped.detach().unique().tolist()
     assert values == [0, pytest.approx(1 / (1 - rate), rel=1e-4 if dtype == torch.float32 else 0.004)]
@@ -217,12 +218,12 @@ def test_dropout_is_that_of_the_definition(dtype, rate):
 def test_dropout_follows_the_seed():
     def draw(seed):
         torch.manual_seed(seed)
-        return utils.dropout(torch.ones(7, 9), 0.3)
+        return attention.dropout(torch.ones(7, 9), 0.3)
 
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     x = torch.ones(3)
-    assert utils.dropout(x, 0.0) is x
-    assert utils.dropout(torch.ones(0, 4), 0.5).shape == (0, 4)
+    assert attention.dropout(x, 0.0) is x
+    assert attention.dropout(torch.ones(0, 4), 0.5).shape == (0, 4)
 
 
 def test_attention_with_dropout_drops_weights():
@@ -230,17 +231,36 @@ def test_attention_with_dropout_drops_weights():
     qkv = torch.randn(2, 8, 3, 3, 64, requires_grad=True)  # (B, T, 3, H, 64)
     queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, 64) each
     expected = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True).transpose(1, 2)
-    assert torch.equal(utils.attend(qkv), expected)
-    assert torch.allclose(utils.attend(qkv, 1e-9), expected, atol=1e-5)  # so rare that none drops
+    assert torch.equal(attention.attend(qkv), expected)
+    assert torch.allclose(attention.attend(qkv, 1e-9), expected, atol=1e-5)  # so rare that none drops
     with torch.no_grad():
-        draws = torch.stack([utils.attend(qkv, 0.2) for _ in range(3000)])
+        draws = torch.stack([attention.attend(qkv, 0.2) for _ in range(3000)])
     spread = draws.std(0) / 3000**0.5
     assert ((draws.mean(0) - expected).abs() <= 6 * spread + 1e-4).all() and (spread > 0).all()
     # the first position has one weight, 1, that is kept or dropped
     first = draws[:, 0, 0, 0, 0] / values[0, 0, 0, 0]
     assert set(first.round(decimals=3).tolist()) == {0.0, 1.25}
-    later = torch.autograd.grad(utils.attend(qkv, 0.2)[:, 4].sum(), qkv)[0][:, 5:]
+    later = torch.autograd.grad(attention.attend(qkv, 0.2)[:, 4].sum(), qkv)[0][:, 5:]
     assert (later == 0).all()
+
+
+@pytest.mark.parametrize("most_kept", [0, attention.MOST_KEPT])
+def test_attention_in_blocks(monkeypatch, most_kept):
+    """Longer sequences than one block, with the weights in memory or computed again: against PyTorch's attention."""
+    monkeypatch.setattr(attention, "MOST_KEPT", most_kept)
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 2 * attention.BLOCK + 3, 3, 2, 64, requires_grad=True)  # (B, T, 3, H, 64)
+    results = []
+    for rate in (0.0, 1e-9):  # so rare that none drops
+        attended = attention.attend(qkv, rate)
+        results.append((attended, torch.autograd.grad(attended.square().sum(), qkv)[0]))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    # attention is linear in the values for given weights, so its gradient must be of those that were dropped
+    attended = attention.attend(qkv, 0.3)
+    gradient = torch.autograd.grad((attended * attended.detach()).sum(), qkv)[0]
+    assert (gradient[:, :, 2] * qkv[:, :, 2]).sum().item() == pytest.approx(attended.square().sum().item(), rel=1e-4)
+    assert not torch.allclose(attended, results[0][0], atol=0.1)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -249,7 +269,7 @@ def test_outputs_and_gradients_are_those_of_transformers(train):
     gpt2 = model.patch_level_decoder.base
     inputs = torch.randn(2, 7, 64)
     results = []
-    ours = utils.run_gpt2(gpt2, inputs + gpt2.wpe.weight[:7], utils.attend)
+    ours = utils.run_gpt2(gpt2, inputs + gpt2.wpe.weight[:7], attention.attend)
     for outputs in (ours, gpt2(inputs_embeds=inputs).last_hidden_state):
         gradients = torch.autograd.grad(outputs.square().sum(), [p for p in gpt2.parameters() if p is not gpt2.wte.weight])
         results.append([outputs, *gradients])

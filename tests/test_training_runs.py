@@ -107,10 +107,10 @@ def test_a_run_killed_at_random_moments_ends_the_same(folder, uninterrupted):
     settings, whole = uninterrupted
     name = f"killed{settings['num_processes']}"
     statuses = []
-    for moment in np.random.default_rng(settings["num_processes"]).uniform(0, 0.06, 9):
+    for moment in np.random.default_rng(settings["num_processes"]).uniform(0, 0.06, 6):
         done = stop(folder, name, signal.SIGKILL, moment, **settings)
         statuses.append(done[0].returncode)
-    assert statuses.count(-signal.SIGKILL) >= 5 and set(statuses) <= {-signal.SIGKILL, 0}
+    assert statuses.count(-signal.SIGKILL) >= 3 and set(statuses) <= {-signal.SIGKILL, 0}
     train(folder, name, **settings, NUM_WORKERS=2)
     assert_same_end(folder, whole, name)
 
@@ -360,7 +360,7 @@ def test_another_seed_in_the_middle_of_an_epoch(folder):
     done = stop(folder, "seed", signal.SIGTERM, **same)
     assert done[0].returncode == 143
     done = train(folder, "seed", SEED=5, **same)
-    assert "SEED has changed, so epoch 1 begins anew" in done.stdout
+    assert "SEED has changed, and with it the order of an epoch: epoch 1 begins anew" in done.stdout
 
 
 def test_a_checkpoint_from_before_the_order_was_a_permutation(folder):
