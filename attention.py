@@ -1,4 +1,4 @@
-"""Causal attention and dropout for training, over sequences of different lengths.
+"""Causal attention over sequences of different lengths, and dropout.
 
 Letters in shape comments: B sequences, T positions in each of them, H attention heads of 64, N rows in all.
 """
@@ -6,11 +6,13 @@ Letters in shape comments: B sequences, T positions in each of them, H attention
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 MOST_SEQUENCES = 2**15  # in one attention on a GPU; CUDA has no kernel for 2**16 and more
-BLOCK = 128  # queries that attend together on a CPU; fewer are slower products, more compute more weights that causality masks
-MOST_KEPT = 2**26  # weights of a longer attention on a CPU that stay in memory; of more, the backward pass makes them anew
+BLOCK = 128  # queries in a block on a CPU: smaller ones make slower products, larger ones more weights that causality masks
+# The most weights (B·H·T²) that one attention of several blocks on a CPU keeps for its backward pass, 0.4 GB in float32 for
+# each layer; of more, the backward pass computes them again.
+MOST_KEPT = 2**26
 
 
 def dropout(x, rate):
@@ -47,28 +49,29 @@ def attend(qkv, rate=0.0):
     # PyTorch's own attention on CPUs has no fast path with dropout
     shape, length = queries.shape, queries.shape[2]
     queries, keys, values = (each.flatten(0, 1) for each in (queries, keys, values))  # (B·H, T, 64)
-    if length <= BLOCK:
-        attended = _attend_block(queries, keys, values, rate)
-    else:
-        is_kept = len(queries) * length**2 <= MOST_KEPT
-        ends = [*range(BLOCK, length, BLOCK), length]
-        parts = [(queries[:, i * BLOCK : end], keys[:, :end], values[:, :end], rate) for i, end in enumerate(ends)]
-        blocks = [_attend_block(*part) if is_kept else checkpoint(_attend_block, *part, use_reentrant=False) for part in parts]
-        attended = torch.cat(blocks, dim=1)
+    is_kept = length <= BLOCK or len(queries) * length**2 <= MOST_KEPT
+    blocks = []
+    for start in range(0, length, BLOCK):
+        end = min(start + BLOCK, length)
+        # sliced just before its block: the backward pass then adds up and frees the slices' gradients block by block
+        block = queries[:, start:end], keys[:, :end], values[:, :end], rate
+        # recomputed: with the dropout of the first time, by the state of the generator that it had then
+        blocks.append(_attend_block(*block) if is_kept else recomputed(_attend_block, *block, use_reentrant=False))
+    attended = torch.cat(blocks, dim=1)
     return attended.view(shape).transpose(1, 2)  # (B·H, T, 64) -> (B, H, T, 64) -> (B, T, H, 64)
 
 
 def _attend_block(queries, keys, values, rate):
-    """Returns the attention, (B·H, t, 64), of the last t of T positions to all up to their own; see `attend`.
+    """Returns the attention (B·H, t, 64) of a block's t queries to the U keys up to its end; query i sees the first U-t+i+1.
 
     Args:
         queries: (B·H, t, 64).
-        keys, values: (B·H, T, 64).
+        keys, values: (B·H, U, 64).
         rate: of dropout.
     """
-    num_queries, length = queries.shape[1], keys.shape[1]
-    later = queries.new_full((num_queries, length), -torch.inf).triu(length - num_queries + 1)
-    scores = torch.baddbmm(later, queries, keys.transpose(1, 2), alpha=queries.shape[-1] ** -0.5)  # (B·H, t, T)
+    num_queries, num_keys = queries.shape[1], keys.shape[1]
+    later = queries.new_full((num_queries, num_keys), -torch.inf).triu(num_keys - num_queries + 1)  # (t, U)
+    scores = torch.baddbmm(later, queries, keys.transpose(1, 2), alpha=queries.shape[-1] ** -0.5)  # (B·H, t, U)
     return dropout(scores.softmax(-1), rate) @ values
 
 

@@ -1,7 +1,6 @@
-"""Going on with a run: its state, and the run of a checkpoint compared with the one that would go on from it."""
+"""Going on with a run: its state, and how the run that wrote a checkpoint differs from the one that goes on."""
 
 import dataclasses
-import functools
 import math
 
 import numpy as np
@@ -54,7 +53,7 @@ class State:
         self.log_text = str(found.get("log_text", ""))
 
 
-def start_anew(path):
+def how_to_start_anew(path):
     """Returns how to start a new run from the weights of a run that cannot go on, as a clause for messages."""
     return (
         f"to start a new run from its weights, set WEIGHTS_PATH to another path, PRE_WEIGHTS_PATH to {path!r} and "
@@ -63,9 +62,9 @@ def start_anew(path):
 
 
 class EarlierRun:
-    """The run of a checkpoint, beside the run that would go on from it.
+    """The run that wrote a checkpoint, compared with the one that goes on from it.
 
-    The methods raise one of many errors if the checkpoint is none of a run.
+    Whatever is called may raise KeyError, TypeError or another error of that kind where the checkpoint holds no such run.
 
     Args:
         found: the checkpoint, a dict.
@@ -74,60 +73,57 @@ class EarlierRun:
         labels: a classifier's {label: index}; None for a generative model.
         fingerprints: the Fingerprints of the files.
         cuts_windows: whether files longer than PATCH_LENGTH are cut into windows.
+
+    Attributes:
+        found: the checkpoint.
+        config: its run's constants, a dict; empty in a published one.
+        differences: {constant: what differs} for the files that are not those of its run.
     """
 
     def __init__(self, found, path, settings, labels, fingerprints, cuts_windows):
         self.found, self.path, self.settings, self.labels = found, path, settings, labels
         self.fingerprints, self.cuts_windows = fingerprints, cuts_windows
         self.train, self.held_out = (fingerprints.examples[name] for name in ("TRAIN_FOLDERS", "EVAL_FOLDERS"))
-        self.config = found.get("config") or {}  # published checkpoints have none
+        self.config = dict(found.get("config") or {})
+        self.differences = self._compare_files()
 
     def check_fits(self):
-        """Raises UserError if the run was one on other labels or pairs."""
-        before, anew = self.config, start_anew(self.path)
+        """Raises UserError if that run had other labels or another CONVERSION_MODE."""
         mode = self.settings["CONVERSION_MODE"]
-        if (before.get("CONVERSION_MODE", mode) or "").lower() != (mode or "").lower():
+        mode_before = self.config.get("CONVERSION_MODE", mode)
+        if (mode_before or "").lower() != (mode or "").lower():
             raise system.UserError(
-                f"CONVERSION_MODE is {mode!r}, but the run at {self.path!r} trains with {before['CONVERSION_MODE']!r}: set that, "
-                f"or, {anew}"
+                f"CONVERSION_MODE is {mode!r}, but the run at {self.path!r} trains with {mode_before!r}: set that, or, "
+                + how_to_start_anew(self.path)
             )
         if self.labels is not None and self.found.get("labels") != self.labels:
-            mode = checkpoint.label_mode(self.found)
-            why = "" if mode == self.settings["LABELS"] else f" (LABELS was {mode!r} and is now {self.settings['LABELS']!r})"
-            raise system.UserError(f"TRAIN_FOLDERS: the labels or their order are not those of {self.path!r}{why}; {anew}")
-
-    @functools.cached_property
-    def differences(self):
-        """{constant: what differs} for the files that are not those of the run."""
-        others = self._other_choices().items()
-        why = "".join(f"; {name} was {value!r} and is now {self.settings[name]!r}" for name, value in others)
-        return {
-            name: f"{name}: the files are not those that the run at {self.path!r} had, by their paths below the folder and their "
-            f"sizes{difference}{why}"
-            for name, difference in self.fingerprints.differences(self.found).items()
-        }
+            before, now = checkpoint.label_mode(self.found), self.settings["LABELS"]
+            why = "" if before == now else f" (LABELS was {before!r} and is now {now!r})"
+            raise system.UserError(
+                f"TRAIN_FOLDERS: the labels or their order are not those of {self.path!r}{why}; {how_to_start_anew(self.path)}"
+            )
 
     def check_files(self):
         """Raises UserError if files differ and ALLOW_CHANGED_FILES is False; warns of those that are held out only now."""
         if not self.differences:
             return
         if not self.settings["ALLOW_CHANGED_FILES"]:
-            as_before = " ".join(f"--{name} {value}" for name, value in self._other_choices().items())
+            as_before = " ".join(f"--{name} {value}" for name, value in self._changed_choices().items())
             raise system.UserError(
                 "\n".join(self.differences.values()) + ".\n" + (f"With {as_before} the run goes on as before. " if as_before else "")
                 + "To go on with the files as they are, the epoch in hand anew, add --ALLOW_CHANGED_FILES True; "
-                + start_anew(self.path)
+                + how_to_start_anew(self.path)
             )  # fmt: skip
         if self.held_out.files is self.train.files:
             self._warn_of_leaks()
 
-    def sees_other_parts(self, examples):
-        """Returns whether the run took other parts of some Examples, since they are long files."""
+    def took_other_parts(self, examples):
+        """Returns whether that run took crops of some Examples, long files, of which windows are taken now, or the reverse."""
         took_windows = self.config.get("LONG_FILES") == "windows" and self.labels is None
         lengths = examples.lengths(self.settings["PATCH_SIZE"])
         return took_windows != self.cuts_windows and (lengths > self.settings["PATCH_LENGTH"]).any()
 
-    def why_anew(self):
+    def why_epoch_restarts(self):
         """Returns why the epoch in hand cannot go on where it was, as a clause for messages; None if it can."""
         if self.found.get("order") != ORDER:
             return "the checkpoint is from a version that drew the order of an epoch in another way"
@@ -135,11 +131,11 @@ class EarlierRun:
             return "the checkpoint is from a version that took the files of several folders in another order"
         if self.found["config"]["SEED"] != self.settings["SEED"]:
             return "SEED has changed, and with it the order of an epoch"
-        if self.sees_other_parts(self.train):
+        if self.took_other_parts(self.train):
             return "LONG_FILES has changed"
         return None
 
-    def say_changes(self, epoch):
+    def print_changes(self, epoch):
         """Prints which constants are not what they were, and which files; `epoch` is the number of the epoch in hand."""
         for name, value in self.settings.items():
             if name in self.config and self.config[name] != value:
@@ -148,7 +144,17 @@ class EarlierRun:
         for difference in self.differences.values():
             print(f"{difference}: epoch {epoch} begins anew with the files as they are")
 
-    def _other_choices(self):
+    def _compare_files(self):
+        """Returns `differences`."""
+        choices = self._changed_choices().items()
+        why = "".join(f"; {name} was {value!r} and is now {self.settings[name]!r}" for name, value in choices)
+        return {
+            name: f"{name}: the files are not those that the run at {self.path!r} had, by their paths below the folder and their "
+            f"sizes{difference}{why}"
+            for name, difference in self.fingerprints.differences(self.found).items()
+        }
+
+    def _changed_choices(self):
         """Returns {constant: what it was} for those that decide which files are taken, and have changed."""
         before = {"LONG_FILES": "crop", **self.config}  # what older versions and the published code do
         constants = ("SEED", "EVAL_SPLIT", *(["LONG_FILES"] if self.labels is None else []))

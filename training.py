@@ -246,8 +246,8 @@ class Run:
                 hint = f"Without that file, the run goes on from its best model, {self.files.best}"
                 raise system.UserError(f"{error}. {hint}") from None
             raise
-        earlier = resuming.EarlierRun(found, path, self.settings, self.labels, self._fingerprints, self._cuts_windows)
         try:
+            earlier = resuming.EarlierRun(found, path, self.settings, self.labels, self._fingerprints, self._cuts_windows)
             earlier.check_fits()
             earlier.check_files()
             self.state.take_over(found, self.best_name)
@@ -267,7 +267,7 @@ class Run:
         within = f" and {state.position} examples of the next" if state.position else ""
         so_far = f"; {self.best_name} so far {state.best:.4f}" if state.best_epoch else ""
         print(f"goes on from {path} after epoch {state.epoch}{within}{so_far}")
-        earlier.say_changes(state.epoch + 1)
+        earlier.print_changes(state.epoch + 1)
         self._forget_best_that_does_not_compare(earlier)
         if self.processes.rank == 0:
             self.files.complete_log(state.log_text, state.log_start)
@@ -277,7 +277,7 @@ class Run:
         """Takes over where in an epoch a run was, and its running sums; `training_batches` restores its random state.
 
         Args:
-            earlier: the EarlierRun.
+            earlier: the run that goes on, an EarlierRun.
         """
         found, processes, state = earlier.found, self.processes, self.state
         position = found.get("position", 0)
@@ -289,9 +289,9 @@ class Run:
         random_states = found["random_states"]
         if not len(totals) == len(random_states) > 0:
             raise ValueError(f"it holds {len(totals)} totals and {len(random_states)} random states")
-        why_anew = earlier.why_anew()
-        if why_anew:
-            print(f"{why_anew}: epoch {state.epoch + 1} begins anew")
+        why = earlier.why_epoch_restarts()
+        if why:
+            print(f"{why}: epoch {state.epoch + 1} begins anew")
             return
         if position > len(self._training_set(state.epoch)):
             raise ValueError(f"its position is {position!r}, but there are {len(self._training_set(state.epoch))} examples")
@@ -308,12 +308,12 @@ class Run:
         """Has the next epoch count as the best so far, where the best model is not there or its figure is of other data.
 
         Args:
-            earlier: the EarlierRun.
+            earlier: the run that goes on, an EarlierRun.
         """
         why, has_best = None, self.files.find_own(self.state.run_id)
         if not has_best:
             why = f"the best model of this run is not at {self.files.best}"
-        elif earlier.sees_other_parts(self.held_out):
+        elif earlier.took_other_parts(self.held_out):
             why = "LONG_FILES has changed, and with it what evaluation covers"
         elif "EVAL_FOLDERS" in earlier.differences:
             why = "figures of other evaluation files do not compare"

@@ -1,11 +1,14 @@
 """The models against the published code's numbers, and what must hold for any weights."""
 
+import ctypes
 import functools
+import platform
+import resource
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, as_batch, fill_by_recipe, load_script
+from conftest import FORKSERVER, TINY, as_batch, fill_by_recipe, load_script
 from transformers import GPT2Config
 
 import attention
@@ -261,6 +264,39 @@ def test_attention_in_blocks(monkeypatch, most_kept):
     gradient = torch.autograd.grad((attended * attended.detach()).sum(), qkv)[0]
     assert (gradient[:, :, 2] * qkv[:, :, 2]).sum().item() == pytest.approx(attended.square().sum().item(), rel=1e-4)
     assert not torch.allclose(attended, results[0][0], atol=0.1)
+
+
+def test_attention_that_is_computed_again_is_the_same(monkeypatch):
+    qkv = torch.randn(1, 300, 3, 2, 64, requires_grad=True)
+    results = []
+    for most_kept in (0, attention.MOST_KEPT):
+        monkeypatch.setattr(attention, "MOST_KEPT", most_kept)
+        torch.manual_seed(0)
+        attended = attention.attend(qkv, 0.3)
+        results.append((attended, torch.autograd.grad(attended.square().sum(), qkv)[0], torch.get_rng_state()))
+    assert all(map(torch.equal, *results))
+
+
+def measure_attention(pipe):
+    """Sends by how many MB the peak memory of this process grows by attention with dropout, forward and backward."""
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back to the system
+    torch.set_num_threads(1)
+    attention.MOST_KEPT = 0
+    qkv, peaks = torch.randn(1, 4096, 3, 1, 64, requires_grad=True), []
+    for length in (2 * attention.BLOCK, 4096):
+        attention.attend(qkv[:, :length], 0.1).sum().backward()
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    pipe.send(peaks[1] - peaks[0])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_memory_of_long_attention_grows_with_the_length():
+    """4,096 positions: the weights alone would take 67 MB, and the gradients of all blocks' keys and values 34 MB."""
+    here, there = FORKSERVER.Pipe(duplex=False)
+    process = FORKSERVER.Process(target=measure_attention, args=(there,))
+    process.start()
+    process.join()
+    assert here.poll() and 4 < here.recv() < 28
 
 
 @pytest.mark.parametrize("train", [False, True])
