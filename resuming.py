@@ -85,6 +85,8 @@ class EarlierRun:
         self.fingerprints, self.cuts_windows = fingerprints, cuts_windows
         self.train, self.held_out = (fingerprints.examples[name] for name in ("TRAIN_FOLDERS", "EVAL_FOLDERS"))
         self.config = dict(found.get("config") or {})
+        if not all(isinstance(value, (str, int, float, list, type(None))) for value in self.config.values()):
+            raise TypeError("its config holds other than plain values")
         self.differences = self._compare_files()
 
     def check_fits(self):

@@ -286,7 +286,7 @@ class Run:
         if position == 0:
             return
         totals = [{name: float(each[name]) for name in self._no_totals} for each in found["totals"]]
-        random_states = found["random_states"]
+        random_states = [{name: each[name] for name in ("cpu", "cuda")} for each in found["random_states"]]
         if not len(totals) == len(random_states) > 0:
             raise ValueError(f"it holds {len(totals)} totals and {len(random_states)} random states")
         why = earlier.why_epoch_restarts()

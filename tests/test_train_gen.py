@@ -355,6 +355,9 @@ def test_a_damaged_state_is_refused(folder):
             lambda c: c.update(optimizer=5),
             lambda c: c.update(epoch="2"),
             lambda c: c.update(min_eval_loss=math.nan),
+            lambda c: c.update(config=torch.zeros(3)),
+            lambda c: c["config"].update(NUM_EPOCHS=torch.zeros(3)),
+            lambda c: c.update(position=4, random_states=[{"cpu": torch.get_rng_state()}]),
         ]
     ):
         damaged = copy.deepcopy(whole)
