@@ -140,7 +140,10 @@ def main(arguments=None):
     pairs, is_cut_off = [], []  # (true content, made content) of each file; whether it was cut off
     for name, fields in index.items():
         if name.endswith("." + options.extension):
-            pairs.append(read_pair(options.true, options.made, system.unescape_name(name)))
+            try:
+                pairs.append(read_pair(options.true, options.made, system.unescape_name(name)))
+            except OSError as error:
+                parser.error(f"cannot read {error.filename!r}: {error.strerror}")
             is_cut_off.append(fields[index_page.INDEX_COLUMNS.index("cut off or ended")] == "cut off")
     if not pairs:
         parser.error(f"{options.made!r} holds no .{options.extension} files")

@@ -72,3 +72,7 @@ def test_the_outputs_of_mode_convert(tmp_path, capsys):
     main(["--true", str(tmp_path / "true"), "--made", str(tmp_path / "made")])
     found = [line.split("%")[0].rpartition(" ")[2] for line in capsys.readouterr().out.splitlines()]
     assert found == ["50.00", "50.00", "75.00", "50.00"]  # exact, whole, notes right, cut off
+    (tmp_path / "made" / "b.abc.mid").unlink()
+    with pytest.raises(SystemExit):
+        main(["--true", str(tmp_path / "true"), "--made", str(tmp_path / "made")])
+    assert "b.abc.mid': No such file" in capsys.readouterr().err
