@@ -57,7 +57,7 @@ def attend(qkv, rate=0.0):
         block = queries[:, start:end], keys[:, :end], values[:, :end], rate
         # recomputed: with the dropout of the first time, by the state of the generator that it had then
         blocks.append(_attend_block(*block) if is_kept else recomputed(_attend_block, *block, use_reentrant=False))
-    attended = torch.cat(blocks, dim=1)
+    attended = torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]  # the byte-level decoder's needs no copy
     return attended.view(shape).transpose(1, 2)  # (B·H, T, 64) -> (B, H, T, 64) -> (B, T, H, 64)
 
 

@@ -131,7 +131,7 @@ class EarlierRun:
             return "the checkpoint is from a version that drew the order of an epoch in another way"
         if isinstance(self.found.get("data", {}).get("TRAIN_FOLDERS"), str) and (np.diff(self.train.files.places) < 0).any():
             return "the checkpoint is from a version that took the files of several folders in another order"
-        if self.found["config"]["SEED"] != self.settings["SEED"]:
+        if self.config["SEED"] != self.settings["SEED"]:
             return "SEED has changed, and with it the order of an epoch"
         if self.took_other_parts(self.train):
             return "LONG_FILES has changed"

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import glob
 import itertools
 import math
@@ -19,6 +18,7 @@ from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_
 
 import checkpoint
 import fingerprints
+import logger
 import resuming
 import system
 import utils
@@ -29,6 +29,18 @@ MOST_EXTENSIONS = 1000  # a checkpoint lists no more extensions of training file
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def own_paths(settings):
+    """Returns the files and folders that runs write or start from, which are therefore no data; some may not exist.
+
+    Args:
+        settings: the constants of config.py, as a dict.
+    """
+    weights = [settings["WEIGHTS_PATH"], system.latest_path(settings["WEIGHTS_PATH"])]
+    backups = [backup for path in weights for backup in glob.glob(f"{glob.escape(path)}.bak*")]
+    folders = [settings["OUTPUT_FOLDER"], os.path.join(os.environ.get("WANDB_DIR", "."), "wandb")]
+    return [*weights, *backups, settings["LOGS_PATH"], settings["PRE_WEIGHTS_PATH"], *folders]
 
 
 def process_batches(processes, dataset, order, batch_size, num_workers, while_waiting, waiting, before_end):
@@ -65,7 +77,7 @@ def process_batches(processes, dataset, order, batch_size, num_workers, while_wa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Schedule, compilation, logging
+# Schedule, compilation
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -104,53 +116,6 @@ def compile_model(model):
     for decoder in model.children():
         if isinstance(decoder, utils.ByteModel):
             decoder.parts = tuple(torch.compile(part, dynamic=True) for part in decoder.parts)
-
-
-class NoLogger:
-    """A logger that does nothing, in place of Weights & Biases when WANDB_LOG is False."""
-
-    def log(self, values):
-        pass
-
-    def finish(self):
-        pass
-
-
-def own_paths(settings):
-    """Returns the files and folders that runs write or start from, which are therefore no data; some may not exist.
-
-    Args:
-        settings: the constants of config.py, as a dict.
-    """
-    weights = [settings["WEIGHTS_PATH"], system.latest_path(settings["WEIGHTS_PATH"])]
-    backups = [backup for path in weights for backup in glob.glob(f"{glob.escape(path)}.bak*")]
-    folders = [settings["OUTPUT_FOLDER"], os.path.join(os.environ.get("WANDB_DIR", "."), "wandb")]
-    return [*weights, *backups, settings["LOGS_PATH"], settings["PRE_WEIGHTS_PATH"], *folders]
-
-
-def make_logger(enabled, settings, run_id):
-    """Returns an object with log(dict) and finish(): a Weights & Biases run, or a NoLogger.
-
-    Without a login, and unless WANDB_MODE says otherwise, the run is kept on this machine, and a line says so.
-
-    Args:
-        enabled: whether to log there.
-        settings: dict of the run's constants.
-        run_id: names the run, so that one that goes on is one there too.
-    """
-    if not enabled:
-        return NoLogger()
-    import wandb  # here, so that nobody needs it who does not use it
-
-    start = functools.partial(wandb.init, project="bGPT", id=run_id, resume="allow", config=settings)
-    try:
-        if "WANDB_MODE" in os.environ or wandb.api.api_key:
-            return start()
-        why = "not logged in (`wandb login` does that)"
-    except (wandb.Error, ValueError) as error:  # no network, a wrong key, a WANDB_MODE that is none
-        why = f"cannot start ({' '.join(str(error).split())})"
-    print(f"wandb: {why}; this run is logged offline, in the folder wandb")
-    return start(mode="offline")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,7 +174,7 @@ class Run:
         self._saved_at, self._saved_position = time.monotonic(), None  # when, and at which (epoch, position), it was saved
         self._is_saved = True  # whether the last try to save the latest state went well
         self._epoch_began = time.monotonic()
-        self._logger, self._stack = NoLogger(), contextlib.ExitStack()
+        self._logger, self._stack = logger.NoLogger(), contextlib.ExitStack()
         self._stop_signal = None  # set by `begin`
 
     def __enter__(self):
@@ -353,7 +318,7 @@ class Run:
             f"{processes.device.type}, seed {settings['SEED']}; {len(self.train)} training and {len(self.held_out)} "
             f"evaluation examples, {steps[state.epoch]} steps an epoch"
         )
-        self._logger = make_logger(settings["WANDB_LOG"] and processes.rank == 0, settings, state.run_id)
+        self._logger = logger.make_logger(settings["WANDB_LOG"] and processes.rank == 0, settings, state.run_id)
         if settings["COMPILE"]:
             compile_model(self.model)
         self._stop_signal = self._stack.enter_context(system.delayed_signals(impatient=processes.count == 1))

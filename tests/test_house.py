@@ -27,7 +27,8 @@ IMPORTS = {  # arrows point down: {module: the modules of this repository that i
     "lossless": {"system", "listing", "utils", "windowing", "generation"},
     "index_page": {"system", "listing"},
     "resuming": {"system", "checkpoint"},
-    "training": {"system", "fingerprints", "utils", "windowing", "devices", "checkpoint", "resuming"},
+    "logger": set(),
+    "training": {"system", "fingerprints", "utils", "windowing", "devices", "checkpoint", "resuming", "logger"},
     "train-gen": {"config", "system", "listing", "selection", "utils", "devices", "checkpoint", "evaluation", "training"},
     "train-cls": {"config", "system", "listing", "selection", "labeling", "utils", "devices", "checkpoint", "evaluation", "training"},
     "inference": {

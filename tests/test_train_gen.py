@@ -149,7 +149,7 @@ def test_overfits_eight_real_files_and_writes_them_again(tmp_path):
     names = ["LICENSE", "config.py", "utils.py", "train-gen.py", "inference.py", "cpu-simulation.py", ".gitignore", "tests/data/cpu.json"]
     files = {}
     for i, name in enumerate(names):
-        files[f"{i}.{name.split('.')[-1]}"] = (ROOT / name).read_bytes()[40 : 140 + 13 * i]
+        files[f"{i}.{name.split('.')[-1]}"] = (ROOT / name).read_bytes()[40 : 200 + 17 * i]
     folders = [f"copy{i}" for i in range(8)]  # so that an epoch, whose end saves, has eight steps
     for folder in folders:
         (tmp_path / folder).mkdir()
