@@ -11,7 +11,7 @@ import re
 import sys
 import typing
 
-import system
+from bgpt import system
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Paths and data

@@ -20,7 +20,7 @@ Dimensions in shape comments: B programs or files, T = memory_size / 4 instructi
 N steps of all B programs together, state_size = 6 + R bytes in a state.
 """
 
-import system
+from bgpt import system
 
 import argparse
 import contextlib
@@ -152,8 +152,8 @@ import dataclasses
 import numpy as np
 from tqdm import tqdm
 
-import intervals
-import listing
+from bgpt import intervals
+from bgpt import files as listing
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine

@@ -13,7 +13,7 @@ import importlib.util
 import os
 
 import config
-import system
+from bgpt import system
 
 CODING_MODES = ("compress", "decompress")
 
@@ -57,17 +57,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import devices
-import evaluation
-import generation
-import index_page
-import labeling
-import listing
-import report_page
-import selection
+from bgpt import checkpoint
+from bgpt import distributed as devices
+from bgpt import evaluation
+from bgpt import generation
+from bgpt import gallery as index_page
+from bgpt import labels as labeling
+from bgpt import files as listing
+from bgpt import report as report_page
+from bgpt import examples as selection
 import utils
-import windowing
+from bgpt import windows as windowing
 
 INDEX_SECONDS = 60  # seconds after which the index is written anew, so that a killed run's outputs are listed, too
 
@@ -454,7 +454,7 @@ def code_files(model, files, check_stop):
 
     The arguments are those of `classify_files`; the model is a bGPTLMHeadModel in float32 on the CPU.
     """
-    import lossless  # here, since no other MODE needs the package constriction
+    from bgpt import lossless  # here, since no other MODE needs the package constriction
 
     is_compressing, failed = config.MODE == "compress", []
     paths = [files[i] for i in np.argsort(-files.sizes, kind="stable")]  # the longest first, so that the last batches are full

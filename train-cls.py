@@ -9,7 +9,7 @@ state beside it; the same command goes on from the latest.
 
 
 import config
-import system
+from bgpt import system
 
 
 def check_settings():
@@ -31,13 +31,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import devices
-import evaluation
-import labeling
-import listing
-import selection
-import training
+from bgpt import checkpoint
+from bgpt import distributed as devices
+from bgpt import evaluation
+from bgpt import labels as labeling
+from bgpt import files as listing
+from bgpt import examples as selection
+from bgpt import training
 import utils
 
 # ---------------------------------------------------------------------------------------------------------------------

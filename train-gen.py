@@ -9,7 +9,7 @@ The best model so far is kept at WEIGHTS_PATH, the latest state beside it; the s
 import os
 
 import config
-import system
+from bgpt import system
 
 
 def check_settings():
@@ -31,12 +31,12 @@ import time
 
 import torch
 
-import checkpoint
-import devices
-import evaluation
-import listing
-import selection
-import training
+from bgpt import checkpoint
+from bgpt import distributed as devices
+from bgpt import evaluation
+from bgpt import files as listing
+from bgpt import examples as selection
+from bgpt import training
 import utils
 
 # ---------------------------------------------------------------------------------------------------------------------

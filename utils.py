@@ -39,9 +39,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
-import listing
-import system
-from attention import Ragged, attend, dropout
+from bgpt import files as listing
+from bgpt import system
+from bgpt.attention import Ragged, attend, dropout
 
 END = 256  # the symbol of padding and end of file
 NUM_SYMBOLS = 257  # V: 256 bytes and END

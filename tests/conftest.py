@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
+from bgpt import checkpoint  # noqa: E402
 import utils  # noqa: E402
 
 # a shell has Ctrl-C ignored in what it runs in the background, and the scripts under test would inherit that

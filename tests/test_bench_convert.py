@@ -1,9 +1,15 @@
 """The count of what MODE convert got right: a MIDI file made by hand, and what damage does to it."""
 
+import sys
+
 import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
 from bench_convert import is_whole, main, read_notes, share_right
 
-import index_page
+from bgpt import gallery as index_page
 
 NAME = b"\x00\xff\x03\x02ab"  # a meta event
 EVENTS = (

@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 from conftest import TINY, fill_by_recipe, load_script, one_message, options, run_script
 
-import checkpoint
+from bgpt import checkpoint
 import config
-import system
+from bgpt import system
 import utils
 
 

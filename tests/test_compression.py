@@ -14,12 +14,12 @@ from conftest import TINY, as_batch, load_script, one_message, options, run_fres
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-import evaluation
-import listing
-import lossless
+from bgpt import checkpoint
+from bgpt import evaluation
+from bgpt import files as listing
+from bgpt import lossless
 import utils
-import windowing
+from bgpt import windows as windowing
 
 LETTERS = b"ABCDabcd|:\n "
 

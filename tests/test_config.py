@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, one_message, run_fresh, run_script
 
 import config
-import system
+from bgpt import system
 
 LINE = """import sys, config
 config.override(sys.argv[1:])
@@ -100,14 +100,14 @@ def test_help_lists_every_constant_with_its_comment_and_value():
 
 def test_every_constant_is_used_by_a_script():
     """A constant that nothing reads would be a setting without effect."""
-    scripts = "".join(path.read_text() for path in ROOT.glob("*.py") if path.name != "config.py")
+    scripts = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("bgpt/*.py")] if path.name != "config.py")
     unused = [name for name in config.as_dict() if not re.search(rf"config\.{name}\b|settings\[.{name}.\]", scripts)]
     assert unused == []
 
 
 def test_importing_does_nothing(tmp_path):
     """No file is touched, nothing printed, no argument parsed, the random numbers are left alone."""
-    modules = sorted(path.stem for path in ROOT.glob("*.py"))
+    modules = sorted(path.stem for path in ROOT.glob("*.py")) + sorted(f"bgpt.{path.stem}" for path in ROOT.glob("bgpt/*.py"))
     code = (
         f"import sys, importlib, random; sys.path.insert(0, {str(ROOT)!r}); sys.dont_write_bytecode = True\n"
         "import numpy, torch, transformers, tqdm\n"

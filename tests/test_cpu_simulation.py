@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import system
+from bgpt import system
 
 SCRIPT = Path(__file__).resolve().parent.parent / "cpu-simulation.py"
 GOLDEN = json.loads((Path(__file__).parent / "data" / "cpu.json").read_text())["cases"]

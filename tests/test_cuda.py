@@ -13,10 +13,10 @@ from test_inference import GREEDY, continue_all, ragged_prompts
 from test_training_runs import SETTINGS, assert_same_end, folder, stop, train  # noqa: F401 - `folder` is a fixture
 from torch.nn.attention import SDPBackend
 
-import attention
-import checkpoint
-import devices
-import generation
+from bgpt import attention
+from bgpt import checkpoint
+from bgpt import distributed as devices
+from bgpt import generation
 import utils
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -14,15 +14,15 @@ from conftest import TINY, as_batch, fill_by_recipe, one_message, options, run_s
 from hypothesis import given
 from hypothesis import strategies as st
 
-import checkpoint
-import evaluation
-import generation
-import listing
-import report_page
-import selection
-import system
+from bgpt import checkpoint
+from bgpt import evaluation
+from bgpt import generation
+from bgpt import files as listing
+from bgpt import report as report_page
+from bgpt import examples as selection
+from bgpt import system
 import utils
-import windowing
+from bgpt import windows as windowing
 
 
 LINES = b"X:1\nK:C\nCDEF GABc|\n"

@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import as_batch
 
-import fingerprints
-import listing
-import selection
-import system
+from bgpt import fingerprints
+from bgpt import files as listing
+from bgpt import examples as selection
+from bgpt import system
 import utils
 
 E = utils.END

@@ -16,11 +16,11 @@ from conftest import ROOT, Running, fill_by_recipe, load_script, one_message, op
 from hypothesis import given
 from hypothesis import strategies as st
 
-import generation
-import index_page
-import layers
-import listing
-import system
+from bgpt import generation
+from bgpt import gallery as index_page
+from bgpt import layers
+from bgpt import files as listing
+from bgpt import system
 import utils
 
 inference = load_script("inference")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-import intervals
+from bgpt import intervals
 
 
 def test_intervals_are_the_known_ones():

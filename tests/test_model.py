@@ -11,9 +11,9 @@ import torch
 from conftest import FORKSERVER, TINY, as_batch, fill_by_recipe, load_script
 from transformers import GPT2Config
 
-import attention
-import devices
-import training
+from bgpt import attention
+from bgpt import distributed as devices
+from bgpt import training
 import utils
 
 train_gen = load_script("train-gen")

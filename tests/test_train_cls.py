@@ -9,12 +9,12 @@ import torch
 from conftest import TINY, Running, as_batch, fill_by_recipe, interrupt, load_script, one_message, options, run_script, torchrun_environments
 
 import config
-import checkpoint
-import evaluation
-import labeling
-import listing
-import selection
-import system
+from bgpt import checkpoint
+from bgpt import evaluation
+from bgpt import labels as labeling
+from bgpt import files as listing
+from bgpt import examples as selection
+from bgpt import system
 import utils
 
 SETTINGS = {

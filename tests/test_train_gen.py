@@ -24,11 +24,11 @@ from conftest import (
 from logs import read_log
 
 import config
-import checkpoint
-import listing
-import selection
-import system
-import training
+from bgpt import checkpoint
+from bgpt import files as listing
+from bgpt import examples as selection
+from bgpt import system
+from bgpt import training
 import utils
 
 

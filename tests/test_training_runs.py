@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, TINY, Running, interrupt, load_script, one_message, options, torchrun_environments
 
 import config
-import system
+from bgpt import system
 
 SETTINGS = {
     **TINY,

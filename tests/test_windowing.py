@@ -10,11 +10,11 @@ from conftest import TINY, one_message, options, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import listing
-import selection
-import system
+from bgpt import files as listing
+from bgpt import examples as selection
+from bgpt import system
 import utils
-import windowing
+from bgpt import windows as windowing
 
 
 def examples_of(sizes):

@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 
-import system
+from bgpt import system
 
 
 SHOWN_FILES = 10  # most files that a message names

@@ -1,8 +1,8 @@
 """How fast files are generated, against the least that this machine could take and against the plain way of doing it.
 
-    python tests/bench_generate.py [--size quick|small|paper] [--parts rate ragged memory] [--samples 1 8 32 100]
+    python benchmarks/bench_generate.py [--size quick|small|paper] [--parts rate ragged memory] [--samples 1 8 32 100]
         [--contexts 16 128 500] [--precisions fp32 bf16] [--rounds 5]
-    python tests/bench_generate.py --size small --against FOLDER [--weights weights.pth] [--extension abc] [--samples 1 12 64]
+    python benchmarks/bench_generate.py --size small --against FOLDER [--weights weights.pth] [--extension abc] [--samples 1 12 64]
 
 With --against, whole generations take turns with those of another commit, whose worktree FOLDER is: `git worktree add FOLDER
 COMMIT`. Both draw the same random numbers, with TOP_P 0.9, and the bytes that they write are compared too. How fast a few
@@ -41,9 +41,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if __name__ == "__main__":  # a process that `compare` starts imports the modules of its own folder
     sys.path.insert(0, ROOT)
 
-    import checkpoint
-    import devices
-    import generation
+    from bgpt import checkpoint
+    from bgpt import distributed as devices
+    from bgpt import generation
     import utils
 
 SIZES = {  # 0.9, 5.1 and 110 million parameters
@@ -243,7 +243,7 @@ def serve(folder, sizes, weights, extension, pipe):
     import utils
 
     if os.path.exists(os.path.join(folder, "generation.py")):
-        import generation
+        from bgpt import generation
     else:
         generation = utils  # as in 710d7f7
     torch.manual_seed(0)

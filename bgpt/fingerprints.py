@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import torch
 
-import listing
+from bgpt import files as listing
 
 
 class Fingerprints:

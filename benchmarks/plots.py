@@ -1,7 +1,7 @@
 """Draws the pictures of README.md and RESULTS.md from what runs leave: logs and outputs. Needs matplotlib.
 
-    python tests/plots.py curves docs/learning.svg "random batches=new0.txt,new1.txt,new2.txt" "one length=old0.txt,old1.txt"
-    python tests/plots.py rolls docs/conversion.svg --true abc_midi/test --made output --files a.abc.mid b.abc.mid
+    python benchmarks/plots.py curves docs/learning.svg "random batches=new0.txt,new1.txt,new2.txt" "one length=old0.txt,old1.txt"
+    python benchmarks/plots.py rolls docs/conversion.svg --true abc_midi/test --made output --files a.abc.mid b.abc.mid
 
 curves: eval bits per byte after each epoch, one line for each label: the mean of its logs (LOGS_PATH), and their range, over the epochs
 that all of them have.
@@ -9,12 +9,17 @@ rolls: the notes of true MIDI files, and in their places those of the files that
 """
 
 import argparse
+import os
 import statistics
+import sys
 
 import matplotlib
 from bench_convert import read_notes, read_pair, share_right
-from logs import read_log
 from matplotlib.figure import Figure
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tests"))
+
+from logs import read_log  # noqa: E402
 
 
 def read_figure(path, name):

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from attention import Ragged
-from layers import Blocks, KVCache, PackedLinear, round_up
+from bgpt.attention import Ragged
+from bgpt.layers import Blocks, KVCache, PackedLinear, round_up
 from utils import END, NUM_SYMBOLS
 
 PREFILL_PATCHES = 8192  # most patches of prompts that go through the model at once

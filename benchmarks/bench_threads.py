@@ -1,6 +1,6 @@
 """How OpenMP's threads should wait for each other: a training step and a generated patch, alone and beside busy processes.
 
-    env -u OMP_NUM_THREADS python tests/bench_threads.py [--variants default passive spin-1000 …] [--busy 0 1 2] [--seconds 1.5]
+    env -u OMP_NUM_THREADS python benchmarks/bench_threads.py [--variants default passive spin-1000 …] [--busy 0 1 2] [--seconds 1.5]
         [--rounds 2]
 
 Each variant is a process of its own, since OpenMP reads its variables when PyTorch is loaded. The training step is that of the
@@ -44,8 +44,8 @@ def measure(busy, seconds):
     import numpy as np
     import torch
 
-    import devices
-    import generation
+    from bgpt import distributed as devices
+    from bgpt import generation
     import utils
 
     devices.tune_memory()

@@ -55,7 +55,7 @@ import warnings
 
 import torch
 
-import system
+from bgpt import system
 from utils import HEAD_SIZE, NUM_SYMBOLS, ModelSizes
 
 

@@ -6,8 +6,8 @@ import html
 import os
 import re
 
-import listing
-import system
+from bgpt import files as listing
+from bgpt import system
 
 INDEX_NAMES = ("index.tsv", "index.html")
 INDEX_COLUMNS = ("file", "source", "bytes", "bits per byte", "cut off or ended", "seed")

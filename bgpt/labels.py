@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 
-import listing
-import system
+from bgpt import files as listing
+from bgpt import system
 
 SHOWN_LABELS = 20  # most lines of the table of labels
 SHOWN_NAMES = 5  # most names in a warning

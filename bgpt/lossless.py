@@ -44,11 +44,11 @@ import constriction
 import numpy as np
 import torch
 
-import generation
-import listing
-import system
+from bgpt import generation
+from bgpt import files as listing
+from bgpt import system
 import utils
-import windowing
+from bgpt import windows as windowing
 from utils import END
 
 SUFFIX = ".bgpt"

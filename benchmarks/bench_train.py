@@ -3,9 +3,9 @@ GPT-2's unfused GELU, AdamW parameter by parameter. Each variant has a process o
 train-gen.py would; the variants take turns. Prints the medians, each one's peak memory, the share of the device's own matrix
 rate, measured between the steps, and the median over the rounds of the speed against the first variant's.
 
-    python tests/bench_train.py [--size paper] [--batch 1] [--rounds 5] [--variants naive fp32 bf16] [--dropout 0.1]
-    python tests/bench_train.py --files abc_midi/train --batch 16 --variants padded-fp32 fp32 ideal-fp32
-    python tests/bench_train.py --size quick --batch 64 --against FOLDER --variants before-fp32 fp32
+    python benchmarks/bench_train.py [--size paper] [--batch 1] [--rounds 5] [--variants naive fp32 bf16] [--dropout 0.1]
+    python benchmarks/bench_train.py --files abc_midi/train --batch 16 --variants padded-fp32 fp32 ideal-fp32
+    python benchmarks/bench_train.py --size quick --batch 64 --against FOLDER --variants before-fp32 fp32
 
 Variants: naive, fp32, bf16, fp16 (CUDA only), with -compile for COMPILE (bf16-compile); megabyte-fp32 and megabyte-bf16 are
 MEGABYTE-pytorch of about the same size, if it is installed (`pip install MEGABYTE-pytorch==0.3.6`), with the same dropout of
@@ -41,9 +41,9 @@ sys.path.insert(0, os.environ.get("BENCH_TRAIN_CODE", ROOT))
 import utils
 
 if os.path.exists(os.path.join(os.path.dirname(utils.__file__), "devices.py")):
-    import devices
-    import listing
-    import training
+    from bgpt import distributed as devices
+    from bgpt import files as listing
+    from bgpt import training
 else:
     devices = utils  # as in 710d7f7
 

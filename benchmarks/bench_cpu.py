@@ -2,7 +2,7 @@
 append each state. Prints the time per instruction and the instances per second of both, measured in turn, and their ratio; and
 the floor: how long the system takes to make as many files of the same sizes, and nothing else, in as many processes.
 
-    python tests/bench_cpu.py [--instances 60000] [--plain 150] [--rounds 5] [--dir FOLDER]
+    python benchmarks/bench_cpu.py [--instances 60000] [--plain 150] [--rounds 5] [--dir FOLDER]
 
 The tests use the plain machine below too: it says a second time, in other words, what each instruction does.
 """

@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 
-import checkpoint
-import system
+from bgpt import checkpoint
+from bgpt import system
 
 ORDER = "permutation"  # how the order of an epoch is drawn, for checkpoints
 

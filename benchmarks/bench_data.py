@@ -1,7 +1,7 @@
 """How fast files become batches, against the plain way: every byte appended to a list, and lists padded, in Python loops.
 The two take turns on the same files. Also prints the share of a training step at paper size that it takes.
 
-    python tests/bench_data.py [--files 256] [--bytes 8000] [--batch 16] [--rounds 5] [--step-sequences 1]
+    python benchmarks/bench_data.py [--files 256] [--bytes 8000] [--batch 16] [--rounds 5] [--step-sequences 1]
 """
 
 import argparse
@@ -17,8 +17,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import torch
 
-import devices
-import listing
+from bgpt import distributed as devices
+from bgpt import files as listing
 import utils
 
 PATCH_SIZE, PATCH_LENGTH = 16, 512

@@ -15,10 +15,10 @@ import os
 import numpy as np
 import torch
 
-import devices
-import intervals
-import listing
-import system
+from bgpt import distributed as devices
+from bgpt import intervals
+from bgpt import files as listing
+from bgpt import system
 import utils
 from utils import END
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 import transformers
 
-import evaluation
-import intervals
-import system
-import windowing
+from bgpt import evaluation
+from bgpt import intervals
+from bgpt import system
+from bgpt import windows as windowing
 from utils import END
 
 NAMES = ("evaluation.tsv", "evaluation.json", "evaluation.html")

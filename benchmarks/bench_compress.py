@@ -1,8 +1,8 @@
 """What real containers take, beside other compressors, file by file; and how fast they are written and read.
 
-    python tests/bench_compress.py --weights weights.pth --folder midi/test [--files 100] [--batch 32]
-    python tests/bench_compress.py --sizes 16 512 768 12 3 --folder midi/test --files 32 --bytes 256
-    python tests/bench_compress.py --others --folder midi/test
+    python benchmarks/bench_compress.py --weights weights.pth --folder midi/test [--files 100] [--batch 32]
+    python benchmarks/bench_compress.py --sizes 16 512 768 12 3 --folder midi/test --files 32 --bytes 256
+    python benchmarks/bench_compress.py --others --folder midi/test
 
 With --others, the other compressors alone. Without weights, the model of `--sizes` has random ones, and only its speed means
 something.
@@ -22,12 +22,12 @@ import brotli
 import torch
 import zstandard
 
-import checkpoint
-import devices
-import evaluation
-import listing
-import lossless
-import system
+from bgpt import checkpoint
+from bgpt import distributed as devices
+from bgpt import evaluation
+from bgpt import files as listing
+from bgpt import lossless
+from bgpt import system
 import utils
 
 COMPRESSORS = evaluation.COMPRESSORS | {

@@ -1,7 +1,7 @@
 """How fast files are scored, against the model's forward pass alone: files of equal and of mixed lengths, all within
 PATCH_LENGTH. The two take turns on the same files; both read them, and scoring also runs the three compressors.
 
-    python tests/bench_evaluate.py [--files 32] [--batch 8] [--rounds 3] [--sizes 16 64 256 4 2]
+    python benchmarks/bench_evaluate.py [--files 32] [--batch 8] [--rounds 3] [--sizes 16 64 256 4 2]
 """
 
 import argparse
@@ -17,11 +17,11 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import torch
 
-import devices
-import evaluation
-import listing
+from bgpt import distributed as devices
+from bgpt import evaluation
+from bgpt import files as listing
 import utils
-import windowing
+from bgpt import windows as windowing
 
 
 def measure(model, folder, options):

@@ -9,8 +9,8 @@ import zlib
 
 import numpy as np
 
-import listing
-import system
+from bgpt import files as listing
+from bgpt import system
 import utils
 
 

@@ -16,13 +16,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
-import checkpoint
-import fingerprints
-import logger
-import resuming
-import system
+from bgpt import checkpoint
+from bgpt import fingerprints
+from bgpt import logger
+from bgpt import resuming
+from bgpt import system
 import utils
-import windowing
+from bgpt import windows as windowing
 
 MOST_EXTENSIONS = 1000  # a checkpoint lists no more extensions of training files: beyond, they are hardly kinds of files
 

@@ -1,7 +1,7 @@
 """How good the files are that MODE convert made, against the true ones.
 
     python inference.py --MODE convert --INPUT_EXT abc --TARGET_EXT mid --INPUT_FOLDER abc_midi/test --TEMPERATURE 0
-    python tests/bench_convert.py --true abc_midi/test --made output [--extension mid]
+    python benchmarks/bench_convert.py --true abc_midi/test --made output [--extension mid]
 
 Prints how many files are the true ones byte for byte; how many are whole: MIDI files whose track lengths add up, whose events
 can all be read and whose notes all end, or ABC tunes with the fields X and K; of MIDI files, which share of the notes is right:
@@ -18,8 +18,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import index_page
-import system
+from bgpt import gallery as index_page
+from bgpt import system
 
 
 def read_tracks(content):

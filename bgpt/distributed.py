@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-import system
+from bgpt import system
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # options of glibc's mallopt
 
