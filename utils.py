@@ -1,47 +1,44 @@
-"""bGPT, a language model of bytes: files as patches, data sets and batches, the two decoders.
+"""bGPT, a language model of bytes: files as patches, data sets and batches, attention, the two decoders.
 
 A file is a sequence of patches of S symbols. Symbols 0-255 are bytes; 256 is padding and end of file. `tune.abc` with
-20 bytes, S = 16, is 4 patches; the first is the extension patch, the last the end patch (`.` is the symbol 256):
+20 bytes and S = 16 has 4 patches. The first is the extension patch, the last the end patch (`.` is the symbol 256):
 
     patch 0  | a b c . . . . . . . . . . . . . |  extension
     patch 1  | X : 1 \n T : T h e   B u t t e r |  content
-    patch 2  | f l y \n . . . . . . . . . . . . |  content, filled up
+    patch 2  | f l y \n . . . . . . . . . . . . |  content, padded
     patch 3  | . . . . . . . . . . . . . . . . |  end
 
-The patch-level decoder reads whole patches and sums up patches 0..i in one vector; from that vector the byte-level
-decoder writes patch i+1, symbol by symbol. The first is deep and runs once per patch, the second is shallow and runs once
-per byte.
-
-A byte enters the model twice: in `PatchLevelDecoder.embed`, in a patch, and in `ByteLevelDecoder.forward`, by itself.
+The patch-level decoder reads whole patches and encodes patches 0..i as one vector. From that vector the byte-level decoder
+predicts patch i+1, symbol by symbol. The first is deep and runs once per patch, the second is shallow and runs once per byte.
+A byte enters the model twice: within its patch (`PatchLevelDecoder.embed`) and by itself (`ByteLevelDecoder.forward`).
 
 Dimensions in shape comments: B sequences in a batch, P patches in a sequence, S symbols in a patch (PATCH_SIZE),
-D width (HIDDEN_SIZE), N patches of a batch that are real or targets, V = 257 symbols, H = D/64 attention heads, T places
-in an attended sequence, L the most patches in a sequence (PATCH_LENGTH).
+D width (HIDDEN_SIZE), N real patches in a batch, or its targets, V = 257 symbols, H = D/64 attention heads, T positions of an
+attended sequence, L the most patches in a sequence (PATCH_LENGTH).
 
-Nothing here reads config.py: sizes and settings are arguments.
+This file needs PyTorch, transformers and NumPy only, and reads no settings: sizes are arguments.
 """
 
 import copy
 import dataclasses
 import errno
-import hashlib
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 import zlib
-from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
-
-from bgpt import files as listing
-from bgpt import system
-from bgpt.attention import Ragged, attend, dropout
 
 END = 256  # the symbol of padding and end of file
 NUM_SYMBOLS = 257  # V: 256 bytes and END
@@ -52,14 +49,10 @@ HEAD_SIZE = 64  # width of an attention head
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class UnreadableFile(system.UserError):
-    """A file that was there when the files were listed cannot be read any more, has another size, or no longer fits."""
-
-
 def extension_patch(extension, patch_size):
-    """Returns the extension patch, int16 (S,): the UTF-8 bytes of `extension`, cut at S, filled up with 256."""
+    """Returns the extension patch, int16 (S,): the UTF-8 bytes of `extension`, cut at S, padded with 256."""
     patch = np.full(patch_size, END, dtype=np.int16)
-    # surrogateescape: a file name may hold bytes that are not UTF-8, which Python keeps as surrogates
+    # surrogateescape: a file name may contain bytes that are not UTF-8, which Python keeps as surrogates
     symbols = extension.encode("utf-8", "surrogateescape")[:patch_size]
     patch[: len(symbols)] = np.frombuffer(symbols, dtype=np.uint8)
     return patch
@@ -68,8 +61,7 @@ def extension_patch(extension, patch_size):
 def to_patches(content, extension, patch_size):
     """Returns a whole file as patches, int16 (P, S), from its content (bytes or uint8 array) and extension."""
     content = np.frombuffer(content, dtype=np.uint8)
-    num_content = -(-len(content) // patch_size)
-    patches = np.full((num_content + 2, patch_size), END, dtype=np.int16)
+    patches = np.full((count_patches(len(content), patch_size), patch_size), END, dtype=np.int16)
     patches[0] = extension_patch(extension, patch_size)
     patches[1:-1].reshape(-1)[: len(content)] = content
     return patches
@@ -82,74 +74,76 @@ def to_content(symbols):
     return symbols[: ends[0] if len(ends) else None].astype(np.uint8).tobytes()
 
 
-def read_patches(path, patch_size, patch_length=None, rng=None, lower_case=False):
-    """Reads a file as patches, at most `patch_length` of them; from a longer file, only the bytes that are kept.
+def count_patches(size, patch_size):
+    """Returns the patches of a file of `size` bytes (an integer or array), extension patch and end patch included."""
+    return -(-size // patch_size) + 2
+
+
+def read_bytes(path, start=0, stop=None, size=None):
+    """Returns the bytes of a file from `start` to `stop`, or to its end.
+
+    Args:
+        size: bytes that the file should have. None = any.
+
+    Raises:
+        OSError: with the file's name: it is unreadable, has another size, or ends before its size says.
+    """
+    with open(path, "rb", buffering=0) as file:
+        actual = os.fstat(file.fileno()).st_size
+        if size is not None and actual != size:
+            raise OSError(errno.ESTALE, f"has {actual:,} bytes now, and had {size:,} when it was listed", path)
+        wanted, parts = (actual if stop is None else min(stop, actual)) - start, []
+        if wanted > 0 and start:
+            file.seek(start)
+        while wanted > 0:
+            part = file.read(wanted)
+            if not part:
+                raise OSError(errno.EIO, f"ends {wanted:,} bytes too early", path)
+            parts.append(part)
+            wanted -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def read_patches(path, patch_size, first=0, last=None, size=None, lower_case=False):
+    """Reads the patches `first` to `last` - 1 of a file, and no other bytes of it.
 
     Args:
         path: the file.
         patch_size: S.
-        patch_length: most patches to return; None = all.
-        rng: numpy Generator, or the seed of one, that draws what is kept of a longer file: its head, a window of its body
-            or its tail. None = its head.
-        lower_case: whether the extension patch has the extension in lower case, however the file spells it.
+        first, last: range of patches. A `last` of None or beyond the end patch is the end.
+        size: bytes that the file should have. None = any.
+        lower_case: spell the extension in lower case in the extension patch.
 
     Returns:
         patches: int16 (P, S).
-        counted: bool (P, S), true at the symbols that bits per byte are counted over: the content and the first 256
-            after it.
+        counted: bool (P, S), true at the symbols that bits per byte count: the content and the first 256 after it.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: see `read_bytes`.
     """
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        total = count_patches(size, patch_size)
-        first, last = 0, total  # the patches that are kept
-        if patch_length is not None and total > patch_length:
-            first, last = _crop(total, patch_length, rng)
-        return _read_between(file, size, patch_size, first, last, lower_case)
-
-
-def read_window(path, patch_size, first, last, size):
-    """Reads the patches `first` to `last` - 1 of a file of `size` bytes, and no other bytes of it; see `read_patches`.
-
-    Raises:
-        OSError: the file cannot be read.
-        UserError: it has another size by now.
-    """
-    with open(path, "rb", buffering=0) as file:
-        if os.fstat(file.fileno()).st_size != size:
-            raise UnreadableFile("has another size than when it was listed")
-        return _read_between(file, size, patch_size, first, last)
-
-
-def count_patches(size, patch_size):
-    """Returns the patches of a file of `size` bytes (an integer or an array), extension patch and end patch included."""
-    return -(-size // patch_size) + 2
-
-
-def _read_between(file, size, patch_size, first, last, lower_case=False):
-    """Returns the patches `first` to `last` - 1 of an open file of `size` bytes, and their `counted`; see `read_patches`."""
+    size = os.stat(path).st_size if size is None else size
+    total = count_patches(size, patch_size)
+    last = total if last is None else min(last, total)
     start, stop = (max(first, 1) - 1) * patch_size, min((last - 1) * patch_size, size)  # bytes of the content
-    content = np.fromfile(file, dtype=np.uint8, offset=start, count=max(stop - start, 0))
-    extension = listing.extension_of(file.name)
+    content = read_bytes(path, start, stop, size)
+    extension = os.path.splitext(path)[1][1:]
     patches = to_patches(content, extension.lower() if lower_case else extension, patch_size)
     counted = np.zeros(patches.shape, dtype=bool)
     # (P, S) -> (P·S,): the content follows the extension patch, and one more symbol ends it
     counted.reshape(-1)[patch_size : patch_size + len(content) + 1] = True
-    kept = slice(0 if first == 0 else 1, len(patches) if last == count_patches(size, patch_size) else -1)
+    kept = slice(0 if first == 0 else 1, len(patches) if last == total else -1)
     return patches[kept], counted[kept]
 
 
-def _crop(total, length, rng):
-    """Returns the first patch kept, and the one after the last, of a file of `total` > `length` patches."""
-    if rng is None:
-        return 0, length
-    rng = np.random.default_rng(rng)
-    part = ("head", "body", "tail")[rng.integers(3)]
+def crop(total, length, rng=None):
+    """Returns the range (first, last) of `length` patches that are kept of a longer file with `total`.
+
+    `rng`, a numpy Generator, draws the head, a window of the body, or the tail, with equal chance. None = the head.
+    """
+    part = "head" if rng is None else ("head", "body", "tail")[rng.integers(3)]
     if part != "body":
         return (0, length) if part == "head" else (total - length, total)
-    # neither the extension patch nor the end patch; one patch too many leaves no such window, and then it is the tail
+    # neither extension patch nor end patch; if only one patch is too many there is no such window, and this is the tail
     first = int(rng.integers(1, max(total - length, 2)))
     return first, first + length
 
@@ -160,29 +154,33 @@ def _crop(total, length, rng):
 
 
 class Examples:
-    """What to learn from: a sequence of tuples of paths, (file,) for itself or (input, target) for a conversion.
+    """A sequence of tuples of paths: (file,) alone, or (input, target) of a conversion.
 
     Args:
-        files: the Files.
-        indices: int64 (n, 1) or (n, 2), the examples' paths by their index in `files`.
-        parts: {example: (first patch, the one after the last)} of single files that are not taken whole.
+        files: sequence of paths with `sizes`, int64 (n,), and a method `name(index)`, see `bgpt.files.Files`.
+        indices: int64 (n, 1) or (n, 2), the examples' paths by their index in `files`. None = each file alone.
+        parts: {example: (first patch, last patch + 1)} of single files of which only a part is taken.
     """
 
-    def __init__(self, files, indices, parts=None):
+    def __init__(self, files, indices=None, parts=None):
         self.files = files
-        self.indices = np.asarray(indices, dtype=np.int64)
+        self.indices = np.arange(len(files))[:, None] if indices is None else np.asarray(indices, dtype=np.int64)
         self.parts = parts or {}
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, index):
-        return tuple(self.files[file] for file in self.indices[index])
+        return tuple(self.files[file] for file in self.indices[index].tolist())
 
-    @classmethod
-    def of(cls, files):
-        """Returns the Examples of Files, each for itself, in the order of their folders' places and then of their paths."""
-        return cls(files, np.argsort(files.places, kind="stable")[:, None])
+    @property
+    def are_pairs(self):
+        """Whether each example is an input and its target."""
+        return self.indices.shape[1] == 2
+
+    def sizes(self, index=slice(None)):
+        """Returns the bytes of the files of some examples, int64 (…, 1) or (…, 2)."""
+        return self.files.sizes[self.indices[index]].clip(min=0)
 
     def select(self, indices):
         """Returns the Examples at `indices`, integers, in their order."""
@@ -191,62 +189,18 @@ class Examples:
         parts = {new: self.parts[old] for new, old in enumerate(olds) if old in self.parts}
         return Examples(self.files, self.indices[indices], parts)
 
-    def both_ways(self):
-        """Returns pairs in both directions: each pair, then the same with input and target exchanged."""
-        # (n, 2) -> (n, 2 directions, 2) -> (2·n, 2)
-        return Examples(self.files, np.stack((self.indices, self.indices[:, ::-1]), axis=1).reshape(-1, 2))
-
-    def lengths(self, patch_size, patch_length=None):
-        """Returns the patches of each example's sequence, int64 (n,); of a file at most `patch_length`, unless that is None."""
-        content = -(-self.files.sizes[self.indices].clip(min=0) // patch_size)  # (n, 1) or (n, 2)
-        lengths = content.sum(1) + self.indices.shape[1] + 1  # an extension patch for each file, one end patch
-        return lengths if self.indices.shape[1] == 2 or patch_length is None else lengths.clip(max=patch_length)
+    def lengths(self, patch_size, indices=slice(None)):
+        """Returns the patches of the whole sequences of some examples, int64 (n,)."""
+        sizes = self.sizes(indices)
+        return -(-sizes // patch_size).sum(-1) + sizes.shape[-1] + 1  # an extension patch for each file, one end patch
 
     def spans(self, patch_size):
-        """Returns int64 (n, 2): of each example's whole sequence, the first patch that is taken and the one after the last."""
+        """Returns int64 (n, 2): of each example's sequence, the first patch that is taken and the last one + 1."""
         lengths = self.lengths(patch_size)
         spans = np.stack((np.zeros_like(lengths), lengths), axis=1)
         for index, part in self.parts.items():
             spans[index] = part
         return spans
-
-    def extensions(self):
-        """Returns the set of the files' extensions, as their extension patches hold them: those of pairs in lower case."""
-        found = set()
-        for file in self.indices.reshape(-1).tolist():
-            stem, _, extension = self.files.encoded(file).rpartition(b"/")[2].rpartition(b".")
-            found.add(extension if stem else b"")
-        found = {os.fsdecode(extension) for extension in found}
-        return {extension.lower() for extension in found} if self.indices.shape[1] == 2 else found
-
-    def hashes(self):
-        """Returns int64 (files, 2): a hash of each file's identity, and its size; in order, by example.
-
-        Other data, or another order, have others; the same data in a moved or differently named folder have the same.
-        """
-        files, digests = self.indices.reshape(-1), bytearray()  # (n, 1) or (n, 2) -> (files,)
-        for part in np.array_split(files, len(self) // 65536 + 1):  # few Python objects at a time
-            digests += b"".join([hashlib.blake2b(self.files.identity(file), digest_size=8).digest() for file in part.tolist()])
-        return np.stack((np.frombuffer(digests, dtype="<i8"), self.files.sizes[files]), axis=1)
-
-
-def balanced_parts(lengths, count):
-    """Splits sequences into parts of nearly the same number of patches: the longest go first, each to the part with least.
-
-    Args:
-        lengths: int (n,), patches of each sequence, 1 or more.
-        count: number of parts.
-
-    Returns:
-        list of `count` int64 arrays, the indices of each part's sequences in ascending order. With n < count, the last
-        parts are empty. It depends on the arguments alone.
-    """
-    parts, sums = [[] for _ in range(count)], [0] * count
-    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        least = sums.index(min(sums))
-        parts[least].append(index)
-        sums[least] += int(lengths[index])
-    return [np.array(sorted(part), dtype=np.int64) for part in parts]
 
 
 class ByteDataset:
@@ -255,55 +209,65 @@ class ByteDataset:
     Args:
         examples: the Examples.
         patch_size: S.
-        patch_length: L, the most patches in a sequence.
-        crop_seed: what the crops of files longer than that are drawn from, beside the file's identity: a list of
-            whole numbers such as [seed, epoch]; None = always the head of the file.
+        patch_length: L, the most patches in a sequence. Of a longer file a crop is taken.
+        crop_seed: list of integers, for example [seed, epoch]: with the file's name it seeds its crop. None = the head.
     """
 
     def __init__(self, examples, patch_size, patch_length, crop_seed=None):
-        self.examples = examples
-        self.patch_size = patch_size
-        self.patch_length = patch_length
-        self.crop_seed = crop_seed
+        self.examples, self.patch_size, self.patch_length, self.crop_seed = examples, patch_size, patch_length, crop_seed
 
     def __len__(self):
         return len(self.examples)
 
     def __getitem__(self, index):
-        """Returns (patches int16 (P, S), counted bool (P, S), context).
+        """Returns (patches int16 (P, S), counted bool (P, S), context), see `read_patches`.
 
-        The first two are those of `read_patches`; context is how many patches at the beginning are given, not predicted: 1.
+        `context` is the number of patches at the beginning that are given, not predicted: 1.
 
         Raises:
-            UnreadableFile: a file cannot be read, or a pair no longer fits.
+            OSError: a file is unreadable or has changed.
         """
-        paths = self.examples[index]
-        try:
-            if len(paths) == 1:
-                patches, counted = read_patches(paths[0], self.patch_size, self.patch_length, self._seed(index))
-            else:
-                source, target = (read_patches(path, self.patch_size, lower_case=True) for path in paths)
-                # the input file without its end patch, then the whole target file
-                patches, counted = (np.concatenate((s[:-1], t)) for s, t in zip(source, target))
-        except OSError as error:
-            raise UnreadableFile(f"cannot read {error.filename or paths!r}: {error.strerror}") from None
-        if len(patches) > self.patch_length:
-            raise UnreadableFile(f"{' and '.join(paths)} have grown since the start: they no longer fit in PATCH_LENGTH")
-        return patches, counted, 1
+        paths, sizes = self.examples[index], self.examples.sizes(index).tolist()
+        if len(paths) == 1:
+            total = count_patches(sizes[0], self.patch_size)
+            span = crop(total, self.patch_length, self._rng(index)) if total > self.patch_length else (0, total)
+            return *read_patches(paths[0], self.patch_size, *span, sizes[0]), 1
+        # the input file without its end patch, then the whole target file
+        source, target = (read_patches(path, self.patch_size, size=size, lower_case=True) for path, size in zip(paths, sizes))
+        return np.concatenate((source[0][:-1], target[0])), np.concatenate((source[1][:-1], target[1])), 1
 
-    def _seed(self, index):
-        """Returns the seed of what is kept of a longer file; None = its head."""
+    def _rng(self, index):
         if self.crop_seed is None:
             return None
-        return [*self.crop_seed, zlib.crc32(self.examples.files.identity(self.examples.indices[index, 0]))]
+        name = self.examples.files.name(int(self.examples.indices[index, 0]))
+        return np.random.default_rng([*self.crop_seed, zlib.crc32(os.fsencode(name))])
 
     def lengths(self, indices):
-        """Returns the patches of the sequences of the examples at `indices`, an integer array."""
-        return self.examples.select(indices).lengths(self.patch_size, self.patch_length)
+        """Returns the patches of the sequences at `indices`, an integer array."""
+        return self.examples.lengths(self.patch_size, indices).clip(max=self.patch_length)
 
-    def read(self, indices):
-        """Returns the sequences of the examples at `indices`, a list of what a `Batch` is made of."""
-        return [self[index] for index in indices]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def balanced_parts(lengths, count):
+    """Splits sequences into parts with nearly the same number of patches: the longest first, each to the smallest part.
+
+    Args:
+        lengths: int (n,), patches of each sequence, 1 or more.
+        count: number of parts.
+
+    Returns:
+        list of `count` int64 arrays, the ascending indices of each part's sequences. With n < count, the last are empty.
+    """
+    parts, sums = [[] for _ in range(count)], [0] * count
+    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        least = sums.index(min(sums))
+        parts[least].append(index)
+        sums[least] += int(lengths[index])
+    return [np.array(sorted(part), dtype=np.int64) for part in parts]
 
 
 class Batch:
@@ -316,8 +280,8 @@ class Batch:
         lengths: int64 array (B,), patches of each sequence.
         patches: int16 (B, P, S).
         masks: uint8 (B, P), 1 at real patches.
-        counted: bool (B, P, S), true at the symbols that bits per byte are counted over.
-        targets: bool (B, P-1), of all patches but the first, true at those that are to be predicted.
+        counted: bool (B, P, S), true at the symbols that bits per byte count.
+        targets: bool (B, P-1), of all patches but the first, true at those to predict.
     """
 
     def __init__(self, sequences):
@@ -332,61 +296,194 @@ class Batch:
         self.targets = ((position >= torch.tensor(contexts)[:, None]) & (position < lengths))[:, 1:]
 
     def split(self, parts):
-        """Returns at most `parts` pairs of sequences' indices (int64 array) and their Batch.
-
-        The batches have nearly the same number of patches, see `balanced_parts`.
-        """
+        """Returns at most `parts` pairs of sequences' indices (int64 array) and their Batch, see `balanced_parts`."""
         return [(rows, Batch(self._sequences[i] for i in rows)) for rows in balanced_parts(self.lengths, parts) if len(rows)]
 
     def patches_on(self, device):
-        """Returns the patches as the models want them, int64 (B, P, S), on a device; they are copied to a GPU asynchronously."""
-        patches = self.patches.pin_memory() if device.type == "cuda" else self.patches
-        return patches.to(device, non_blocking=True).long()
+        """Returns the patches as the models take them, int64 (B, P, S), on a device."""
+        return to_device(self.patches, device).long()
 
 
-_dataset = None  # in a worker process: the data set that it reads
+def to_device(tensor, device):
+    """Returns a CPU tensor on a device; a GPU copies it without making the CPU wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _set_dataset(dataset):
-    global _dataset
-    _dataset = dataset
+class _BatchReader:
+    """A map-style data set for DataLoader whose items are whole batches, or the OSError that kept one from being read."""
+
+    def __init__(self, dataset, index_batches):
+        self.dataset, self.index_batches = dataset, index_batches
+
+    def __len__(self):
+        return len(self.index_batches)
+
+    def __getitem__(self, number):
+        try:
+            return [self.dataset[index] for index in self.index_batches[number]]
+        except OSError as error:  # returned, since DataLoader would turn it into a text with a traceback
+            return error
 
 
-def _read(indices):
-    return _dataset.read(indices)
+def _return_as_is(item):
+    return item
 
 
-def batches(dataset, index_batches, num_workers=0, while_waiting=None):
-    """Yields the Batch of every array of indices.
+def _begin_worker(index):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()  # DataLoader's own watch misses a parent that is killed while a worker starts
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def batches(dataset, index_batches, num_workers=0):
+    """Yields the Batch of every array of indices; for an empty array a dummy batch, one empty file.
 
     Args:
-        dataset: a ByteDataset, or `windowing.Windows`.
-        index_batches: iterable of integer arrays.
-        num_workers: processes that read; their batches come through pipes, not through shared memory, of which containers
-            have little. They end with the iteration, or with the main process.
-        while_waiting: called now and then while a worker has not read the next batch yet; it may raise an error.
+        dataset: a ByteDataset or `bgpt.windows.Windows`.
+        index_batches: sequence of integer arrays.
+        num_workers: processes that read. NumPy arrays travel through pipes, not through the shared memory that containers
+            have little of. The workers ignore stop signals: the main process ends them after its current step.
 
     Raises:
-        UnreadableFile: a file cannot be read, or a pair no longer fits.
-        UserError: a worker was killed.
+        OSError: a file is unreadable or has changed.
+        RuntimeError: a worker was killed.
     """
-    if num_workers == 0:
-        results = map(dataset.read, index_batches)
-    else:
-        # a worker that is forked has the data set at once, without a copy, and does not import PyTorch again
-        method = "fork" if sys.platform == "linux" else "spawn"
-        results = system.run_jobs(
-            ((number, _read, indices) for number, indices in enumerate(index_batches)), num_workers, method=method,
-            initializer=_set_dataset, initargs=(dataset,), expendable=True, while_waiting=while_waiting,
-        )  # fmt: skip
-    try:
-        yield from map(Batch, results)
-    except OSError as error:
-        if error.errno != errno.EMFILE:
-            raise
-        raise system.UserError("too many open files: lower NUM_WORKERS, or allow more with `ulimit -n`") from None
-    except BrokenProcessPool:
-        raise system.UserError("a reading process was killed; is memory short? Lower NUM_WORKERS") from None
+    patches = np.full((2, dataset.patch_size), END, dtype=np.int16)
+    dummy = [(patches, patches != END, 1)]
+    loader = DataLoader(
+        _BatchReader(dataset, index_batches), batch_size=None, collate_fn=_return_as_is, num_workers=num_workers,
+        worker_init_fn=_begin_worker, generator=torch.Generator(),  # its own, to leave dropout's random numbers alone
+        # a forked worker has the data set at once, without a copy, and does not import PyTorch again
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
+    )  # fmt: skip
+    for sequences in loader:
+        if isinstance(sequences, OSError):
+            raise sequences
+        yield Batch(sequences or dummy)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention and dropout
+# ---------------------------------------------------------------------------------------------------------------------
+
+MOST_SEQUENCES = 2**15  # in one attention on a GPU; CUDA has no kernel for 2**16 and more
+BLOCK = 128  # queries in a block on a CPU: smaller ones make slower products, larger ones more weights that causality masks
+# The most weights (B·H·T²) of an attention in several blocks on a CPU that are kept for the backward pass: 0.4 GB in float32
+# for each layer. Beyond, the backward pass recomputes them.
+MOST_KEPT = 2**26
+
+
+def dropout(x, rate):
+    """Returns x with each element zero with probability `rate` (to within 2**-17), the others scaled up accordingly.
+
+    On a CPU, PyTorch draws one number for each element. Here 16 bits of its generator decide each, several times faster.
+    """
+    if rate == 0:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, rate)
+    threshold = min(round(rate * 2**16), 2**16 - 1)  # of an element's 2**16 possible values, this many drop it
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
+    kept = torch.ge(bits, threshold - 2**15, out=torch.empty_like(x, requires_grad=False))  # 1 or 0, in x's dtype at once
+    return x * kept.mul_(2**16 / (2**16 - threshold))
+
+
+def attend(qkv, rate=0.0):
+    """Returns causal attention with dropout of its weights, (B, T, H, 64), as PyTorch's scaled_dot_product_attention does.
+
+    Args:
+        qkv: (B, T, 3, H, 64), queries, keys and values of B sequences.
+        rate: of dropout.
+    """
+    if qkv.device.type == "cuda" and len(qkv) > MOST_SEQUENCES:
+        return torch.cat([attend(part, rate) for part in qkv.split(MOST_SEQUENCES)])
+    queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, 64) each
+    if rate == 0 or qkv.device.type != "cpu":
+        return F.scaled_dot_product_attention(queries, keys, values, dropout_p=rate, is_causal=True).transpose(1, 2)
+    # PyTorch's own attention on CPUs has no fast path with dropout
+    shape, length = queries.shape, queries.shape[2]
+    queries, keys, values = (each.flatten(0, 1) for each in (queries, keys, values))  # (B·H, T, 64)
+    is_kept = length <= BLOCK or len(queries) * length**2 <= MOST_KEPT
+    blocks = []
+    for start in range(0, length, BLOCK):
+        end = min(start + BLOCK, length)
+        # sliced just before its block, so that the backward pass adds up and frees the slices' gradients block by block
+        block = queries[:, start:end], keys[:, :end], values[:, :end], rate
+        # the recomputation draws the same dropout: it restores the state of the generator
+        blocks.append(_attend_block(*block) if is_kept else recompute(_attend_block, *block, use_reentrant=False))
+    attended = torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]  # one block needs no copy
+    return attended.view(shape).transpose(1, 2)  # (B·H, T, 64) -> (B, H, T, 64) -> (B, T, H, 64)
+
+
+def _attend_block(queries, keys, values, rate):
+    """Returns the attention of a block's t queries (B·H, t, 64) to the U keys and values (B·H, U, 64) up to its end."""
+    num_queries, num_keys = queries.shape[1], keys.shape[1]
+    later = queries.new_full((num_queries, num_keys), -torch.inf).triu(num_keys - num_queries + 1)  # (t, U)
+    scores = torch.baddbmm(later, queries, keys.transpose(1, 2), alpha=queries.shape[-1] ** -0.5)  # (B·H, t, U)
+    return dropout(scores.softmax(-1), rate) @ values
+
+
+class Ragged:
+    """Sequences of different lengths as rows (N, ·), one sequence after another: padding costs nothing.
+
+    Only attention sees sequences. It pads each to a length that follows from its own, so that a sequence's numbers do not
+    depend on the others. The rows begin with the shortest, so that sequences padded alike are neighbours.
+
+    Args:
+        lengths: int (B,), patches of each sequence, 0 or more.
+        device: of the rows.
+
+    Attributes:
+        sequence, position: int64 (N,), each row's sequence, and its position in it.
+        starts: int64 (B,), the first row of each sequence.
+    """
+
+    def __init__(self, lengths, device):
+        lengths = np.asarray(lengths, dtype=np.int64)
+        order = np.argsort(lengths, kind="stable")
+        ends = lengths[order].cumsum()  # (B,), rows up to the end of each sequence, in their order
+        starts = np.empty_like(ends)
+        starts[order] = ends - lengths[order]
+        sequence = order.repeat(lengths[order])
+        position = np.arange(len(sequence)) - starts[sequence]
+        padded = np.array([padded_length(length) for length in lengths[order].tolist()], dtype=np.int64)
+        groups, cells = [], []  # cells: int64 index of each row among the padded rows of its group
+        for length in np.unique(padded[padded > 0]).tolist():
+            members = np.flatnonzero(padded == length)
+            rows = slice(int(starts[order[members[0]]]), int(ends[members[-1]]))
+            member = np.arange(len(members)).repeat(lengths[order[members]])  # each row's sequence, by its index in the group
+            groups.append((rows, (len(members), length)))
+            cells.append(member * length + position[rows])
+        arrays = [sequence, position, starts, *cells]  # copied to the device together
+        tensors = to_device(torch.from_numpy(np.concatenate(arrays)), torch.device(device)).split([len(a) for a in arrays])
+        self.sequence, self.position, self.starts, *cells = tensors
+        self._groups = [(*group, each) for group, each in zip(groups, cells)]  # (rows, (sequences, padded length), cells)
+
+    def attend(self, qkv, rate=0.0):
+        """Returns each row's attention (N, H, 64) to the rows of its sequence up to itself, see `attend`.
+
+        Args:
+            qkv: (N, 3, H, 64), queries, keys and values.
+            rate: of dropout of the attention's weights.
+        """
+        attended = []
+        for rows, shape, cells in self._groups:
+            group = qkv[rows]  # (n, 3, H, 64)
+            is_full = len(group) == shape[0] * shape[1]
+            if not is_full:
+                padding = group.new_zeros(shape[0] * shape[1], *group.shape[1:])
+                group = padding.index_copy(0, cells, group)
+            outputs = attend(group.view(*shape, *qkv.shape[1:]), rate).flatten(0, 1)  # (B·T, H, 64)
+            attended.append(outputs if is_full else outputs.index_select(0, cells))
+        return torch.cat(attended)
+
+
+def padded_length(length):
+    """Returns the padded length of a sequence in attention: at most 15, or a quarter of its length, more."""
+    step = max(16, 1 << (max(length - 1, 4).bit_length() - 3))  # from an eighth to a quarter of the length
+    return -(-length // step) * step
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,7 +502,7 @@ def make_configs(patch_size, patch_length, hidden_size, patch_num_layers, byte_n
 
 
 def _fused(config):
-    """Returns a copy of a GPT2Config that computes GPT-2's tanh-GELU in one fused operation; the numbers are the same."""
+    """Returns a copy of a GPT2Config that computes GPT-2's tanh-GELU in one fused operation."""
     config = copy.deepcopy(config)
     if config.activation_function == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"
@@ -414,7 +511,7 @@ def _fused(config):
 
 @dataclasses.dataclass
 class BytePrediction(ModelOutput):
-    """What the byte-level decoder returns."""
+    """The byte-level decoder's output."""
 
     loss: torch.Tensor | None = None  # scalar, mean cross-entropy of all symbols of the targets, nats per symbol
     logits: torch.Tensor | None = None  # (N, S, V)
@@ -427,7 +524,7 @@ def project_qkv(block, x):
 
 
 def finish_block(block, x, attended, rate):
-    """Returns what a GPT2Block makes of x (…, D) and its attention (…, D), with dropout of both its branches."""
+    """Returns a GPT2Block's output for x (…, D) and its attention (…, D), with dropout of both branches."""
     x = x + dropout(block.attn.c_proj(attended), rate)
     return x + dropout(block.mlp.c_proj(block.mlp.act(block.mlp.c_fc(block.ln_2(x)))), rate)
 
@@ -435,11 +532,11 @@ def finish_block(block, x, attended, rate):
 def run_gpt2(gpt2, inputs, attend, parts=(project_qkv, finish_block)):
     """Returns the outputs of a GPT2Model, (…, D), for inputs (…, D), positions added.
 
-    The same as its own forward, but for faster dropout and attention, and that the inputs may be rows of any sequences.
+    It computes the same as its own forward, with faster dropout and attention, and for rows of any sequences.
 
     Args:
-        attend: function of queries, keys and values (…, 3, H, 64) and a rate of dropout; returns (…, H, 64).
-        parts: `project_qkv` and `finish_block`, or what torch.compile made of them.
+        attend: function of queries, keys and values (…, 3, H, 64) and a rate of dropout. It returns (…, H, 64).
+        parts: `project_qkv` and `finish_block`, or their compiled versions.
     """
     config, (project, finish) = gpt2.config, parts
     embd_pdrop, attn_pdrop, resid_pdrop = (
@@ -453,15 +550,19 @@ def run_gpt2(gpt2, inputs, attend, parts=(project_qkv, finish_block)):
 
 
 class ByteModel(PreTrainedModel):
-    """What the four models share: a GPT2Config, and PyTorch's scaled_dot_product_attention."""
+    """Base of the four models, configured by a GPT2Config."""
 
     config_class = GPT2Config
     _supports_sdpa = True  # without it, transformers would fall back to its slow attention
-    parts = project_qkv, finish_block  # of a block; or what torch.compile made of them, see compile_model
+    parts = project_qkv, finish_block  # of a block, compiled by `compile_blocks`
+
+    def compile_blocks(self):
+        """Compiles the blocks but for their attention, once for all layers and any number of rows; names and weights stay."""
+        self.parts = tuple(torch.compile(part, dynamic=True) for part in self.parts)
 
 
 class FileModel(ByteModel):
-    """What the two models that read files share."""
+    """Base of the two models that read files."""
 
     @property
     def patch_size(self):
@@ -475,7 +576,7 @@ class FileModel(ByteModel):
 
 
 class PatchLevelDecoder(ByteModel):
-    """GPT-2 over patches: each patch becomes one embedding, each output sums up the patches up to its own (paper, 3.1).
+    """GPT-2 over patches: each patch becomes one embedding, each output encodes the patches up to it (paper, 3.1).
 
     Args:
         config: GPT2Config; its n_positions is L. PATCH_SIZE is its attribute `patch_size`, 16 if it has none.
@@ -505,8 +606,8 @@ class PatchLevelDecoder(ByteModel):
 
         Args:
             patches: int64 (B, P, S) or (B, P·S).
-            masks: integers (B, P), 1 at real patches, 0 at the padding on the right; None = all are real. Best given on the
-                CPU: their values are needed there, and reading them from a GPU waits for it.
+            masks: integers (B, P), 1 at real patches, 0 at the padding on the right. None = all are real. Best on the CPU:
+                reading them from a GPU waits for it.
 
         Raises:
             ValueError: there are more patches than positions, or real patches after padding.
@@ -516,7 +617,7 @@ class PatchLevelDecoder(ByteModel):
             raise ValueError(f"{patches.shape[1]} patches, but the model has positions for {self.config.n_positions}")
         real = np.ones(patches.shape[:2], dtype=bool) if masks is None else masks.cpu().numpy() == 1  # (B, P)
         if (real[:, 1:] > real[:, :-1]).any():
-            raise ValueError("masks must be 1 at the real patches of each sequence and 0 behind them: padding stands on the right")
+            raise ValueError("masks must be 1 at the real patches of each sequence and 0 after them: padding is on the right")
         ragged = Ragged(real.sum(1), patches.device)
         embedded = self.embed(patches[ragged.sequence, ragged.position])  # (B, P, S) -> (N, S) -> (N, D)
         outputs = run_gpt2(self.base, embedded + self.base.wpe(ragged.position), ragged.attend, self.parts)
@@ -530,7 +631,7 @@ class PatchLevelDecoder(ByteModel):
 
 
 class ByteLevelDecoder(ByteModel):
-    """GPT-2 over the symbols of one patch, begun by the patch-level output of the patch before it (paper, 3.1).
+    """GPT-2 over the symbols of one patch, conditioned on the patch-level output before it (paper, 3.1).
 
     Args:
         config: GPT2Config; its n_positions is S + 1 and its vocab_size 257.
@@ -567,7 +668,7 @@ class bGPTLMHeadModel(FileModel):
         byte_config: GPT2Config of the byte-level decoder.
 
     Raises:
-        ValueError: the two do not fit each other.
+        ValueError: the two differ in PATCH_SIZE or width.
     """
 
     def __init__(self, patch_config, byte_config):
@@ -592,9 +693,9 @@ class bGPTLMHeadModel(FileModel):
         encoded, ragged = self.patch_level_decoder.encode(patches, masks)  # (N real patches, D)
         if targets is None:
             targets = masks[:, 1:] == 1  # (B, P-1)
-        sequence, before = targets.nonzero(as_tuple=True)  # (N,) each: the targets' sequences, and the patches before them
-        sequence, before = sequence.to(patches.device), before.to(patches.device)
-        # index_select: its gradient is added up faster than that of indexing
+        # (2, N): the targets' sequences, and the patches before them
+        sequence, before = to_device(targets.cpu().nonzero().t().contiguous(), patches.device)
+        # index_select: its gradient is added up faster than indexing's
         encoded = encoded.index_select(0, ragged.starts[sequence] + before)  # (N, D)
         return self.byte_level_decoder(encoded, patches[sequence, before + 1])
 
@@ -614,20 +715,20 @@ class bGPTForClassification(FileModel):
         nn.init.normal_(self.classifier.weight, std=0.02)
 
     def forward(self, patches, masks=None):
-        """Returns logits (B, labels), the same for a file whatever it is batched with.
+        """Returns logits (B, labels). Those of a file do not depend on the rest of its batch.
 
         Args:
             patches: int64 (B, P, S) or (B, P·S).
-            masks: integers (B, P), 1 at real patches; None = all are real.
+            masks: integers (B, P), 1 at real patches. None = all are real.
         """
         encoded = self.patch_level_decoder(patches, masks).last_hidden_state  # (B, P, D), 0 at padding
-        counts = encoded.shape[1] if masks is None else masks.sum(1, keepdim=True).to(encoded.device)  # (B, 1)
+        counts = encoded.shape[1] if masks is None else to_device(masks.cpu().sum(1, keepdim=True), encoded.device)  # (B, 1)
         return self.classifier(encoded.sum(1) / counts)
 
 
 @dataclasses.dataclass
 class ModelSizes:
-    """The sizes of a model, from config.py or from the shapes of a checkpoint's tensors; named as in config.py."""
+    """The sizes of a model, named as in config.py."""
 
     PATCH_SIZE: int
     PATCH_LENGTH: int
@@ -638,7 +739,7 @@ class ModelSizes:
 
     @property
     def kind(self):
-        """What such a model is called."""
+        """The model's kind in messages."""
         return "generative model" if self.num_labels is None else "classifier"
 
     def build(self, dropout=0.1, embedding_start="published"):
@@ -654,7 +755,7 @@ class ModelSizes:
 
 @torch.no_grad()
 def smoothen(weight):
-    """Fills the weight of a patch embedding, (D, S·V), so that close byte values have close vectors; 256 stands apart.
+    """Fills a patch embedding's weight (D, S·V) such that close byte values have close vectors, and 256 has none near.
 
     At each of the S positions in a patch, 98 % of the variance are sines and cosines of half a period to four periods over
     the bytes, in random directions. The standard deviation is 0.12.

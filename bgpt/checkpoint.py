@@ -1,37 +1,29 @@
-"""Checkpoints: `.pth` files, each a dict saved by torch.save, read without running any code they may hold.
+"""Checkpoints: `.pth` files, each a dict saved by torch.save, read without running any code in them.
 
 key            | type or shape                              | meaning
 ---------------|--------------------------------------------|--------------------------------------------------------------
 model          | {name: tensor}, see below                  | the weights
-optimizer      | AdamW.state_dict()                         | its moments, by the order of the model's parameters
-lr_sched       | LambdaLR.state_dict()                      | where the learning rate's schedule was; laid anew on resuming
+optimizer      | AdamW.state_dict()                         | its moments, in the order of the model's parameters
+lr_sched       | LambdaLR.state_dict()                      | the learning-rate schedule, recreated on resuming
 epoch          | int                                        | finished epochs
-best_epoch     | int                                        | the epoch with the best evaluation so far; 0 = none yet
-min_eval_loss  | float                                      | that epoch's loss, nats per symbol, or inf; a generative model's only
-max_eval_acc   | float                                      | that epoch's accuracy, from 0 to 1, or -inf; a classifier's only
-labels         | {str: int}                                 | index of each label ("Business.txt"); a classifier's only
-label_mode     | "name", "prefix" or "folder"               | * what a file's label is, see LABELS; a classifier's only
-hold_out       | "by label"                                 | * EVAL_SPLIT holds out the same share of each label; older: not
+best_epoch     | int                                        | the epoch with the best evaluation so far; 0 = none
+min_eval_loss  | float                                      | its loss, nats per symbol, or inf; of a generative model
+max_eval_acc   | float                                      | its accuracy, from 0 to 1, or -inf; of a classifier
+labels         | {str: int}                                 | index of each label ("Business.txt"); of a classifier
+label_mode     | "name", "prefix" or "folder"               | * LABELS; of a classifier
 best_loss      | float                                      | * eval loss of the best epoch; decides between equal accuracies
-extensions     | [str]                                      | * of the training files, as extension patches hold them; if few
-scaler         | GradScaler.state_dict()                    | * of PRECISION fp16; empty otherwise
-position       | int                                        | * examples of the epoch in hand that are done, all processes
-order          | "permutation"                              | * how the order of an epoch is drawn
-totals         | [{str: float}], one for each process       | * running sums of the epoch in hand
-random_states  | [{"cpu": uint8 (n,), "cuda": same or None}]| * PyTorch's generators of each process, for dropout
-figures        | {str: float}                               | * the last finished epoch's figures
-report         | str                                        | * the best epoch's report; a classifier's
-log_text       | str                                        | * what the last finished epoch logged
-log_start      | int                                        | * where that begins in the log, bytes
-run_id         | str                                        | * names the run; its files carry the same one
-data           | {"TRAIN_FOLDERS": int64 (files, 2),         | * of each file of the examples, in order, a hash of its identity
-               |  "EVAL_FOLDERS": the same}                 |   and its size; in older files a digest of paths and sizes, hex
-parts          | {the same: [[int, int, int]]}               | * example, first patch, the one after the last, of those of
-               |                                            |   which a part is taken
-names          | {the same: uint8 (bytes,)}                 | * what the hashes are of, see `fingerprints.py`
+extensions     | [str]                                      | * of the training files, as extension patches have them; if few
+scaler         | GradScaler.state_dict()                    | * of PRECISION fp16, else empty
+position       | int                                        | * examples of the current epoch that all ranks have done
+totals         | [[float]], one for each rank               | * running sums of the current epoch
+random_states  | [{"cpu": uint8 (n,), "cuda": same or None}]| * PyTorch's generators of each rank, for dropout
+figures        | {str: float}                               | * figures of the last finished epoch
+report         | str                                        | * the best epoch's report; of a classifier
+run_id         | str                                        | * the same in all files of a run
+data           | {"TRAIN_FOLDERS": str, "EVAL_FOLDERS": str}| * SHA-256 of each set's names and sizes, see `examples.digest`
 config         | {str: plain value}                         | * the constants that bear on training
 
-Published files hold the keys without *. The tensors of `model`, with S = PATCH_SIZE, D = HIDDEN_SIZE:
+Published files have the keys without *. The tensors of `model`, with S = PATCH_SIZE, D = HIDDEN_SIZE:
 
     patch_level_decoder.patch_embedding.weight (D, S·257), .bias (D,)
     patch_level_decoder.base.…                   a GPT2Model: wpe.weight (PATCH_LENGTH, D), h.0 …, ln_f
@@ -39,12 +31,11 @@ Published files hold the keys without *. The tensors of `model`, with S = PATCH_
                                                  (S + 1, D), transformer.h.0 …, lm_head.weight, tied to wte.weight
     classifier.weight (labels, D), .bias         in a classifier, in place of the byte-level decoder
 
-Published files also hold buffers of old transformers, ….attn.bias and ….attn.masked_bias, which are dropped. A dict of the
+Published files also have buffers of old transformers, ….attn.bias and ….attn.masked_bias, which are dropped. A dict of the
 tensors alone, names that begin with "module." or "_orig_mod." (other wrappers of PyTorch), and .safetensors files load too.
 """
 
 import contextlib
-import fcntl
 import dataclasses
 import errno
 import math
@@ -56,11 +47,13 @@ import warnings
 import torch
 
 from bgpt import system
+from bgpt.settings import latest_path
+from bgpt.system import UserError
 from utils import HEAD_SIZE, NUM_SYMBOLS, ModelSizes
 
 
-class DamagedCheckpoint(system.UserError):
-    """A file that is there, but cannot be read as a checkpoint."""
+class DamagedCheckpoint(UserError):
+    """A file that exists, but cannot be read as a checkpoint."""
 
 
 def save_checkpoint(path, checkpoint):
@@ -69,7 +62,7 @@ def save_checkpoint(path, checkpoint):
     def write(file):
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as error:  # how torch.save ends when a write fails, on a full disk for instance
+        except RuntimeError as error:  # torch.save's error when a write fails, for example on a full disk
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -78,15 +71,15 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path, name, mmap=False):
-    """Returns the dict in a checkpoint, its tensors on the CPU. No code that a file may hold is ever run.
+    """Returns the dict in a checkpoint, its tensors on the CPU. No code in the file is ever run.
 
     Args:
         path: the file.
-        name: the constant that holds the path, for messages.
-        mmap: leave the tensors in the file until they are used; only for files that torch.save wrote since 1.6.
+        name: the constant with the path, for messages.
+        mmap: leave the tensors in the file until they are used. Only for files that torch.save has written since 1.6.
 
     Raises:
-        UserError: the file is missing, or cannot be opened.
+        UserError: the file is missing or unreadable.
         DamagedCheckpoint: it is no checkpoint, or needs more than plain types and tensors.
     """
     system.check_checkpoint(path, name)
@@ -96,43 +89,43 @@ def load_checkpoint(path, name, mmap=False):
 
             checkpoint = {"model": load_file(path)}
         else:
-            with warnings.catch_warnings(action="ignore"):  # what the reader thinks of a file that is none
+            with warnings.catch_warnings(action="ignore"):  # about files that are no checkpoints
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch.load raises whatever its readers do: pickle, zip, end of file, key, type…
-        if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # that is a seek in a file cut short
-            raise system.UserError(f"{name}: cannot read {path!r}: {error.strerror}") from None
+    except Exception as error:  # torch.load raises the errors of its readers: pickle, zip, end of file, key, type…
+        if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # a seek in a file cut short
+            raise UserError(f"{name}: cannot read {path!r}: {error.strerror}") from None
         raise DamagedCheckpoint(f"{name}: cannot load {path!r}: {_what_it_is(path, error)}") from None
     if isinstance(checkpoint, dict) and "model" not in checkpoint and checkpoint:
         checkpoint = {"model": checkpoint}  # the tensors alone
     state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(key, str) and _is_plain_tensor(state[key]) for key in state):
-        raise DamagedCheckpoint(f"{name}: {path!r} holds no bGPT checkpoint: its 'model' should be a dict of dense tensors")
+        raise DamagedCheckpoint(f"{name}: {path!r} is no bGPT checkpoint: its 'model' should be a dict of dense tensors")
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
     checkpoint["model"] = {key: value for key, value in state.items() if not re.search(r"\.attn\.(masked_)?bias$", key)}
     return checkpoint
 
 
 def _is_safetensors(path):
-    """Returns whether a file is one of safetensors, whatever its name: 8 bytes of length, then a JSON dict."""
+    """Returns whether a file is in safetensors format: 8 bytes of length, then a JSON dict."""
     with open(path, "rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def _what_it_is(path, error):
-    """Returns what a file is that could not be loaded because of `error`, and how to get the right one."""
+    """Returns a description of a file that did not load because of `error`, and how to get the right one."""
     with open(path, "rb") as file:
         beginning = file.read(256)
     if beginning.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, which names the weights but does not hold them; `git lfs pull` fetches them"
-    if beginning.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<":  # some begin with the mark of UTF-8
-        return "it is a web page, not the weights; download the file itself, on the page behind a button such as Download"
+        return "it is a Git LFS pointer, not the weights; `git lfs pull` fetches them"
+    if beginning.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<":  # some begin with UTF-8's byte order mark
+        return "it is a web page, not the weights; download the file itself, with the page's Download button"
     if isinstance(error, pickle.UnpicklingError) and beginning.startswith((b"PK", b"\x80")):  # how torch.save begins
         return "it holds more than plain types and tensors, which could run code, so it is refused"
     return "it is damaged, cut short, or no checkpoint at all"
 
 
 def _is_plain_tensor(value):
-    """Returns whether a value is a plain tensor whose numbers are all there; a few bytes can claim any shape."""
+    """Returns whether a value is a plain tensor with storage for all its numbers; a few bytes can claim any shape."""
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         return False
     return value.untyped_storage().nbytes() >= value.numel() * value.element_size() and not value.is_complex()
@@ -142,23 +135,23 @@ def model_sizes(state, where):
     """Returns the ModelSizes of a checkpoint's `model` dict.
 
     Raises:
-        UserError: the tensors that tell the sizes are missing or do not fit each other.
+        UserError: the tensors that decide the sizes are missing or contradict each other.
     """
 
     def shape(key):
         if key not in state or state[key].dim() != 2:
-            raise system.UserError(f"{where}: {key} is missing or not a matrix, so the model's sizes are unknown")
+            raise UserError(f"{where}: {key} is missing or not a matrix, so the model's sizes are unknown")
         return state[key].shape
 
     def layers(prefix):
         found = {m[1] for m in (re.match(rf"{re.escape(prefix)}\.h\.(\d+)\.", key) for key in state) if m}
         if not found or found != {str(layer) for layer in range(len(found))}:
-            raise system.UserError(f"{where}: its layers should be {prefix}.h.0, .h.1 and so on, without gaps")
+            raise UserError(f"{where}: its layers should be {prefix}.h.0, .h.1 and so on, without gaps")
         return len(found)
 
     width, inputs = shape("patch_level_decoder.patch_embedding.weight")
     if inputs % NUM_SYMBOLS or inputs == 0 or width % HEAD_SIZE or width == 0:
-        raise system.UserError(
+        raise UserError(
             f"{where}: patch_embedding.weight is {width} x {inputs}; it should be a multiple of {HEAD_SIZE} x one of {NUM_SYMBOLS}"
         )
     sizes = ModelSizes(
@@ -172,7 +165,7 @@ def model_sizes(state, where):
     else:
         sizes.BYTE_NUM_LAYERS = layers("byte_level_decoder.base.transformer")
     if sizes.PATCH_LENGTH < 2 or sizes.num_labels == 0:
-        raise system.UserError(f"{where}: {sizes.PATCH_LENGTH} patch positions and {sizes.num_labels} labels make no model")
+        raise UserError(f"{where}: {sizes.PATCH_LENGTH} patch positions and {sizes.num_labels} labels make no model")
     return sizes
 
 
@@ -185,9 +178,9 @@ def load_weights(model, state, where):
     own = model.state_dict()
     tied, source = "byte_level_decoder.base.lm_head.weight", "byte_level_decoder.base.transformer.wte.weight"
     if tied in own and source in state:
-        state = {tied: state[source], **state}  # files may leave out what is tied anyway
+        state = {tied: state[source], **state}  # files may leave out the tied tensor
         if state[tied].shape != state[source].shape or not torch.equal(state[tied], state[source]):
-            raise system.UserError(f"{where}: {tied} differs from {source}, to which it is tied")
+            raise UserError(f"{where}: {tied} differs from {source}, to which it is tied")
     wrong = [f"{key} is missing" for key in own if key not in state]
     wrong += [f"{key} is unknown" for key in state if key not in own]
     wrong += [
@@ -195,24 +188,24 @@ def load_weights(model, state, where):
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    wrong += [f"{key} holds values that are no numbers" for key in own if key in state and not state[key].isfinite().all()]
+    wrong += [f"{key} has NaN or infinite values" for key in own if key in state and not state[key].isfinite().all()]
     if wrong:
-        raise system.UserError(f"{where} does not fit the model:\n  " + "\n  ".join(wrong))
+        raise UserError(f"{where} does not fit the model:\n  " + "\n  ".join(wrong))
     model.load_state_dict(state)
 
 
 def load_optimizer(optimizer, state):
-    """Checks and loads an AdamW's moments; learning rates and other settings stay those of the optimizer.
+    """Checks and loads an AdamW's moments. The optimizer keeps its learning rates and other settings.
 
-    The fused step does not check shapes: moments of a wrong one would have it read foreign memory.
+    The fused step does not check shapes: with moments of a wrong one it would read beyond their memory.
 
     Raises:
-        ValueError, KeyError, TypeError, IndexError, AttributeError: they are no moments of the optimizer's parameters.
+        ValueError, KeyError, TypeError, IndexError, AttributeError: these are not the moments of the optimizer's parameters.
     """
     groups, parameters = optimizer.state_dict()["param_groups"], [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
         if set(values) != {"step", "exp_avg", "exp_avg_sq"}:
-            raise ValueError(f"optimizer: it holds {sorted(map(str, values))}")
+            raise ValueError(f"optimizer: it has {sorted(map(str, values))}")
         for name in ("exp_avg", "exp_avg_sq"):
             moment = values[name]
             if not _is_plain_tensor(moment) or moment.shape != parameters[index].shape or not moment.isfinite().all():
@@ -223,13 +216,11 @@ def load_optimizer(optimizer, state):
 
 
 def load_model(path, name="path"):
-    """Returns (model, checkpoint) with the sizes and weights of a checkpoint, whatever config.py says.
-
-    The model is in training mode.
+    """Returns (model, checkpoint). The model has the checkpoint's sizes and weights, and is in training mode.
 
     Args:
         path: the file.
-        name: what an error calls the path: the constant that holds it.
+        name: the constant with the path, for messages.
 
     Raises:
         UserError: see `load_checkpoint`, `model_sizes` and `load_weights`.
@@ -241,16 +232,16 @@ def load_model(path, name="path"):
 
 
 def label_list(checkpoint, where):
-    """Returns the labels of a classifier's checkpoint, by their indices; raises UserError where they do not fit its head."""
+    """Returns the labels of a classifier's checkpoint by index. Raises UserError if they do not match its head."""
     labels, count = checkpoint.get("labels"), len(checkpoint["model"]["classifier.weight"])
     indices = list(labels.values()) if isinstance(labels, dict) else []
     if not all(type(index) is int for index in indices) or sorted(indices) != list(range(count)):
-        raise system.UserError(f"{where}: its 'labels' should be a dict of {count} labels and their indices, 0 to {count - 1}")
+        raise UserError(f"{where}: its 'labels' should be a dict of {count} labels and their indices, 0 to {count - 1}")
     return [str(label) for label in sorted(labels, key=labels.get)]
 
 
 def label_mode(checkpoint):
-    """Returns what the label of a file is to a classifier, see LABELS in config.py; checkpoints from before have no other."""
+    """Returns the LABELS of a classifier's checkpoint. Published ones have none, and mean "name"."""
     return checkpoint.get("label_mode", "name")
 
 
@@ -267,9 +258,9 @@ def check_sizes(wanted, state, where):
     """
     found = model_sizes(state, where)
     if found.kind != wanted.kind:
-        raise system.UserError(f"{where} is a {found.kind}; here a {wanted.kind} is needed")
+        raise UserError(f"{where} is a {found.kind}; here a {wanted.kind} is needed")
     if found.num_labels != wanted.num_labels:
-        raise system.UserError(
+        raise UserError(
             f"{where} has {found.num_labels} labels, but the files of TRAIN_FOLDERS have {wanted.num_labels}: give another path; "
             "to start from its patch-level decoder, set PRE_WEIGHTS_PATH to it and LOAD_FROM_PRE_CHECKPOINT to True"
         )
@@ -278,7 +269,7 @@ def check_sizes(wanted, state, where):
     ]
     if differing:
         changes = ", ".join(f"{name} = {getattr(found, name)} (now {getattr(wanted, name)})" for name in differing)
-        raise system.UserError(f"{where} is a model of other sizes: set {changes}, or give another path")
+        raise UserError(f"{where} is a model of other sizes: set {changes}, or give another path")
 
 
 def load_sized_weights(model, sizes, path, name):
@@ -299,99 +290,61 @@ def load_sized_weights(model, sizes, path, name):
 
 
 class RunFiles:
-    """The files of a run: its best model, its latest state, its log. Only the first process writes them.
+    """The files of a run, which rank 0 writes: its best model, its latest state, its log.
 
     Args:
-        weights_path: WEIGHTS_PATH, the best model; the latest state lies beside it.
+        weights_path: WEIGHTS_PATH, the best model. The latest state is next to it.
         logs_path: LOGS_PATH.
     """
 
     def __init__(self, weights_path, logs_path):
-        self.best, self.latest, self.log = weights_path, system.latest_path(weights_path), logs_path
-        self._own = []  # those of the two that this run has written
+        self.best, self.latest, self.log = weights_path, latest_path(weights_path), logs_path
+        self._own = set()  # those of the two that this run has written
 
     def check(self, kind):
-        """Checks that the files can be written, and that no model of another kind would be lost.
-
-        Raises:
-            UserError: names the constant that holds the path, and why it cannot be used.
-        """
+        """Raises UserError if a file cannot be written, or a model of another kind would be replaced."""
         system.check_writable(self.log, "LOGS_PATH")
         for path in (self.best, self.latest):
             system.check_writable(path, "WEIGHTS_PATH")
             if os.path.realpath(path) == os.path.realpath(self.log):
-                raise system.UserError(f"LOGS_PATH: {self.log!r} is where the run keeps its weights; it must be another file")
+                raise UserError(f"LOGS_PATH: {self.log!r} is where the run saves its weights; it must be another file")
             found = None
-            with contextlib.suppress(system.UserError):  # what is no checkpoint at all is kept as a backup
+            with contextlib.suppress(UserError):  # a file that is no checkpoint will be kept as a backup
                 found = model_sizes(load_checkpoint(path, "WEIGHTS_PATH", mmap=True)["model"], path)
             if found is not None and found.kind != kind:
-                raise system.UserError(f"WEIGHTS_PATH: {path!r} is a {found.kind}; here a {kind} is trained: give another path")
-
-    @contextlib.contextmanager
-    def locked(self):
-        """Keeps other runs away from the files within the block, and removes what killed runs left unfinished."""
-        with system.locked(self.best, "WEIGHTS_PATH"):
-            for path in (self.best, self.latest):
-                system.remove_leftovers(path)
-            yield
+                raise UserError(f"WEIGHTS_PATH: {path!r} is a {found.kind}; here a {kind} is trained: give another path")
 
     def newest(self):
-        """Returns the path to go on from: the latest state, or where that is missing the best model; None without either."""
+        """Returns the path to resume from: the latest state, or else the best model. None without either."""
         return next((path for path in (self.latest, self.best) if os.path.exists(path)), None)
 
     def find_own(self, run_id):
-        """Finds out which of the files this run has written; returns whether its best model is there."""
-        self._own = []
+        """Finds the files that this run has written; returns whether its best model is there."""
         for path in (self.best, self.latest):
-            with contextlib.suppress(system.UserError):
+            with contextlib.suppress(UserError):
                 if load_checkpoint(path, "WEIGHTS_PATH", mmap=True).get("run_id") == run_id:
-                    self._own.append(path)
+                    self._own.add(path)
         return self.best in self._own
 
-    def keep_best(self):
-        """Keeps the best model, which the next save would replace, as a backup: figures that do not compare chose it."""
-        system.keep_backup(self.best, "chosen by figures that do not compare with the next ones")
-
     def save(self, path, contents):
-        """Saves a checkpoint at one of the two paths; a file of another run is kept as a backup.
+        """Saves a checkpoint at one of the two paths, and returns whether that succeeded; another run's file gets a backup.
 
-        A full disk does not end the run: what was saved before is still there.
-
-        Returns:
-            why it could not be saved; None if it was.
+        A full disk does not end the run: the file at `path` stays.
         """
         try:
             if path not in self._own:
                 system.keep_backup(path)
-                self._own.append(path)
+                self._own.add(path)
             save_checkpoint(path, contents)
         except OSError as error:
-            print(f"cannot save {path}: {error.strerror}; it stays as it was, and the run goes on")
-            return error.strerror or str(error)
+            print(f"cannot save {path}: {error.strerror}; the file there is unchanged, and the run continues")
+            return False
+        return True
 
-    def end_of_log(self):
-        """Returns the bytes in the log."""
-        return os.path.getsize(self.log) if os.path.exists(self.log) else 0
-
-    def complete_log(self, text, start):
-        """Adds the last finished epoch's `text` to the log from byte `start` on, unless it stands there already.
-
-        That is once per epoch, also when the run was killed between its checkpoint and its log, or in the middle of it.
-        """
-        text = text.encode("utf-8", "backslashreplace")
+    def append_log(self, text):
+        """Appends text to the log."""
         try:
-            with open(self.log, "a+b") as log:
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.lockf(log, fcntl.LOCK_EX)  # until it is closed: another run may write to the same log
-                log.seek(0)
-                whole = log.read()
-                there = whole[start if start <= len(whole) else 0 :]
-                if text in there:
-                    return
-                if there and text.startswith(there):  # a beginning that is all there is
-                    log.truncate(len(whole) - len(there))
-                    whole = whole[: len(whole) - len(there)]
-                # at the end: what another run has written meanwhile stays
-                log.write((b"\n" if whole and not whole.endswith(b"\n") else b"") + text)
+            with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as log:
+                log.write(text)
         except OSError as error:
-            print(f"cannot write {self.log}: {error.strerror}; the run goes on")
+            print(f"cannot write {self.log}: {error.strerror}; the run continues")

@@ -1,7 +1,7 @@
-"""How good a model is: bits per byte of files, which of their bytes surprise it, and a classifier's report.
+"""Scores of models: bits per byte of files, surprising bytes, and a classifier's report.
 
-A file longer than PATCH_LENGTH patches is scored in windows that advance by half, see windowing.py; every symbol is scored once.
-The symbols of a file that count for its bits per byte are its content and the first 256 after it; see `SymbolTotals`.
+A file longer than PATCH_LENGTH patches is scored in windows that advance by half, see windows.py. Every symbol is scored once.
+The symbols that count for a file's bits per byte are its content and the first 256 after it.
 """
 
 import bz2
@@ -15,11 +15,11 @@ import os
 import numpy as np
 import torch
 
-from bgpt import distributed as devices
-from bgpt import intervals
-from bgpt import files as listing
-from bgpt import system
 import utils
+from bgpt.distributed import autocast
+from bgpt.files import extension_of
+from bgpt.intervals import wilson_interval
+from bgpt.system import escape_name
 from utils import END
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -27,36 +27,58 @@ from utils import END
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class SymbolTotals:
-    """Sums over the targets of a generative model, and the figures that are made of them."""
+class Totals:
+    """Running sums over an epoch: two on the device, so that adding to them waits for nothing, and two on the CPU."""
 
-    nats: float = 0.0  # cross-entropy of all symbols
-    symbols: float = 0.0
-    counted_nats: float = 0.0  # that of the contents and their end-of-file symbols, without padding
-    bytes: float = 0.0  # of the contents
+    def __init__(self, device="cpu"):
+        self._sums, self._counts = torch.zeros(2, dtype=torch.float64, device=device), [0.0, 0.0]
+
+    def tolist(self):
+        """Returns the four sums as floats, those on the device first; waits for the device."""
+        return [*self._sums.tolist(), *self._counts]
+
+    def load(self, values):
+        """Sets the sums to those of a `tolist`."""
+        self._sums[:] = torch.tensor(values[:2], dtype=torch.float64)
+        self._counts = list(map(float, values[2:]))
+
+    def over(self, ranks):
+        """Returns the Totals of all ranks together."""
+        totals = type(self)()
+        totals.load(ranks.sum(self.tolist()))
+        return totals
+
+
+class SymbolTotals(Totals):
+    """Totals over the targets of a generative model: nats of all symbols and of the counted ones, symbols, content bytes."""
 
     def add(self, output, batch, targets):
         """Adds a BytePrediction for the `targets` (bool (B, P-1)) of a Batch."""
         nats = output.nats.detach()  # (N, S)
         counted = batch.counted[:, 1:][targets]  # (B, P-1, S) -> (N, S)
-        counted_bytes = counted & (batch.patches[:, 1:][targets] != END)
-        counted_nats = torch.where(counted.to(nats.device), nats, 0).sum()
-        sums = torch.stack((nats.sum(), counted_nats)).tolist()  # the one wait for the device
-        self.nats += sums[0]
-        self.symbols += nats.numel()
-        self.counted_nats += sums[1]
-        self.bytes += int(counted_bytes.sum())
+        num_bytes = int((counted & (batch.patches[:, 1:][targets] != END)).sum())
+        counted_nats = torch.where(utils.to_device(counted, nats.device), nats, 0).sum()
+        self._sums += torch.stack((nats.sum(), counted_nats))
+        self._counts = [self._counts[0] + nats.numel(), self._counts[1] + num_bytes]
+
+    @property
+    def bytes(self):
+        """Content bytes."""
+        return self._counts[1]
 
     @property
     def loss(self):
         """Mean cross-entropy over all symbols of all targets, nats per symbol: the published measure."""
-        return self.nats / max(self.symbols, 1)
+        return float(self._sums[0]) / max(self._counts[0], 1)
 
     @property
     def bits_per_byte(self):
-        """Bits of the content, its end-of-file symbol included and the padding after it not, per content byte."""
-        return self.counted_nats / math.log(2) / max(self.bytes, 1)
+        """Bits of the content and its end-of-file symbol, without padding, per content byte."""
+        return float(self._sums[1]) / math.log(2) / max(self._counts[1], 1)
+
+    def shown(self):
+        """Returns the figures for a progress bar."""
+        return {"bpb": f"{self.bits_per_byte:.3f}"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,7 +101,7 @@ def predict(model, sequences, dtype, num_likeliest=1):
         (n, S, k), else None.
     """
     batch = utils.Batch(sequences)
-    with devices.autocast(model.device, dtype):
+    with autocast(model.device, dtype):
         output = model(batch.patches_on(model.device), batch.masks, batch.targets)
     if num_likeliest > 1:
         probabilities, likeliest = output.logits.float().softmax(-1).topk(num_likeliest)  # (N, S, k) each
@@ -93,7 +115,7 @@ def predict(model, sequences, dtype, num_likeliest=1):
     return list(zip(*map(by_sequence, (output.nats.float(), likeliest, probabilities))))
 
 
-NUM_STRETCHES, LONGEST_STRETCH = 10, 16  # how many of a file are told; bytes
+NUM_STRETCHES, LONGEST_STRETCH = 10, 16  # of each file; bytes
 PROFILE_BINS = 200  # points of the line of bits along a file
 
 _XZ = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
@@ -106,42 +128,42 @@ COMPRESSORS = {  # {name: function of a file's bytes}
 
 
 @dataclasses.dataclass
-class FileScore(SymbolTotals):
-    """The figures of a file; of a pair, those of its target given its input."""
+class FileScore:
+    """Figures of a file, or of a pair's target given its input."""
 
+    name: str  # within the folder; "input -> target" of a pair
+    bytes: int
+    bits: float  # of the content and of the first 256 after it
+    nats: float = 0.0  # cross-entropy of all symbols, padding included
+    symbols: int = 0
     index: int = 0  # of the example
     path: str = ""  # of the file that is scored
-    name: str = ""  # within the folder; "input -> target" of a pair
-    group: str = ""  # what it is summed up with: ".mid", or "abc->mid" of a pair
-    top1: int = 0  # symbols, among its bytes and the 256 that ends it, that the model held likeliest
-    exact: bool = False  # all of them, within PATCH_LENGTH: greedy decoding would write this very file
+    group: str = ""  # extension (".mid") or direction ("abc->mid") that files are summed up by
+    top1: int = 0  # symbols among its bytes and the first 256 that were the model's likeliest
+    exact: bool = False  # whether greedy decoding reproduces the file
     stretches: list = dataclasses.field(default_factory=list)  # (offset, bytes, bits), see surprising_stretches
     profile: np.ndarray | None = None  # float32 (2, bins), mean and highest bits along the file
     compressed: dict = dataclasses.field(default_factory=dict)  # {compressor: bits}
 
     @property
-    def bits(self):
-        """Bits of the content and of the first 256 after it."""
-        return self.counted_nats / math.log(2)
+    def bits_per_byte(self):
+        """Bits per byte of the content; None for an empty file."""
+        return self.bits / self.bytes if self.bytes else None
 
 
 def surprising_stretches(bits, count=NUM_STRETCHES, longest=LONGEST_STRETCH):
-    """Returns the stretches of a file that a model expected least, those with the most surprising symbol first.
+    """Returns the `count` most surprising stretches of a file, as a list of (offset, symbols, bits in all).
 
-    A stretch is the most surprising symbol that is in none yet, and those beside it with at least half as many bits.
+    A stretch is the most surprising symbol outside the stretches so far, and its neighbours with at least half as many bits.
 
     Args:
         bits: (n,), of each byte of a file and of the 256 that ends it.
-        count: how many stretches.
-        longest: symbols in a stretch, at most.
-
-    Returns:
-        list of (offset, symbols, bits in all).
+        longest: most symbols in a stretch.
     """
     left, found = np.array(bits, dtype=np.float64), []  # left: -1 at symbols that are in a stretch
     while len(found) < count and left.max() >= 0:
         first = int(left.argmax())
-        least, last = left[first] / 2 or math.inf, first + 1  # beside a symbol that costs nothing, none is surprising
+        least, last = left[first] / 2 or math.inf, first + 1  # a symbol that costs nothing stays alone
         while last - first < longest:
             before, after = left[first - 1] if first else -1.0, left[last] if last < len(left) else -1.0
             if max(before, after) < least:
@@ -159,82 +181,68 @@ def _profile(bits):
     return np.stack((np.add.reduceat(bits, starts) / lengths, np.maximum.reduceat(bits, starts))).astype(np.float32)
 
 
-class _Partial:
-    """A file some of whose windows are scored."""
-
-    def __init__(self, size, num_windows):
-        self.nats = np.zeros(size + 1, dtype=np.float32)
-        self.is_top1 = np.zeros(size + 1, dtype=bool)
-        self.all_nats, self.symbols, self.missing = 0.0, 0, num_windows
-
-
 def score_files(model, windows, folder, batch_size, dtype, progress, failed):
-    """Yields the FileScore of every example, in the order in which they are finished.
+    """Yields the FileScore of every example, the longest examples first.
 
     Args:
         model: bGPTLMHeadModel in eval mode.
-        windows: `windowing.Windows` of the examples.
-        folder: what names are relative to.
+        windows: `bgpt.windows.Windows` of the examples.
+        folder: names are relative to it.
         batch_size: most windows at once.
         dtype: torch.dtype to compute in.
         progress: called with the number of bytes scored, after each batch.
-        failed: gets (path, reason) for those that cannot be read.
+        failed: (path, reason) of each file that cannot be read is appended to it.
     """
-    waiting, partial, bad = windows.by_length(), {}, set()
+    pieces, unreadable = {}, set()  # {index: [(nats (n, S), whether each symbol is the likeliest (n, S)) of a window]}
 
     def give_up(index, error):
-        failed.append((windows.examples[index][-1], getattr(error, "strerror", None) or str(error)))
-        bad.add(index)
-        partial.pop(index, None)
+        failed.append((windows.examples[index][-1], error.strerror))
+        unreadable.add(index)
+        pieces.pop(index, None)
 
-    while chosen := list(itertools.islice(waiting, batch_size)):
-        read = []  # (index, window, sequence)
-        for index, window in chosen:
+    def readable_windows():
+        for index, window in windows.by_length():
             try:
-                if index not in bad:
-                    read.append((index, window, windows.read_window(index, window)))
-            except (OSError, system.UserError) as error:
-                give_up(index, error)
-        read = [each for each in read if each[0] not in bad]
-        if read:
-            predicted = predict(model, [sequence for *_, sequence in read], dtype)
-            for (index, window, (patches, _, context)), (nats, likeliest, _) in zip(read, predicted):
-                if index not in partial:
-                    partial[index] = _Partial(int(windows.sizes[index]), len(windows.of(index)))
-                file, scored = partial[index], windows.predicted_symbols(index, window)
-                count = max(scored.stop - scored.start, 0)  # none in an end patch behind a content that ends before it
-                file.nats[scored] = nats.reshape(-1)[:count]
-                file.is_top1[scored] = (likeliest[:, :, 0] == patches[context:]).reshape(-1)[:count]
-                file.all_nats += float(nats.sum(dtype=np.float64))
-                file.symbols += nats.size
-                file.missing -= 1
-        for index in [index for index, file in partial.items() if file.missing == 0]:
-            try:
-                yield _finish(windows, index, partial.pop(index), folder)
+                if index not in unreadable:
+                    yield index, window, windows.read(index, window)
             except OSError as error:
                 give_up(index, error)
-        slices = (windows.predicted_symbols(index, window) for index, window in chosen)
-        progress(sum(max(scored.stop - scored.start, 0) for scored in slices))
+
+    waiting = readable_windows()
+    while batch := list(itertools.islice(waiting, batch_size)):
+        predicted = predict(model, [sequence for *_, sequence in batch], dtype)
+        for (index, window, (patches, _, context)), (nats, likeliest, _) in zip(batch, predicted):
+            pieces.setdefault(index, []).append((nats, likeliest[:, :, 0] == patches[context:]))
+            if window[1] == windows.totals[index]:  # the file's last window; the others came before it
+                nats, is_top1 = (np.concatenate(each).reshape(-1) for each in zip(*pieces.pop(index)))
+                try:
+                    score = _score_file(windows, index, nats, is_top1, folder)
+                except OSError as error:
+                    give_up(index, error)
+                else:
+                    yield score
+        slices = [windows.predicted_symbols(index, window) for index, window, _ in batch]
+        progress(sum(max(each.stop - each.start, 0) for each in slices))  # an end patch alone has no bytes that count
 
 
-def _finish(windows, index, file, folder):
-    """Returns the FileScore of an example whose windows are all scored; raises OSError if it can no longer be read."""
+def _score_file(windows, index, nats, is_top1, folder):
+    """Returns the FileScore of an example from the nats (n,) and top-1 flags (n,) of all its predicted symbols."""
     paths, size = windows.examples[index], int(windows.sizes[index])
-    with open(paths[-1], "rb") as opened:
-        content = opened.read()
-    extensions = [listing.extension_of(path) for path in paths]
-    bits = file.nats / math.log(2)
+    content = utils.read_bytes(paths[-1], size=size)
+    extensions = [extension_of(path) for path in paths]
+    bits, is_top1 = nats[: size + 1] / math.log(2), is_top1[: size + 1]
     return FileScore(
-        nats=file.all_nats,
-        symbols=file.symbols,
-        counted_nats=float(file.nats.sum(dtype=np.float64)),
+        name=" -> ".join(os.path.relpath(path, folder) for path in paths),
         bytes=size,
+        bits=float(nats[: size + 1].sum(dtype=np.float64)) / math.log(2),
+        nats=float(nats.sum(dtype=np.float64)),
+        symbols=nats.size,
         index=index,
         path=paths[-1],
-        name=" -> ".join(os.path.relpath(path, folder) for path in paths),
         group="->".join(extensions).lower() if len(paths) == 2 else f".{extensions[0]}" if extensions[0] else "no extension",
-        top1=int(file.is_top1.sum()),
-        exact=bool(file.is_top1.all()) and int(windows.given[index]) + size // windows.patch_size < windows.patch_length,
+        top1=int(is_top1.sum()),
+        # generation stops at PATCH_LENGTH, so the patch of the first 256 must be within it
+        exact=bool(is_top1.all()) and int(windows.given[index]) + size // windows.patch_size < windows.patch_length,
         stretches=surprising_stretches(bits),
         profile=_profile(bits),
         compressed={name: 8 * len(compress(content)) for name, compress in COMPRESSORS.items()},
@@ -242,14 +250,14 @@ def _finish(windows, index, file, folder):
 
 
 def score_symbols(model, windows, index, parts, dtype, num_likeliest=3):
-    """Scores parts of an example once more, to tell what the model expected in place of each symbol.
+    """Scores parts of an example again, with the symbols that the model expected there.
 
     Args:
         parts: list of (start, stop) among the symbols of the file's content and the 256 after it.
 
     Returns:
-        list with, for each part of n symbols: the symbols int16 (n,), their bits float32 (n,), the likeliest symbols int64
-        (n, k), and the probabilities of those, float32 (n, k).
+        for each part of n symbols: the symbols int16 (n,), their bits float32 (n,), the likeliest symbols int64 (n, k), and
+        their probabilities float32 (n, k).
 
     Raises:
         OSError, UserError: see `Windows.read_window`.
@@ -257,17 +265,16 @@ def score_symbols(model, windows, index, parts, dtype, num_likeliest=3):
     pieces = [[] for _ in parts]
     for window in windows.of(index):
         scored = windows.predicted_symbols(index, window)
-        shared = [(max(start, scored.start), min(stop, scored.stop)) for start, stop in parts]
-        if not any(low < high for low, high in shared):
+        shared = [range(max(start, scored.start), min(stop, scored.stop)) for start, stop in parts]
+        if not any(shared):
             continue
-        patches, counted, context = windows.read_window(index, window)
-        [predicted] = predict(model, [(patches, counted, context)], dtype, num_likeliest)
+        patches, counted, context = windows.read(index, window)
+        [(nats, *expected)] = predict(model, [(patches, counted, context)], dtype, num_likeliest)
         # (n patches, S) or (n patches, S, k) -> (n·S,) or (n·S, k)
-        columns = [each.reshape(-1, *each.shape[2:]) for each in (patches[context:], *predicted)]
-        columns[1] = columns[1] / math.log(2)
-        for piece, (low, high) in zip(pieces, shared):
-            if low < high:
-                piece.append([column[low - scored.start : high - scored.start] for column in columns])
+        columns = [each.reshape(-1, *each.shape[2:]) for each in (patches[context:], nats / math.log(2), *expected)]
+        for piece, places in zip(pieces, shared):
+            if places:
+                piece.append([column[places.start - scored.start : places.stop - scored.start] for column in columns])
     return [[np.concatenate(column) for column in zip(*piece)] for piece in pieces]
 
 
@@ -277,39 +284,37 @@ def score_symbols(model, windows, index, parts, dtype, num_likeliest=3):
 
 
 def classification_report(confusion, labels, most=30):
-    """Returns what there is to say of a classifier's predictions, as aligned lines of text.
+    """Returns a classifier's accuracy, precisions and recalls, as aligned lines of text.
 
-    Accuracy; balanced accuracy, the mean of the recalls; precision, recall and number of files of each label; and for up to
-    `most` labels the confusion matrix. Of a label without files, or never predicted, recall or precision is "-".
+    Balanced accuracy is the mean of the recalls. A label without files has the recall "-", one never predicted the precision "-".
 
     Args:
         confusion: (labels, labels), files of each true label (row) by predicted label (column).
         labels: list of str.
+        most: labels up to which the confusion matrix follows.
     """
-    labels = [system.escape_name(label) for label in labels]
+    labels = [escape_name(label) for label in labels]
     files, predicted, correct = confusion.sum(1), confusion.sum(0), confusion.diagonal()
-    recalls = [c / n if n else None for c, n in zip(correct, files)]
-    precisions = [c / n if n else None for c, n in zip(correct, predicted)]
-    present = [recall for recall in recalls if recall is not None]
+    accuracy, low, high = wilson_interval(correct.sum(), files.sum())
+    recalls = correct[files > 0] / files[files > 0]
     lines = [
-        f"accuracy {correct.sum() / files.sum():.4f} ({correct.sum():.0f} of {files.sum():.0f} files), "
-        f"balanced accuracy {sum(present) / len(present):.4f}",
-        "95 % interval of the accuracy: {1:.4f} to {2:.4f}".format(*intervals.wilson_interval(correct.sum() / files.sum(), files.sum())),
+        f"accuracy {accuracy:.4f} ({correct.sum():.0f} of {files.sum():.0f} files), balanced accuracy {recalls.mean():.4f}",
+        f"95 % interval of the accuracy: {low:.4f} to {high:.4f}",
     ]
     table = [["label", "precision", "recall", "files", "predicted"]]
-    for i, label in enumerate(labels):
-        shares = ["-" if share is None else f"{share:.4f}" for share in (precisions[i], recalls[i])]
-        table.append([label, *shares, f"{files[i]:.0f}", f"{predicted[i]:.0f}"])
+    for label, right, of_label, as_label in zip(labels, correct, files, predicted):
+        shares = [f"{right / count:.4f}" if count else "-" for count in (as_label, of_label)]
+        table.append([label, *shares, f"{of_label:.0f}", f"{as_label:.0f}"])
     lines += aligned(table)
     if len(labels) <= most:
         lines.append("true label by row, predicted label by column:")
         table = [["", *(str(i) for i in range(len(labels)))]]
-        table += [[f"{i} {label}", *(f"{count:.0f}" for count in confusion[i])] for i, label in enumerate(labels)]
+        table += [[f"{i} {label}", *(f"{count:.0f}" for count in row)] for i, (label, row) in enumerate(zip(labels, confusion))]
         lines += aligned(table)
     return "\n".join(lines) + "\n"
 
 
 def aligned(rows):
-    """Returns the lines of a table, rows of texts: its first column to the left, the others to the right."""
+    """Returns the lines of a table of texts, the first column flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]

@@ -1,7 +1,6 @@
-"""What to train and evaluate on: pairs for a conversion, what is held out, what two sets share."""
+"""Examples to train and evaluate on: pairs for a conversion, the held-out set, labels for classification."""
 
-import collections
-import itertools
+import hashlib
 import math
 import os
 import re
@@ -9,131 +8,172 @@ import zlib
 
 import numpy as np
 
-from bgpt import files as listing
-from bgpt import system
-import utils
+from bgpt.files import describe_extensions, extension_of, list_readable_files
+from bgpt.system import UserError, escape_name, first_names
+from utils import Examples
+
+SHOWN_LABELS = 20  # most lines of the table of labels
+SHOWN_NAMES = 5  # most names in a warning
+FEW_FILES = 100  # fewer evaluation files make an accuracy coarse
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets of files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def digest(examples):
+    """Returns a SHA-256 in hex of the files' names, sizes and parts. The same data in a moved folder have the same."""
+    found = hashlib.sha256(repr(sorted(examples.parts.items())).encode())
+    files = examples.indices.reshape(-1)  # (n, 1) or (n, 2) -> (files,)
+    found.update(examples.files.sizes[files].tobytes())
+    for file in files.tolist():
+        found.update(os.fsencode(examples.files.name(file)) + b"\0")
+    return found.hexdigest()
+
+
+def extensions_of(examples):
+    """Returns the sorted extensions as the model sees them: those of pairs are in lower case."""
+    found = {extension_of(examples.files[file]) for file in examples.indices.reshape(-1).tolist()}
+    return sorted({extension.lower() for extension in found} if examples.are_pairs else found)
+
+
+def print_sets(train, held_out, settings, cuts_windows):
+    """Prints the folders and counts of both sets, files in both, and how much of files beyond PATCH_LENGTH is seen.
+
+    Args:
+        train, held_out: the Examples.
+        settings: dict of the constants of config.py.
+        cuts_windows: whether all of a longer file is seen, in windows. Otherwise a crop in each epoch, and the head in evaluation.
+    """
+    kind = "pairs" if train.are_pairs else "files"
+    own_folders = ", ".join(settings["EVAL_FOLDERS"])
+    print(f"trains on {len(train)} {kind} of {', '.join(settings['TRAIN_FOLDERS'])}")
+    print(f"evaluates on {len(held_out)} {kind} of {own_folders or 'the same folders, held out by EVAL_SPLIT'}")
+    if held_out.files is not train.files:
+        known = {train.files[file] for file in train.indices[:, 0].tolist()}
+        if shared := sum(held_out.files[file] in known for file in held_out.indices[:, 0].tolist()):
+            print(f"warning: {shared} evaluation examples are training examples too, so their figures are too good")
+    patch_size, patch_length = settings["PATCH_SIZE"], settings["PATCH_LENGTH"]
+    for examples, who, how in ((train, "an epoch", "a crop of each"), (held_out, "evaluation", "the head of each")):
+        first, last = examples.spans(patch_size).T
+        lengths = last - first
+        longer = int((lengths > patch_length).sum())
+        if longer and not examples.are_pairs:
+            share = f"{lengths.clip(max=patch_length).sum() / lengths.sum():.2%} of all bytes, {how}"
+            print(
+                f"{longer} of {len(examples)} files are longer than PATCH_LENGTH ({patch_length} patches of {patch_size} bytes): "
+                f"{who} sees {'all bytes, in windows' if cuts_windows else share}"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def split_conversion_mode(mode):
-    """Returns (input extension, target extension, whether both directions are meant) of "abc->mid" or "abc&mid"; in lower case."""
+    """Returns (input extension, target extension, whether "&" asks for both directions) of a CONVERSION_MODE, in lower case."""
     source, sign, target = re.fullmatch(r"([^&>]+?)(->|&)([^&>]+)", mode.lower()).groups()
     return source, target, sign == "&"
 
 
 def pair_files(files, mode):
-    """Returns Examples of (input, target) for the Files of the same folder and stem, in the order that `Examples.of` gives the inputs.
+    """Returns Examples of (input, target) for the Files of the same folder and stem, in the order of the inputs.
 
     Extensions are compared without case: tune.abc and tune.MID are a pair. Of tune.mid and tune.MID, the former is the target.
     """
     source, target, _ = split_conversion_mode(mode)
-    inputs, spellings = [], set()  # indices of the inputs; how the targets' extensions are spelled
-    for index in range(len(files)):
-        extension = os.path.splitext(files.encoded(index))[1]
-        lower = os.fsdecode(extension[1:]).lower()
-        if lower == source:
-            inputs.append(index)
-        elif lower == target:
-            spellings.add(extension)
-    pairs = []
-    for index in sorted(inputs, key=files.places.__getitem__):
-        stem = os.path.splitext(files.encoded(index))[0]
-        found = [files.find(stem + extension) for extension in sorted(spellings, reverse=True)]  # lower case first
-        pairs += [(index, other) for other in found if other >= 0][:1]
-    return utils.Examples(files, np.array(pairs, dtype=np.int64).reshape(-1, 2))
+    split = [os.path.splitext(path) for path in files]
+    # paths are sorted, lower case last, so that it wins
+    targets = {stem: index for index, (stem, extension) in enumerate(split) if extension[1:].lower() == target}
+    inputs = [(index, stem) for index, (stem, extension) in enumerate(split) if extension[1:].lower() == source]
+    pairs = [(index, targets[stem]) for index, stem in inputs if stem in targets]
+    return Examples(files, np.array(pairs, dtype=np.int64).reshape(-1, 2))
 
 
 def find_pairs(files, mode, name):
     """Returns the pairs among Files, see `pair_files`, and prints how many files are in none.
 
-    Args:
-        name: the constant that holds the files' folders, for messages.
-
     Raises:
-        UserError: there are files, but no pairs.
+        UserError: there are files, but no pairs. It names the constant `name`.
     """
     pairs = pair_files(files, mode)
-    if files and not pairs:
-        raise system.UserError(
-            f"{name}: CONVERSION_MODE is {mode!r}, but no two files of those extensions share a folder and a stem "
-            f"among {len(files)} files ({listing.describe_extensions(files)}){nearest_pairs(files, mode)}"
+    if len(files) and not len(pairs):
+        source, target, _ = split_conversion_mode(mode)
+        raise UserError(
+            f"{name}: CONVERSION_MODE is {mode!r}, but among {len(files)} files ({describe_extensions(files)}) there are no two in one "
+            f"folder like tune.{source} and tune.{target}"
         )
-    unpaired = len(files) - len(np.unique(pairs.indices))
-    if unpaired:
+    if unpaired := len(files) - len(np.unique(pairs.indices)):
         print(f"{name}: {unpaired} of {len(files)} files are in no pair and are left out")
     return pairs
 
 
 def directed(examples, mode):
-    """Returns Examples in the directions of a CONVERSION_MODE, or None: "&" gives each pair both ways."""
-    return examples.both_ways() if mode is not None and split_conversion_mode(mode)[2] else examples
+    """Returns Examples in the directions of a CONVERSION_MODE or None: "&" gives each pair, then its reverse."""
+    if mode is None or not split_conversion_mode(mode)[2]:
+        return examples
+    both = np.stack((examples.indices, examples.indices[:, ::-1]), axis=1)  # (n, 2) -> (n, 2 directions, 2)
+    return Examples(examples.files, both.reshape(-1, 2))  # (2·n, 2)
 
 
-def fitting_pairs(pairs, patch_size, patch_length):
-    """Returns the pairs that fit in a sequence, and the patches of the longest pair of all (0 if there are none)."""
-    lengths = pairs.lengths(patch_size, patch_length)
-    return pairs.select(np.flatnonzero(lengths <= patch_length)), int(lengths.max(initial=0))
+def find_examples(folders, name, mode, patch_size, patch_length, own=()):
+    """Returns the readable files of folders as Examples; in a CONVERSION_MODE, the pairs that fit in PATCH_LENGTH.
 
+    Args:
+        folders: list of paths.
+        name: the constant that has them, for messages.
+        mode: CONVERSION_MODE or None.
+        own: paths that a run writes, see `list_files`.
 
-def nearest_pairs(files, mode):
-    """Returns what comes nearest to pairs of a CONVERSION_MODE among files that hold none, as a clause for messages.
-
-    That is another extension in place of one of the mode's, or files of one stem in different folders.
+    Raises:
+        UserError: a folder is missing, or has no pairs that fit.
     """
-    source, target, both = split_conversion_mode(mode)
-    spots = {}  # {stem: [(folder, extension)]} of all files
-    for path in files:
-        folder, name = os.path.split(path)
-        stem, extension = os.path.splitext(name)
-        spots.setdefault(stem, []).append((folder, extension[1:].lower()))
-    beside, apart, example = collections.Counter(), 0, None  # beside: {(input, target extension): its pairs}
-    for stem, found in spots.items():
-        for (folder, extension), (other_folder, other) in itertools.permutations(found[:100], 2):
-            if folder == other_folder and extension != other and (extension == source or other == target):
-                beside[extension, other] += 1
-            if (extension, other) == (source, target):
-                apart, example = apart + 1, example or (folder, other_folder, stem)
-    if beside:
-        (extension, other), count = beside.most_common(1)[0]
-        return f"; {extension}{'&' if both else '->'}{other} would find {count} pairs"
-    if apart:
-        folder, other_folder, stem = map(system.escape_name, example)
-        return (
-            f"; {apart} have the same stem but lie apart, such as {folder}/{stem}.{source} and {other_folder}/{stem}.{target}: put the "
-            "two files of a pair into one folder"
+    files = list_readable_files(folders, name, own)
+    if mode is None:
+        return Examples(files)
+    pairs = find_pairs(files, mode, name)
+    lengths = pairs.lengths(patch_size)
+    fitting = np.flatnonzero(lengths <= patch_length)
+    if len(fitting) < len(pairs):
+        message = (
+            f"{name}: {len(pairs) - len(fitting)} of {len(pairs)} pairs do not fit in PATCH_LENGTH {patch_length} "
+            f"and are left out; PATCH_LENGTH {lengths.max()} would keep them all"
         )
-    return "; the two files of a pair have one name but for the extension, such as tune." + source + " and tune." + target
+        if not len(fitting):
+            raise UserError(message)
+        print(message)
+    return pairs.select(fitting)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Held-out examples
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def hold_out(count, share, seed, candidates=None, groups=None):
-    """Splits `count` examples in two at random: the rest, and `share` of them (at least one).
+    """Splits `count` examples at random into the rest and the held-out set: `share` of them, at least one.
 
     Args:
-        count: how many examples there are.
+        count: number of examples.
         share: EVAL_SPLIT.
         seed: SEED.
-        candidates: int64 (m,), the indices of those that may be held out; None = all.
-        groups: int64 (m,), the group of each candidate, of which each gives the same share, as nearly as whole examples can;
-            None = they are drawn from all alike.
+        candidates: int64 (m,), the indices that may be held out. None = all.
+        groups: int64 (m,), each candidate's group: the split is stratified by them. None = it is not.
 
     Returns:
-        int64 (rest,) and (held out,), the indices of both, ascending.
+        int64 (rest,) and (held out,), ascending indices.
 
     Raises:
-        UserError: there are too few.
+        UserError: there are too few examples.
     """
-    if candidates is None:
-        candidates = np.arange(count)
-    if count > 1 and not len(candidates):
-        raise system.UserError(
-            "EVAL_FOLDERS holds nothing, and every label has but one file, which stays in training: add files, or EVAL_FOLDERS"
-        )
-    if count < 2:
-        raise system.UserError(f"EVAL_FOLDERS holds nothing, and EVAL_SPLIT cannot hold out a part of {count}: add files")
+    candidates = np.arange(count) if candidates is None else candidates
+    if count < 2 or not len(candidates):
+        raise UserError(f"EVAL_FOLDERS has no files, and EVAL_SPLIT cannot hold out a part of {count}: add files")
     num_chosen = min(max(1, round(share * count)), len(candidates), count - 1)
     drawn = np.random.default_rng([seed, zlib.crc32(b"hold out")]).permutation(len(candidates))
     if groups is not None:
-        # the k-th of a group's m examples in the order drawn gets the place (k + 1/2) / m: the first places of all are of
-        # every group the same share
+        # the k-th of a group's m shuffled examples gets rank (k + 1/2) / m; the lowest ranks over all groups are held out
         groups = groups[drawn]
         by_group = np.argsort(groups, kind="stable")
         sizes = np.bincount(groups)
@@ -141,29 +181,25 @@ def hold_out(count, share, seed, candidates=None, groups=None):
         ranks[by_group] = np.arange(len(drawn)) - (np.cumsum(sizes) - sizes)[groups[by_group]]
         drawn = drawn[np.argsort((ranks + 0.5) / sizes[groups], kind="stable")]
     chosen = np.sort(candidates[drawn[:num_chosen]])
-    print(f"EVAL_FOLDERS holds none: {num_chosen} of the training examples are held out for evaluation")
     return np.setdiff1d(np.arange(count), chosen), chosen
 
 
 def hold_out_parts(examples, share, seed, patch_size, longest):
-    """Splits Examples in two, the rest and what is held out; a file that is too large to be held out whole gives its end.
+    """Splits Examples into training and held-out Examples; of a file too large to be held out whole, the end is held out.
 
-    That is a file with more than ten times `share` of all patches (or more than half of them), and of more than 8 times
-    `longest`, so that its end is of use; a lone file need only be longer than that. The others are held out whole at
-    random, at least one unless another gives its end.
+    Such a file has more than ten times `share` of all patches (or half of them), and more than 8 times `longest`, so that its
+    end is of use. A lone file need only be longer than `longest`. The other files are held out whole at random, at least one
+    unless a large file gives its end.
 
     Args:
-        examples: Examples of single files; of pairs with `longest` None.
+        examples: Examples of single files, or of pairs with `longest` None.
         share: EVAL_SPLIT.
         seed: SEED.
         patch_size: S.
-        longest: PATCH_LENGTH; None = every file is held out whole or not at all.
-
-    Returns:
-        the training Examples and the evaluation Examples.
+        longest: PATCH_LENGTH. None = every file is held out whole or not at all.
 
     Raises:
-        UserError: there are too few.
+        UserError: there are too few examples.
     """
     lengths = examples.lengths(patch_size)
     least = math.inf if longest is None else longest if len(examples) == 1 else 8 * longest  # patches of a large file
@@ -172,42 +208,74 @@ def hold_out_parts(examples, share, seed, patch_size, longest):
     kept, chosen = np.arange(len(examples)), np.array([], dtype=np.int64)
     if not len(large) or round(share * len(others)):
         kept, chosen = hold_out(len(examples), share, seed, others)
-    # two patches at least: of the first of a part no window predicts anything
+    # two patches at least, since no window predicts the first patch of a part
     cuts = lengths - np.clip((share * lengths).round().astype(np.int64), 2, lengths - 2)
     train_parts = {i: (0, int(cuts[index])) for i, index in enumerate(kept.tolist()) if is_large[index]}
     held_out_parts = {len(chosen) + i: (int(cuts[index]), int(lengths[index])) for i, index in enumerate(large.tolist())}
     if len(large):
-        names = ", ".join(system.escape_name(os.path.basename(examples[index][0])) for index in large.tolist())
-        held_out_bytes = int((lengths - cuts)[large].sum()) * patch_size
-        print(f"EVAL_FOLDERS holds none: of {names}, the end is held out for evaluation, {held_out_bytes:,} bytes")
-    train = utils.Examples(examples.files, examples.indices[kept], train_parts)
-    return train, utils.Examples(examples.files, examples.indices[np.concatenate((chosen, large))], held_out_parts)
+        names = first_names(os.path.basename(examples[index][0]) for index in large.tolist())
+        print(f"EVAL_SPLIT: of {names}, the end is held out, {int((lengths - cuts)[large].sum()) * patch_size:,} bytes")
+    train = Examples(examples.files, examples.indices[kept], train_parts)
+    return train, Examples(examples.files, examples.indices[np.concatenate((chosen, large))], held_out_parts)
 
 
-def print_long_files(train, held_out, patch_size, patch_length, cuts_windows):
-    """Prints how many files of the training and evaluation Examples are longer than PATCH_LENGTH, and what of them is seen.
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels
+# ---------------------------------------------------------------------------------------------------------------------
+
+LABEL_RULES = {
+    "name": "a file's name up to the first '_', and its extension (Business_1.txt is Business.txt)",
+    "prefix": "a file's name up to the last '_', and its extension (new_york_1.txt is new_york.txt)",
+    "folder": "a file's folder (Business/1.txt is Business)",
+}
+
+
+def label_of(path, mode="name"):
+    """Returns the label of a file for classification, by LABELS: see `LABEL_RULES`. "name" is the paper's (3.3)."""
+    if mode == "folder":
+        return os.path.basename(os.path.dirname(os.path.abspath(path)))
+    stem, extension = os.path.splitext(os.path.basename(path))
+    return (stem.split("_")[0] if mode == "name" else stem.rpartition("_")[0] or stem) + extension
+
+
+def find_labels(train, mode):
+    """Returns the label indices of Examples, int64 (n,), and {label: index}, sorted.
+
+    Raises:
+        UserError: there is only one label.
+    """
+    names = [label_of(path, mode) for path, in train]
+    labels = {label: index for index, label in enumerate(sorted(set(names)))}
+    if len(labels) < 2:
+        counts = {other: len({label_of(path, other) for path, in train}) for other in LABEL_RULES}
+        others = "".join(f"; --LABELS {other} finds {count} labels" for other, count in counts.items() if count > 1)
+        raise UserError(
+            f"TRAIN_FOLDERS: the only label of its {len(train)} files is {names[0]!r}, but training needs two or more. With LABELS "
+            f"{mode!r} it is {LABEL_RULES[mode]}{others}"
+        )
+    return np.array([labels[name] for name in names], dtype=np.int64), labels
+
+
+def labels_table(labels, train_counts, held_out_counts):
+    """Returns the lines of a table of labels with their files, and of warnings about labels with too few.
 
     Args:
-        cuts_windows: whether that is all of them, or in each epoch a crop, and in evaluation the head.
+        labels: list of str.
+        train_counts, held_out_counts: int (labels,), the training and evaluation files of each.
     """
-    for name, examples in (("training", train), ("evaluation", held_out)):
-        first, last = examples.spans(patch_size).T
-        longer = last - first > patch_length
-        if not longer.any() or examples.indices.shape[1] == 2:
-            continue
-        lengths = last - first
-        share = f"{lengths.clip(max=patch_length).sum() / lengths.sum():.2%} of all bytes"
-        who, how = ("an epoch", "a crop of each") if name == "training" else ("evaluation", "the head of each")
-        seen = "all bytes, in windows" if cuts_windows else f"{share}, {how}"
-        print(
-            f"longer than PATCH_LENGTH ({patch_length} patches of {patch_size} bytes): {longer.sum()} of {len(examples)} {name} "
-            f"files; {who} sees {seen}"
-        )
-
-
-def print_overlap(train, held_out):
-    """Prints how many evaluation Examples are training Examples too, by their first files."""
-    found = np.array([train.files.find(held_out.files.encoded(file)) for file in held_out.indices[:, 0].tolist()])
-    shared = int(np.isin(found, train.indices[:, 0]).sum())
-    if shared:
-        print(f"{shared} evaluation examples are training examples too: their figures say nothing about unseen files")
+    shown = [escape_name(label) for label in labels[:SHOWN_LABELS]]
+    width = max(map(len, ["label", *shown]))
+    lines = [f"{'label':<{width}}  training  evaluation"]
+    lines += [f"{label:<{width}}  {n:>8}  {m:>10}" for label, n, m in zip(shown, train_counts, held_out_counts)]
+    if len(labels) > SHOWN_LABELS:
+        lines.append(f"and {len(labels) - SHOWN_LABELS} more of {len(labels)} labels")
+    more = "add to EVAL_FOLDERS, or raise EVAL_SPLIT"
+    if single := [label for label, n in zip(labels, train_counts) if n == 1]:
+        lines.append(f"warning: a single training file: {first_names(single, SHOWN_NAMES)}; a hidden file (.name) is no data")
+    if missing := [label for label, n, m in zip(labels, train_counts, held_out_counts) if n > 1 and not m]:
+        lines.append(f"warning: no evaluation file: {first_names(missing, SHOWN_NAMES)}; {more}")
+    if sum(held_out_counts) < FEW_FILES:
+        lines.append(f"warning: only {sum(held_out_counts)} evaluation files, so that the accuracy is coarse; {more}")
+    if same := [label for label in labels if label != label.lower() and label.lower() in labels]:
+        lines.append(f"warning: labels that differ from others in case only: {first_names(same, SHOWN_NAMES)}; rename files")
+    return lines

@@ -1,9 +1,8 @@
-"""The parts of a training run: its batches, weight updates, saves and ends. The loop stands in the scripts."""
+"""Parts of a training run: its steps, learning rate, checkpoints, resuming, logs. The loops are in the scripts."""
 
 import contextlib
 import dataclasses
 import glob
-import itertools
 import math
 import os
 import time
@@ -16,75 +15,76 @@ from torch import nn
 from tqdm import tqdm
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
-from bgpt import checkpoint
-from bgpt import fingerprints
-from bgpt import logger
-from bgpt import resuming
-from bgpt import system
 import utils
-from bgpt import windows as windowing
+from bgpt import checkpoint, system, windows
+from bgpt.distributed import autocast
+from bgpt.examples import digest, directed, extensions_of
+from bgpt.settings import latest_path
+from bgpt.system import UserError
 
-MOST_EXTENSIONS = 1000  # a checkpoint lists no more extensions of training files: beyond, they are hardly kinds of files
+MOST_EXTENSIONS = 1000  # a checkpoint lists at most so many extensions of training files
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data
+# Steps
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def own_paths(settings):
-    """Returns the files and folders that runs write or start from, which are therefore no data; some may not exist.
+class Steps:
+    """The index arrays that this rank reads, step by step; together the ranks read every index of `order` once.
+
+    The ranks get nearly as many patches in each step. If a step has fewer examples than ranks, some arrays are empty:
+    those ranks compute a dummy batch with weight 0, since DDP needs every rank in the backward pass.
 
     Args:
-        settings: the constants of config.py, as a dict.
+        dataset: a ByteDataset or Windows.
+        order: int64 (n,), indices into it.
+        batch_size: sequences per rank and step, on average.
+        ranks: the Ranks.
     """
-    weights = [settings["WEIGHTS_PATH"], system.latest_path(settings["WEIGHTS_PATH"])]
-    backups = [backup for path in weights for backup in glob.glob(f"{glob.escape(path)}.bak*")]
-    folders = [settings["OUTPUT_FOLDER"], os.path.join(os.environ.get("WANDB_DIR", "."), "wandb")]
-    return [*weights, *backups, settings["LOGS_PATH"], settings["PRE_WEIGHTS_PATH"], *folders]
+
+    def __init__(self, dataset, order, batch_size, ranks):
+        self.dataset, self.order, self.size = dataset, order, batch_size * ranks.count
+        self.rank, self.num_ranks = ranks.rank, ranks.count
+
+    def __len__(self):
+        return -(-len(self.order) // self.size)
+
+    def count(self, number):
+        """Returns the examples of all ranks in step `number`."""
+        return min(self.size, len(self.order) - number * self.size)
+
+    def __getitem__(self, number):
+        if number >= len(self):
+            raise IndexError(number)
+        step = self.order[number * self.size : (number + 1) * self.size]
+        if self.num_ranks == 1:
+            return step
+        return step[utils.balanced_parts(self.dataset.lengths(step), self.num_ranks)[self.rank]]
 
 
-def process_batches(processes, dataset, order, batch_size, num_workers, while_waiting, waiting, before_end):
-    """Yields what each step of all processes reads: every example of `order` once, in one of them.
+class Clock:
+    """Tells when some time has passed since it last did."""
 
-    Args:
-        processes: the Processes.
-        dataset: a ByteDataset or Windows; the processes get nearly as many patches in each step.
-        order: int64 (n,), indices of examples; a step takes the next `batch_size` for each process.
-        batch_size: sequences per process, on average.
-        num_workers, while_waiting: see `utils.batches`.
-        waiting: returns the context in which this process waits for a batch.
-        before_end: see `Processes.agree`; called when a process could not get its batch.
+    def __init__(self):
+        self._last = time.monotonic()
 
-    Yields:
-        (batch, indices, count): this process's Batch; the examples in it; and how many examples all processes take in this
-        step. Where too few are left for every process, some get a spare batch and no indices: all must compute
-        something, but what comes of a spare batch must not count.
-
-    Raises:
-        UserError, SystemExit: a process could not read a file, see `Processes.agree`.
-    """
-    size = batch_size * processes.count
-    steps = [order[start : start + size] for start in range(0, len(order), size)]
-    # one step at a time, for an epoch may have very many; what is read is some steps ahead of what is yielded
-    mine = (step[utils.balanced_parts(dataset.lengths(step), processes.count)[processes.rank]] for step in steps)
-    mine, ahead = itertools.tee(mine)
-    read = (indices if len(indices) else step[:1] for indices, step in zip(ahead, steps))
-    with contextlib.closing(utils.batches(dataset, read, num_workers, while_waiting)) as batches:  # its workers end here, too
-        for step, indices in zip(steps, mine):
-            with processes.agreeing(before_end), waiting():
-                batch = next(batches)
-            yield batch, indices, len(step)
+    def is_due(self, seconds):
+        """Returns whether so many seconds have passed, and if so starts again."""
+        is_due = time.monotonic() - self._last >= seconds
+        if is_due:
+            self._last = time.monotonic()
+        return is_due
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Schedule, compilation
+# Learning rate, logs
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def parameter_groups(model, embedding_start):
     """Returns AdamW's groups of a model's parameters, in the order of `model.parameters()`.
 
-    Each has an `lr_factor`, the share of the learning rate that it gets: of the patch embedding a tenth if it starts "smooth".
+    `lr_factor` scales the learning rate of a group: 0.1 for a patch embedding that starts "smooth".
     """
     first, *others = model.parameters()
     assert first is model.patch_level_decoder.patch_embedding.weight
@@ -92,30 +92,42 @@ def parameter_groups(model, embedding_start):
 
 
 def make_scheduler(optimizer, name, learning_rate, num_steps, steps_done):
-    """Returns the schedule that sets an optimizer's learning rate, from a linear warm-up over the first tenth of all steps on.
+    """Returns the learning-rate schedule of an optimizer, with a linear warm-up over the first tenth of all steps.
 
     Args:
         name: "cosine" (to 0) or "constant".
         learning_rate: at its peak.
         num_steps: in all.
-        steps_done: how many of them are behind.
+        steps_done: steps before this one.
     """
-    for group in optimizer.param_groups:  # also of an optimizer that comes from a checkpoint with another learning rate
+    for group in optimizer.param_groups:  # also of an optimizer from a checkpoint with another learning rate
         group["initial_lr"] = learning_rate * group.get("lr_factor", 1.0)
     if name == "cosine":
         return get_cosine_schedule_with_warmup(optimizer, num_steps // 10, num_steps, last_epoch=steps_done - 1)
     return get_constant_schedule_with_warmup(optimizer, num_steps // 10, last_epoch=steps_done - 1)
 
 
-def compile_model(model):
-    """Has torch.compile fuse the operations of the blocks of a model's decoders; names and weights stay what they are.
+def start_wandb(settings, run_id):
+    """Returns a Weights & Biases run: offline without a login, unless WANDB_MODE says otherwise."""
+    import wandb  # here, so that nobody needs it without WANDB_LOG
 
-    Only what comes before and after the attention of a block is compiled, once for all layers of a decoder and for any
-    number of rows.
-    """
-    for decoder in model.children():
-        if isinstance(decoder, utils.ByteModel):
-            decoder.parts = tuple(torch.compile(part, dynamic=True) for part in decoder.parts)
+    options = {"project": "bGPT", "id": run_id, "resume": "allow", "config": settings}
+    try:
+        if "WANDB_MODE" in os.environ or wandb.api.api_key:
+            return wandb.init(**options)
+        why = "not logged in (`wandb login` does that)"
+    except (wandb.Error, ValueError) as error:  # no network, a wrong key, an unknown WANDB_MODE
+        why = f"cannot start ({' '.join(str(error).split())})"
+    print(f"wandb: {why}; this run is logged offline, in the folder wandb")
+    return wandb.init(**options, mode="offline")
+
+
+def own_paths(settings):
+    """Returns the paths that a run writes or loads weights from: they are no data, and may not exist yet."""
+    weights = [settings["WEIGHTS_PATH"], latest_path(settings["WEIGHTS_PATH"])]
+    backups = [backup for path in weights for backup in glob.glob(f"{glob.escape(path)}.bak*")]
+    folders = [settings["OUTPUT_FOLDER"], os.path.join(os.environ.get("WANDB_DIR", "."), "wandb")]
+    return [*weights, *backups, settings["LOGS_PATH"], settings["PRE_WEIGHTS_PATH"], *folders]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,450 +135,362 @@ def compile_model(model):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def no_number(epoch):
-    """Returns the UserError for a loss or a weight that is no number."""
-    return system.UserError(
-        f"the loss is no number in epoch {epoch}, or the weights have become none. Nothing of that was saved: the same command "
-        "goes on from before. Try a lower LEARNING_RATE, MAX_GRAD_NORM 1.0 or PRECISION fp32"
-    )
+@dataclasses.dataclass
+class State:
+    """The progress of a run as its checkpoints have it, the same on all ranks."""
+
+    run_id: str
+    epoch: int = 0  # finished epochs
+    position: int = 0  # examples of the current epoch that all ranks together have trained on
+    best_epoch: int = 0  # 0 = none
+    best: float | None = None  # the figure that decides, in the best epoch
+    best_loss: float = -math.inf  # its eval loss, which decides between equal figures; -inf (unknown) is never beaten
+    report: str = ""  # of the best epoch
+    figures: dict = dataclasses.field(default_factory=dict)  # of the last finished epoch
 
 
 class Run:
-    """A run of training. Within `with run:` its files are locked; from `begin` on, a stop signal ends it after the step in hand.
-
-    A script calls `resume` and `begin`; for each epoch it takes the batches of `training_batches`, and for each of them
-    computes gradients and calls `clip_gradients`, `update_weights` and `step_done`; then those of `evaluation_batches`, with
-    `evaluation_step_done`; then `epoch_done`. At last it calls `finish`. All processes call these together.
+    """A run of training. Within `with run:` its files are locked, and stop signals wait for the current step.
 
     Args:
-        processes: the Processes.
+        ranks: the Ranks.
         model: a bGPTLMHeadModel or bGPTForClassification on their device.
-        sizes: its ModelSizes, those that config.py gives.
+        sizes: its ModelSizes.
         dtype: torch.dtype to compute in.
-        settings: the constants of config.py that bear on training, as a dict.
+        settings: dict of the constants of config.py that bear on training.
         train, held_out: Examples to train and to evaluate on.
-        best_name: what checkpoints call the figure that decides which epoch is best: min_eval_loss or max_eval_acc.
-        higher_is_better: whether a higher figure is the better one.
-        no_totals: the running sums of an epoch that has not begun.
+        totals: the running sums of an epoch, an `evaluation.Totals`.
         labels: a classifier's {label: index}.
-        hold_out: how its evaluation examples are held out, for checkpoints.
-        cuts_windows: whether files longer than PATCH_LENGTH are cut into windows; else an epoch takes a crop of each.
     """
 
-    def __init__(
-        self, processes, model, sizes, dtype, settings, train, held_out, best_name, higher_is_better, no_totals,
-        labels=None, hold_out=None, cuts_windows=False,
-    ):  # fmt: skip
-        self.processes, self.model, self.sizes, self.dtype, self.settings = processes, model, sizes, dtype, settings
-        self.train, self.held_out, self.labels, self._hold_out = train, held_out, labels, hold_out
-        self.best_name, self.higher_is_better, self._no_totals = best_name, higher_is_better, no_totals
-        self._cuts_windows = cuts_windows
-        self.state = resuming.State(no_totals)
+    def __init__(self, ranks, model, sizes, dtype, settings, train, held_out, totals, labels=None):
+        self.ranks, self.model, self.sizes, self.dtype, self.settings = ranks, model, sizes, dtype, settings
+        self.totals, self.labels = totals, labels
+        self.train, self.held_out = (directed(each, settings["CONVERSION_MODE"]) for each in (train, held_out))
+        self.best_name = "min_eval_loss" if labels is None else "max_eval_acc"
+        self.cuts_windows = labels is None and cuts_windows(settings)
+        self.digests = {"TRAIN_FOLDERS": digest(self.train), "EVAL_FOLDERS": digest(self.held_out)}
         self.files = checkpoint.RunFiles(settings["WEIGHTS_PATH"], settings["LOGS_PATH"])
         groups = parameter_groups(model, settings["EMBEDDING_START"])
         self.optimizer = torch.optim.AdamW(groups, lr=settings["LEARNING_RATE"], fused=True)
-        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == torch.float16)
-        self.scheduler = self.bar = self._reading = None  # see `begin`, `training_batches`
-        # rank 0 alone writes checkpoints
-        self._fingerprints = fingerprints.Fingerprints(train, held_out, with_names=processes.rank == 0)
-        self._extensions = sorted(train.extensions())
-        self._random_state = None  # this process's, to be restored before the next step
-        self._saved_at, self._saved_position = time.monotonic(), None  # when, and at which (epoch, position), it was saved
-        self._is_saved = True  # whether the last try to save the latest state went well
-        self._epoch_began = time.monotonic()
-        self._logger, self._stack = logger.NoLogger(), contextlib.ExitStack()
-        self._stop_signal = None  # set by `begin`
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+        self.state = State(ranks.gather(os.urandom(8).hex())[0])
+        self._random_state = None  # this rank's, to restore before the next step
+        self._saved = None  # (epoch, position) of the last save of the latest state; False if it failed
+        self._is_broken = False  # whether NaN or infinity was seen in this rank's sums
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self):
-        with contextlib.ExitStack() as stack:
-            with self.processes.agreeing():
-                self.files.check(self.sizes.kind)
-                if self.processes.rank == 0:
-                    stack.enter_context(self.files.locked())
-            self._stack = stack.pop_all()  # all processes go on: the files stay locked until `__exit__`
-        self.state.run_id = self.processes.gather(os.urandom(8).hex())[0]
+        self.files.check(self.sizes.kind)
+        if self.ranks.rank == 0:
+            self._stack.enter_context(system.lock(self.files.best, "WEIGHTS_PATH"))
         return self
 
-    def __exit__(self, *error):
-        if self._reading is not None:
-            self._reading.close()  # ends the reading processes of an epoch that is left halfway, also those that hang
-        self._stack.close()
+    def __exit__(self, kind, error, traceback):
+        with self._stack:
+            if isinstance(error, OSError) and self.ranks.count == 1 and self._saved is not None and self._save():
+                print(f"saved epoch {self.state.epoch + 1} after {self.state.position} examples: the same command resumes from there")
 
     # ---- beginning -------------------------------------------------------------------------------------------------
 
     def resume(self):
-        """Loads the run's latest state, or its best model where that is missing; returns whether there was one.
+        """Loads the run's latest state, or else its best model; returns whether there was one.
 
         Raises:
-            UserError: the file holds another kind of model, or a state that does not fit: of other sizes, files or
-                CONVERSION_MODE.
+            UserError: the file does not fit: another kind of model, other sizes, labels, files or CONVERSION_MODE.
         """
-        path = self.files.newest()
-        if path is None or not self.settings["LOAD_FROM_CHECKPOINT"]:
+        path, settings, state = self.files.newest(), self.settings, self.state
+        if path is None or not settings["LOAD_FROM_CHECKPOINT"]:
             return False
         try:
             found = checkpoint.load_sized_weights(self.model, self.sizes, path, "WEIGHTS_PATH")
         except checkpoint.DamagedCheckpoint as error:
-            if path == self.files.latest and os.path.exists(self.files.best):
-                hint = f"Without that file, the run goes on from its best model, {self.files.best}"
-                raise system.UserError(f"{error}. {hint}") from None
-            raise
+            hint = f". Without that file, the run resumes from its best model, {self.files.best}"
+            raise UserError(f"{error}{hint * (path == self.files.latest and os.path.exists(self.files.best))}") from None
         try:
-            earlier = resuming.EarlierRun(found, path, self.settings, self.labels, self._fingerprints, self._cuts_windows)
-            earlier.check_fits()
-            earlier.check_files()
-            self.state.take_over(found, self.best_name)
+            before = dict(found.get("config") or {})
+            changed = {name: before[name] for name in settings if name in before and before[name] != settings[name]}
+            data = found.get("data") or {}
+            other_files = [name for name in self.digests if data.get(name, self.digests[name]) != self.digests[name]]
+            self._check_same_task(path, found, before, changed, other_files)
             checkpoint.load_optimizer(self.optimizer, found["optimizer"])
             if found.get("scaler"):
                 self.scaler.load_state_dict(found["scaler"])
-            if not earlier.differences:
-                self._restore_position(earlier)
-        except system.UserError:
+            self._load_state(found)
+            restarts = other_files or {"SEED", "LONG_FILES"} & set(changed) or len(found.get("totals", [0])) != self.ranks.count
+            if found.get("position") and not restarts:
+                state.position, self._random_state = int(found["position"]), found["random_states"][self.ranks.rank]
+                torch.Generator().set_state(self._random_state["cpu"])  # an error if it is damaged
+                self.totals.load(found["totals"][self.ranks.rank])
+        except UserError:
             raise
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError, zlib.error) as error:
-            raise system.UserError(
-                f"WEIGHTS_PATH: {path!r} holds a model, but not the state of a run to go on from ({error!r}). To start from "
-                "its weights, set PRE_WEIGHTS_PATH to it, LOAD_FROM_PRE_CHECKPOINT to True and LOAD_FROM_CHECKPOINT to False"
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+            raise UserError(
+                f"WEIGHTS_PATH: {path!r} has a model, but not the state of a run to resume ({error!r}). To start from its weights, "
+                "set PRE_WEIGHTS_PATH to it, LOAD_FROM_PRE_CHECKPOINT to True and LOAD_FROM_CHECKPOINT to False"
             ) from None
-        state = self.state
         within = f" and {state.position} examples of the next" if state.position else ""
         so_far = f"; {self.best_name} so far {state.best:.4f}" if state.best_epoch else ""
-        print(f"goes on from {path} after epoch {state.epoch}{within}{so_far}")
-        earlier.print_changes(state.epoch + 1)
-        self._forget_best_that_does_not_compare(earlier)
-        if self.processes.rank == 0:
-            self.files.complete_log(state.log_text, state.log_start)
+        print(f"resumes from {path} after epoch {state.epoch}{within}{so_far}")
+        for name, value in changed.items():
+            print(f"{name} was {value!r} and is now {settings[name]!r}" + "; the schedule changes" * (name == "NUM_EPOCHS"))
+        if found.get("position") and restarts:
+            print(f"epoch {state.epoch + 1} restarts: files, SEED, LONG_FILES or the number of processes have changed")
+        self._check_best("EVAL_FOLDERS" in other_files or (self.labels is None and "LONG_FILES" in changed))
         return True
 
-    def _restore_position(self, earlier):
-        """Takes over where in an epoch a run was, and its running sums; `training_batches` restores its random state.
+    def _check_same_task(self, path, found, before, changed, other_files):
+        """Raises UserError if a checkpoint's run had another conversion, other labels, or files other than now."""
+        new_run = (
+            f"To start a new run, give another WEIGHTS_PATH (to start it from these weights, set PRE_WEIGHTS_PATH to {path!r} and "
+            "LOAD_FROM_PRE_CHECKPOINT to True)"
+        )
+        mode, old_mode = self.settings["CONVERSION_MODE"], before.get("CONVERSION_MODE", self.settings["CONVERSION_MODE"])
+        if (old_mode or "").lower() != (mode or "").lower():
+            raise UserError(f"CONVERSION_MODE is {mode!r}, but the run at {path!r} trains with {old_mode!r}. {new_run}")
+        if self.labels is not None and found.get("labels") != self.labels:
+            why = f" (LABELS was {changed['LABELS']!r})" if "LABELS" in changed else ""
+            raise UserError(f"TRAIN_FOLDERS: the labels or their order are not those of {path!r}{why}. {new_run}")
+        if other_files and not self.settings["ALLOW_CHANGED_FILES"]:
+            choices = {name: changed[name] for name in ("SEED", "EVAL_SPLIT", "LONG_FILES") if name in changed}
+            why = "".join(f"; {name} was {value!r} and is now {self.settings[name]!r}" for name, value in choices.items())
+            raise UserError(
+                f"{', '.join(other_files)}: other files than in the run at {path!r}, by their names and sizes{why}. {new_run}. To "
+                "resume with the files of now (the current epoch restarts), add --ALLOW_CHANGED_FILES True"
+            )
 
-        Args:
-            earlier: the run that goes on, an EarlierRun.
-        """
-        found, processes, state = earlier.found, self.processes, self.state
-        position = found.get("position", 0)
-        if type(position) is not int or position < 0:
-            raise ValueError(f"its position is {position!r}")
-        if position == 0:
-            return
-        totals = [{name: float(each[name]) for name in self._no_totals} for each in found["totals"]]
-        random_states = [{name: each[name] for name in ("cpu", "cuda")} for each in found["random_states"]]
-        if not len(totals) == len(random_states) > 0:
-            raise ValueError(f"it holds {len(totals)} totals and {len(random_states)} random states")
-        why = earlier.why_epoch_restarts()
-        if why:
-            print(f"{why}: epoch {state.epoch + 1} begins anew")
-            return
-        if position > len(self._training_set(state.epoch)):
-            raise ValueError(f"its position is {position!r}, but there are {len(self._training_set(state.epoch))} examples")
-        state.position = position
-        if len(totals) == processes.count:
-            state.totals, self._random_state = totals[processes.rank], random_states[processes.rank]
-            torch.Generator().set_state(self._random_state["cpu"])  # raises an error if it is none
-            return
-        print(f"{len(totals)} processes have become {processes.count}: dropout is drawn anew from here on")
-        if processes.rank == 0:  # the others begin at 0
-            state.totals = {name: sum(each[name] for each in totals) for name in self._no_totals}
+    def _load_state(self, found):
+        state = self.state
+        for name in ("epoch", "best_epoch"):
+            if type(found[name]) is not int or not 0 <= found[name] < 2**31:
+                raise TypeError(f"{name} is {found[name]!r}")
+            setattr(state, name, found[name])
+        if math.isnan(found[self.best_name]):
+            raise ValueError(f"{self.best_name} is NaN")
+        state.best = float(found[self.best_name]) if state.best_epoch else None
+        state.best_loss = float(found.get("best_loss", -math.inf))  # published checkpoints have no best_loss nor run_id
+        state.run_id = str(found.get("run_id") or state.run_id)
+        state.figures, state.report = dict(found.get("figures", {})), str(found.get("report", ""))
 
-    def _forget_best_that_does_not_compare(self, earlier):
-        """Has the next epoch count as the best so far, where the best model is not there or its figure is of other data.
-
-        Args:
-            earlier: the run that goes on, an EarlierRun.
-        """
-        why, has_best = None, self.files.find_own(self.state.run_id)
-        if not has_best:
-            why = f"the best model of this run is not at {self.files.best}"
-        elif earlier.took_other_parts(self.held_out):
-            why = "LONG_FILES has changed, and with it what evaluation covers"
-        elif "EVAL_FOLDERS" in earlier.differences:
-            why = "figures of other evaluation files do not compare"
-        if why and self.state.best_epoch:
-            print(f"{why}: the next epoch counts as the best so far")
-            if has_best and self.processes.rank == 0:
-                self.files.keep_best()
+    def _check_best(self, is_other_set):
+        """Resets the best score if the best checkpoint is missing or was scored on another evaluation set."""
+        has_best = self.files.find_own(self.state.run_id)
+        if (is_other_set or not has_best) and self.state.best_epoch:
+            why = "it was scored on another evaluation set" if has_best else f"the best model of this run is not at {self.files.best}"
+            print(f"best score reset: {why}")
+            if has_best and self.ranks.rank == 0:
+                system.keep_backup(self.files.best, "scored on another evaluation set")
             self.state.best_epoch, self.state.best = 0, None
 
     def begin(self):
-        """Lays the learning rate's schedule over the run; returns what trains the model, see `Processes.distribute`.
+        """Creates the learning-rate schedule. Returns the model, wrapped in DDP if there are several ranks.
 
         Raises:
-            UserError, SystemExit: the processes see different files or states.
+            UserError: the ranks see different files or checkpoints.
         """
-        settings, processes, state = self.settings, self.processes, self.state
-        views = processes.gather((state.epoch, state.position, state.run_id, self._fingerprints.digests()))
+        settings, ranks, state = self.settings, self.ranks, self.state
+        views = ranks.gather((state.epoch, state.position, state.run_id, self.digests))
         if any(view != views[0] for view in views):
-            processes.agree(
-                system.UserError(
-                    "the processes see different files: TRAIN_FOLDERS, EVAL_FOLDERS and WEIGHTS_PATH must lie on a disk that all share"
-                )
-            )
-        step_size = settings["BATCH_SIZE"] * processes.count  # examples in a step of all processes
+            ranks.leave("error: TRAIN_FOLDERS, EVAL_FOLDERS or WEIGHTS_PATH differ between processes: put them on a disk that all share")
+        self.step_size = settings["BATCH_SIZE"] * ranks.count  # examples in a step of all ranks
         num_epochs = max(settings["NUM_EPOCHS"], state.epoch + 1)
         counts = [len(self.train)] * num_epochs
-        if self._cuts_windows:  # which are not as many in each epoch
-            seeds = map(self._seeds, range(num_epochs))
-            counts = windowing.count_training_windows(self.train, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH, seeds)
-        steps = [-(-count // step_size) for count in counts]
-        # by epochs, not by the steps that were counted: another BATCH_SIZE has other steps in an epoch
-        done = sum(steps[: state.epoch]) + -(-state.position // step_size)
+        if self.cuts_windows:  # an epoch's number of windows depends on their offsets
+            seeds = [self.seeds(epoch) for epoch in range(num_epochs)]
+            counts = windows.count_training_windows(self.train, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH, seeds)
+        steps = [-(-count // self.step_size) for count in counts]
+        # by epochs, since another BATCH_SIZE has another number of steps in an epoch
+        done = sum(steps[: state.epoch]) + -(-state.position // self.step_size)
         num_steps = sum(steps[: settings["NUM_EPOCHS"]])
         self.scheduler = make_scheduler(self.optimizer, settings["LR_SCHEDULE"], settings["LEARNING_RATE"], num_steps, done)
         print(
-            f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.dtype} on {processes.count} x "
-            f"{processes.device.type}, seed {settings['SEED']}; {len(self.train)} training and {len(self.held_out)} "
-            f"evaluation examples, {steps[state.epoch]} steps an epoch"
+            f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.dtype} on {ranks.count} x {ranks.device.type}, "
+            f"seed {settings['SEED']}, {steps[state.epoch]} steps an epoch"
         )
-        self._logger = logger.make_logger(settings["WANDB_LOG"] and processes.rank == 0, settings, state.run_id)
+        self.wandb = start_wandb(settings, state.run_id) if settings["WANDB_LOG"] and ranks.rank == 0 else None
         if settings["COMPILE"]:
-            compile_model(self.model)
-        self._stop_signal = self._stack.enter_context(system.delayed_signals(impatient=processes.count == 1))
-        self._epoch_began = time.monotonic()
-        return processes.distribute(self.model)
+            for decoder in self.model.children():
+                if isinstance(decoder, utils.ByteModel):
+                    decoder.compile_blocks()
+        self._stop_signal = self._stack.enter_context(system.delayed_signals(impatient=ranks.count == 1))
+        self._saved, self._save_clock, self._show_clock = (state.epoch, state.position), Clock(), Clock()
+        self._epoch_clock = time.monotonic()
+        return ranks.wrap(self.model)
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
-    def training_batches(self):
-        """Returns an iterator over (batch, indices, count) of every step that is left of the epoch; see `process_batches`.
-
-        Order and crops depend on SEED, the epoch and the files alone.
-        """
-        random_state, device = self._random_state, self.processes.device
-        if random_state is None or (random_state["cuda"] is None) != (device.type != "cuda"):
-            torch.manual_seed(int(self.step_rng().integers(2**63)))
-        else:  # dropout goes on where it was
-            torch.set_rng_state(random_state["cpu"])
-            if device.type == "cuda":
-                torch.cuda.set_rng_state(random_state["cuda"], device)
-        self._random_state = None
-        dataset = self._training_set(self.state.epoch)
-        order = np.random.default_rng(self._seeds(self.state.epoch)).permutation(len(dataset))[self.state.position :]
-        self._reading = self._batches("train", dataset, order, self.settings["BATCH_SIZE"])
-        return self._reading
-
-    def evaluation_batches(self):
-        """Returns an iterator like that of `training_batches` over every evaluation example once, the shortest first."""
-        if self._cuts_windows:
-            dataset = windowing.evaluation_windows(self.held_out, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH)
-        else:
-            dataset = utils.ByteDataset(self.held_out, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH)
-        order = np.argsort(dataset.lengths(np.arange(len(dataset))), kind="stable")
-        batch_size = self.settings["BATCH_SIZE"] // self.settings["ACCUMULATION_STEPS"]
-        self._reading = self._batches("eval", dataset, order, batch_size)
-        return self._reading
-
-    def _training_set(self, epoch):
-        """Returns the data set of the epoch after `epoch` finished ones: a ByteDataset, or the Windows of all files."""
-        make = windowing.training_windows if self._cuts_windows else utils.ByteDataset
-        return make(self.train, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH, self._seeds(epoch))
-
-    def _batches(self, what, dataset, order, batch_size):
-        self.bar = tqdm(
-            desc=f"epoch {self.state.epoch + 1} {what}", total=len(dataset), initial=len(dataset) - len(order),
-            unit="file" if len(dataset) == len(dataset.examples) else "window", disable=self.processes.rank > 0,
-            leave=what == "train", **system.progress_options(),
-        )  # fmt: skip
-        with self.bar:
-            yield from process_batches(
-                self.processes, dataset, order, batch_size, self.settings["NUM_WORKERS"], self._stop_while_waiting,
-                self._waiting, self._save_before_end,
-            )  # fmt: skip
-
-    def _seeds(self, epoch):
+    def seeds(self, epoch):
+        """Returns the seeds of an epoch's order and crops."""
         return [self.settings["SEED"], epoch + 1]
 
     def step_rng(self):
-        """Returns a numpy Generator for this step and process alone."""
-        seeds = self._seeds(self.state.epoch)
-        return np.random.default_rng([*seeds, self.state.position, self.processes.rank, zlib.crc32(b"step")])
+        """Returns a numpy Generator for this step and rank alone."""
+        return np.random.default_rng([*self.seeds(self.state.epoch), self.state.position, self.ranks.rank, zlib.crc32(b"step")])
 
-    def clip_gradients(self):
-        """Scales the gradients down to the norm MAX_GRAD_NORM if theirs is larger, unless that is 0."""
+    def training_steps(self):
+        """Returns (data set, Steps) of the rest of the epoch, and sets the seed of dropout."""
+        size, length, seeds = self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH, self.seeds(self.state.epoch)
+        make = windows.training_windows if self.cuts_windows else utils.ByteDataset
+        dataset = make(self.train, size, length, seeds)
+        if self._random_state is None or (self._random_state["cuda"] is None) != (self.ranks.device.type != "cuda"):
+            torch.manual_seed(int(self.step_rng().integers(2**63)))
+        else:
+            torch.set_rng_state(self._random_state["cpu"])
+            if self.ranks.device.type == "cuda":
+                torch.cuda.set_rng_state(self._random_state["cuda"], self.ranks.device)
+        self._random_state = None
+        order = np.random.default_rng(seeds).permutation(len(dataset))[self.state.position :]
+        return dataset, Steps(dataset, order, self.settings["BATCH_SIZE"], self.ranks)
+
+    def evaluation_steps(self):
+        """Returns (data set, Steps) of every evaluation example once, the shortest first."""
+        make = windows.evaluation_windows if self.cuts_windows else utils.ByteDataset
+        dataset = make(self.held_out, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH)
+        order = np.argsort(dataset.lengths(np.arange(len(dataset))), kind="stable")
+        return dataset, Steps(dataset, order, self.settings["BATCH_SIZE"] // self.settings["ACCUMULATION_STEPS"], self.ranks)
+
+    def progress(self, what, steps):
+        """Returns the progress bar over some Steps."""
+        total = len(steps.dataset)
+        return tqdm(
+            desc=f"epoch {self.state.epoch + 1} {what}", total=total, initial=total - len(steps.order),
+            unit="file" if total == len(steps.dataset.examples) else "window", disable=self.ranks.rank > 0, leave=what == "train",
+            **system.progress_options(),
+        )  # fmt: skip
+
+    def autocast(self):
+        """Returns the context of the model's forward pass."""
+        return autocast(self.ranks.device, self.dtype)
+
+    def begin_step(self, count=0):
+        """Returns a number's sum over all ranks. Saves the latest state or ends the run, after the last step, when that is due.
+
+        Raises:
+            SystemExit: the run has stopped.
+        """
+        number, state = self._stop_signal(), self.state
+        # rank 0's clock decides, so that all save together
+        is_due = self.ranks.rank == 0 and self._save_clock.is_due(60 * self.settings["SAVE_MINUTES"])
+        count, stops, saves, broken = self.ranks.sum([count, number > 0, is_due, self._is_broken])
+        if broken:
+            self._leave_broken()
+        if (stops or saves) and self._saved != (state.epoch, state.position):
+            self._save()
+        if stops:
+            resumes = "the same command" + " with LOAD_FROM_CHECKPOINT True" * (not self.settings["LOAD_FROM_CHECKPOINT"])
+            rest = f"{resumes} resumes from there" if self._saved else "the latest state could not be saved"
+            number = max(self.ranks.gather(number))
+            where = f"epoch {state.epoch + 1} after {state.position} examples"
+            self.ranks.leave(f"stopped by {system.signal_name(number)} in {where}: {rest}", 128 + number)
+        return count
+
+    def update_weights(self):
+        """Clips the gradients, takes an optimizer step, clears the gradients, and sets the next learning rate."""
         if self.settings["MAX_GRAD_NORM"]:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings["MAX_GRAD_NORM"])
-
-    def update_weights(self):
-        """Takes an optimizer step, clears the gradients, and sets the next step's learning rate."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        with warnings.catch_warnings(action="ignore"):  # fp16's first steps may be skipped, which the schedule remarks on
+        with warnings.catch_warnings(action="ignore"):  # PyTorch warns of the steps that fp16 skips
             self.scheduler.step()
 
-    def step_done(self, count, totals, shown):
-        """Counts a step of training; saves the latest state when it is time, and stops the run when it was told to.
-
-        Args:
-            count: examples that all processes have trained on in it.
-            totals: this process's running sums of the epoch, a dict.
-            shown: {name: text} for the progress bar.
-
-        Raises:
-            UserError, SystemExit: the run has stopped.
-        """
+    def end_step(self, bar, count):
+        """Counts a training step of `count` examples."""
         self.state.position += count
-        self.state.totals = totals
-        self.bar.set_postfix(shown, lr=f"{self.scheduler.get_last_lr()[-1]:.1e}", refresh=False)
-        self.bar.update(count)
-        self._save_or_stop()
+        bar.update(count)
+        if self._show_clock.is_due(1):  # not in every step, since reading the sums waits for the device
+            self._is_broken = not all(map(math.isfinite, self.totals.tolist()))
+            bar.set_postfix(self.totals.shown(), lr=f"{self.scheduler.get_last_lr()[-1]:.1e}", refresh=False)
 
-    def evaluation_step_done(self, count):
-        """Counts a step of evaluation; see `step_done`."""
-        self.bar.update(count)
-        self._save_or_stop()
-
-    def _stop_while_waiting(self):
-        """Ends a wait for a reading process when the run is told to stop."""
-        if self._stop_signal():
-            raise KeyboardInterrupt(self._stop_signal())
-
-    @contextlib.contextmanager
-    def _waiting(self):
-        """The context in which this process waits for a batch: a stop signal or an unreadable file is a UserError there."""
-        here = self.settings["NUM_WORKERS"] == 0  # this process itself reads, and a read from a dead disk may never end
-        try:
-            with self._stop_signal.waiting() if here else contextlib.nullcontext():
-                yield
-        except KeyboardInterrupt:  # `_save_before_end` then ends the run
-            raise system.UserError("stopped while waiting for a file") from None
-        except utils.UnreadableFile as error:
-            raise system.UserError(
-                f"{error}. When it is back, {self._same_command()} goes on; with --ALLOW_CHANGED_FILES True also without it"
-            ) from None
-
-    def _save_before_end(self):
-        """Saves the state after the last finished step, since a process could not get a batch; returns a word on that.
-
-        Raises:
-            SystemExit: that was because of a stop signal.
-        """
-        if not self._is_saved or self._saved_position != (self.state.epoch, self.state.position):
-            self._save()
-        number = max(self.processes.gather(self._stop_signal()))
-        if number:
-            self._leave(number)
-        return f". The state of {self._where()} is saved" if self._is_saved else ". The latest state could not be saved"
-
-    def _same_command(self):
-        return "the same command" + (" with LOAD_FROM_CHECKPOINT True" if not self.settings["LOAD_FROM_CHECKPOINT"] else "")
-
-    def _where(self):
-        return f"epoch {self.state.epoch + 1} after {self.state.position} examples"
-
-    def _leave(self, number):
-        """Ends the run, on all processes, with the number of a stop signal; its state is saved."""
-        again = f"{self._same_command()} goes on from there" if self._is_saved else "the latest state could not be saved"
-        self.processes.leave(f"stopped by {system.signal_name(number)} in {self._where()}: {again}", 128 + number)
-
-    def _save_or_stop(self):
-        state, processes = self.state, self.processes
-        is_broken = not all(map(math.isfinite, state.totals.values()))
-        number = self._stop_signal()
-        # the first process's clock decides, so that all save together
-        is_due = processes.rank == 0 and time.monotonic() - self._saved_at >= 60 * self.settings["SAVE_MINUTES"]
-        num_broken, num_signals, num_due = processes.sum([is_broken, number > 0, is_due])
-        if num_broken:
-            processes.agree(no_number(state.epoch + 1))
-        if num_signals or (num_due and self._saved_position != (state.epoch, state.position)):
-            self._save()
-        if num_signals:
-            self._leave(max(processes.gather(number)))
+    def _leave_broken(self):
+        self.ranks.leave(
+            f"error: loss or weights became NaN or infinite in epoch {self.state.epoch + 1}. The last checkpoint is intact: run the same "
+            "command with a lower LEARNING_RATE, MAX_GRAD_NORM 1.0 or PRECISION fp32 to resume from it"
+        )
 
     # ---- ends ------------------------------------------------------------------------------------------------------
 
-    def sum_totals(self, totals):
-        """Returns a dataclass of running sums, added up over all processes."""
-        return type(totals)(*self.processes.sum(dataclasses.astuple(totals)))
-
-    def epoch_done(self, figures, value, loss, report=""):
-        """Counts the epoch in hand as finished; saves, logs and prints it.
+    def end_epoch(self, figures, value, loss, report=""):
+        """Counts an epoch as finished; saves, logs and prints it.
 
         Args:
             figures: {name: number} to log.
-            value: that of figures which decides what is best.
-            loss: that of them which decides between epochs of the same value, the lower one.
+            value: the figure that decides which epoch is best.
+            loss: decides between epochs of equal value, the lower one.
             report: more lines, logged if the epoch is the best so far.
         """
         state = self.state
         if not all(map(math.isfinite, figures.values())):
-            self.processes.agree(no_number(state.epoch + 1))
-        state.epoch, state.position, state.totals, state.figures = state.epoch + 1, 0, self._no_totals, figures
-        line = f"epoch {state.epoch}  " + "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
-        state.log_text, state.log_start = f"{line}\n", self.files.end_of_log()
-        before = state.best_epoch, state.best, state.best_loss, state.report, state.log_text
-        if state.best is None or value == state.best:
-            is_best = state.best is None or loss < state.best_loss
-        else:
-            is_best = (value > state.best) == self.higher_is_better
+            self._leave_broken()
+        state.epoch, state.position, state.figures = state.epoch + 1, 0, figures
+        self.totals.load([0.0] * len(self.totals.tolist()))
+        sign = 1 if self.labels is None else -1  # a lower loss, or a higher accuracy
+        is_best = state.best is None or (sign * value, loss) < (sign * state.best, state.best_loss)
         if is_best:
+            before = dataclasses.replace(state)
             state.best_epoch, state.best, state.best_loss, state.report = state.epoch, value, loss, report
-            state.log_text += report
-            is_best = self._save(best=True)
-            if not is_best:
-                state.best_epoch, state.best, state.best_loss, state.report, state.log_text = before  # what the file holds
+            if not self._save(best=True):
+                self.state, is_best = before, False  # as the file has it
         self._save()
-        if self.processes.rank == 0:
-            self.files.complete_log(state.log_text, state.log_start)
-        print(f"{line}{'  best' if is_best else ''}  {time.monotonic() - self._epoch_began:.0f} s")
-        self._epoch_began = time.monotonic()
-        self._logger.log({"epoch": state.epoch, **figures})
+        line = f"epoch {state.epoch}  " + "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
+        if self.ranks.rank == 0:
+            self.files.append_log(f"{line}\n{report * is_best}")
+        print(f"{line}{'  best' * is_best}  {time.monotonic() - self._epoch_clock:.0f} s")
+        self._epoch_clock = time.monotonic()
+        if self.wandb:
+            self.wandb.log({"epoch": state.epoch, **figures})
 
     def finish(self):
-        """Ends a run that has done all its epochs, with a word on its best model.
-
-        Raises:
-            UserError, SystemExit: its latest state is not on the disk.
-        """
+        """Prints the best epoch and closes the logger. Raises UserError if the latest state is not on the disk."""
         state = self.state
-        self._logger.finish()
-        print(f"finished {state.epoch} of NUM_EPOCHS {self.settings['NUM_EPOCHS']} (raise NUM_EPOCHS to go on)")
+        if self.wandb:
+            self.wandb.finish()
+        print(f"finished {state.epoch} of NUM_EPOCHS {self.settings['NUM_EPOCHS']} (raise NUM_EPOCHS to continue)")
         if state.best_epoch:
             print(f"best: epoch {state.best_epoch}, {self.best_name} {state.best:.4f}, in {self.files.best}\n{state.report}", end="")
-        error = system.UserError(
-            f"the latest state could not be saved at {self.files.latest!r}: once there is room, the same command repeats what is lost"
-        )
-        self.processes.agree(None if self._is_saved else error)
+        if not self._saved:
+            self.ranks.leave(
+                f"error: the latest state could not be saved at {self.files.latest!r}: once there is room, the same command repeats "
+                "the epochs that are missing there"
+            )
 
     def _save(self, best=False):
-        """Saves the latest state, or the best model; returns whether it could be saved.
-
-        Raises:
-            UserError, SystemExit: the weights hold values that are no numbers; that is never saved.
-        """
+        """Saves the latest state, or the best model, and returns whether that succeeded; NaN and infinity are never saved."""
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            self.processes.agree(no_number(self.state.epoch + 1))
-        device, problem = self.processes.device, None
+            self._leave_broken()
+        device, state = self.ranks.device, self.state
         random_state = {
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
-        everyone = self.processes.gather((self.state.totals, random_state))
-        if self.processes.rank == 0:
-            problem = self.files.save(self.files.best if best else self.files.latest, self._contents(everyone))
-        is_saved = self.processes.sum([problem is not None]) == [0]
+        totals, random_states = zip(*self.ranks.gather((self.totals.tolist(), random_state)))
+        is_saved = self.ranks.rank > 0
+        if self.ranks.rank == 0:
+            fields = dataclasses.asdict(state)
+            best_value = fields.pop("best")
+            worst = math.inf if self.labels is None else -math.inf
+            extensions = extensions_of(self.train)
+            is_saved = self.files.save(self.files.best if best else self.files.latest, {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "lr_sched": self.scheduler.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                self.best_name: worst if best_value is None else best_value,
+                **fields,
+                **({} if self.labels is None else {"labels": self.labels, "label_mode": self.settings["LABELS"]}),
+                **({"extensions": extensions} if len(extensions) <= MOST_EXTENSIONS else {}),
+                "totals": list(totals),
+                "random_states": list(random_states),
+                "data": self.digests,
+                "config": self.settings,
+            })  # fmt: skip
+        is_saved = self.ranks.sum([is_saved])[0] == self.ranks.count
         if not best:
-            self._is_saved, self._saved_at = is_saved, time.monotonic()
-            self._saved_position = self.state.epoch, self.state.position
+            self._saved, self._save_clock = is_saved and (state.epoch, state.position), Clock()
         return is_saved
 
-    def _contents(self, everyone):
-        """Returns the checkpoint, as checkpoint.py describes it; `everyone` is [(totals, random state)] of all processes."""
-        worst = -math.inf if self.higher_is_better else math.inf
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "lr_sched": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            self.best_name: worst if self.state.best is None else self.state.best,
-            **({} if self.labels is None else {"labels": self.labels, "label_mode": self.settings["LABELS"]}),
-            **({} if self._hold_out is None else {"hold_out": self._hold_out}),
-            **({"extensions": self._extensions} if len(self._extensions) <= MOST_EXTENSIONS else {}),
-            **self.state.to_checkpoint(),
-            "order": resuming.ORDER,
-            "totals": [totals for totals, _ in everyone],
-            "random_states": [random_state for _, random_state in everyone],
-            **self._fingerprints.to_checkpoint(),
-            "config": self.settings,
-        }
+
+def cuts_windows(settings):
+    """Returns whether an epoch covers all of the files longer than PATCH_LENGTH. Pairs fit in it anyway."""
+    return settings["LONG_FILES"] == "windows" and settings["CONVERSION_MODE"] is None

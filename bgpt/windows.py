@@ -1,9 +1,9 @@
-"""Files longer than the context as windows: what each reads, and what the model predicts of it.
+"""Files longer than the context as windows: which patches each reads, and which of them the model predicts.
 
 A file of more than L = PATCH_LENGTH patches is read in windows of at most L patches. Every patch but the first is predicted
-once; what a window holds before those that it predicts is context alone. With L = 8, for a file of 19 patches:
+once. A window's patches before those are context. With L = 8, for a file of 19 patches:
 
-    evaluation: windows advance by half                 training: by all but a patch, from a start drawn anew each epoch
+    evaluation: windows advance by half                 training: by all but one patch, from a new random start each epoch
 
     . = = = = = = =                                     . = = =
             . . . . = = = =                                   . = = = = = = =
@@ -17,12 +17,7 @@ import numpy as np
 
 import utils
 
-ADVANCE = 0.5  # in evaluation, windows advance by this share of PATCH_LENGTH: the rest of each is context
-
-
-def evaluation_windows(examples, patch_size, patch_length):
-    """Returns the Windows to evaluate Examples by: all but the first of an example have a context of half of `patch_length`."""
-    return Windows(examples, patch_size, patch_length, evaluation_advance(patch_length))
+ADVANCE = 0.5  # in evaluation, windows advance by this share of PATCH_LENGTH; the rest of each is context
 
 
 def evaluation_advance(patch_length):
@@ -30,53 +25,49 @@ def evaluation_advance(patch_length):
     return max(int(patch_length * ADVANCE), 1)
 
 
-def training_windows(examples, patch_size, patch_length, seeds):
-    """Returns the Windows to train on Examples for an epoch; where those of longer files begin is drawn from `seeds`.
+def evaluation_windows(examples, patch_size, patch_length):
+    """Returns the Windows to evaluate Examples by: all but the first of each have a context of half of `patch_length`."""
+    return Windows(examples, patch_size, patch_length, evaluation_advance(patch_length))
 
-    Args:
-        seeds: list of whole numbers such as [seed, epoch].
-    """
+
+def training_windows(examples, patch_size, patch_length, seeds):
+    """Returns the Windows to train on Examples for an epoch; `seeds`, a list of integers, draw their offsets."""
     rng = np.random.default_rng([*seeds, zlib.crc32(b"windows")])
     return Windows(examples, patch_size, patch_length, patch_length - 1, rng)
 
 
 def count_training_windows(examples, patch_size, patch_length, seeds):
-    """Returns how many windows `training_windows` makes of Examples with each of several seeds: a list.
-
-    Of the files that fit in one window nothing is made anew each time, and there may be millions.
-    """
+    """Returns the list of how many windows `training_windows` makes with each of several `seeds`."""
     first, last = examples.spans(patch_size).T
-    longer = examples.select(np.flatnonzero(last - first > patch_length))
-    num_others = len(examples) - len(longer)
-    return [num_others + len(training_windows(longer, patch_size, patch_length, each)) for each in seeds]
+    longer = examples.select(np.flatnonzero(last - first > patch_length))  # the others, maybe millions, are one window each
+    return [len(examples) - len(longer) + len(training_windows(longer, patch_size, patch_length, each)) for each in seeds]
 
 
 class Windows:
-    """Examples as windows: a data set for `utils.batches`. Of a pair, the target's content is predicted.
+    """A data set of windows, numbered example by example; a pair is one window that predicts its target.
 
-    Windows are numbered, example by example. A window is (first patch, the one after the last, first predicted patch), by
-    their places in the example's whole sequence. The memory is that of the examples, however many windows they have.
+    A window is (first patch, last patch + 1, first predicted patch) within the example's whole sequence. Memory is that of
+    the examples, however many windows they have.
 
     Args:
-        examples: Examples; pairs must fit in `patch_length`.
+        examples: Examples. Pairs must fit in `patch_length`.
         patch_size: S.
         patch_length: L.
         advance: patches by which a window advances, from 1 to L - 1.
-        rng: numpy Generator that draws where the first window of a longer file ends; None = it is as long as can be.
+        rng: numpy Generator that draws the end of a longer file's first window. None = it is as long as possible.
 
     Attributes:
         sizes: int64 (n,), bytes of each file that is predicted.
         totals: int64 (n,), patches of each whole sequence.
-        given: int64 (n,), the first patch of each that is predicted: of a pair, that after the target's extension patch.
+        given: int64 (n,), the first patch of each that is predicted: in a pair, the one after the target's extension patch.
     """
 
     def __init__(self, examples, patch_size, patch_length, advance, rng=None):
         self.examples, self.patch_size, self.patch_length, self.advance = examples, patch_size, patch_length, advance
-        self.sizes = examples.files.sizes[examples.indices[:, -1]].clip(min=0)
-        spans = examples.spans(patch_size)
-        self._starts, self.totals = spans[:, 0], spans[:, 1]
+        self.sizes = examples.sizes()[:, -1]
+        self._starts, self.totals = examples.spans(patch_size).T
         whole = utils.count_patches(self.sizes, patch_size)
-        self.given = self._starts + 1 if examples.indices.shape[1] == 1 else self.totals - whole + 1
+        self.given = self.totals - whole + 1 if examples.are_pairs else self._starts + 1
         self._first_ends = np.minimum(self._starts + patch_length, self.totals)  # int64 (n,), the ends of the first windows
         if rng is not None:
             longer = np.flatnonzero(self.totals - self._starts > patch_length)
@@ -87,12 +78,17 @@ class Windows:
     def __len__(self):
         return int(self._numbers[-1])
 
+    def __getitem__(self, number):
+        """Returns the window of this number as (patches, counted, context), see `utils.ByteDataset`."""
+        index, *window = (int(bound[0]) for bound in self.bounds(np.array([number])))
+        return self.read(index, window)
+
     def bounds(self, numbers):
         """Returns (example, first, last, predicted), int64 (m,) each, of the windows of these numbers, an integer array."""
         example = np.searchsorted(self._numbers, numbers, side="right") - 1
         nth = numbers - self._numbers[example]
         last = np.minimum(self._first_ends[example] + nth * self.advance, self.totals[example])
-        before = self._first_ends[example] + (nth - 1) * self.advance  # where the window before ends, if there is one
+        before = self._first_ends[example] + (nth - 1) * self.advance  # the end of the window before, if there is one
         first = np.where(nth == 0, self._starts[example], before - (self.patch_length - self.advance))
         return example, first, last, np.where(nth == 0, self.given[example], before)
 
@@ -107,44 +103,26 @@ class Windows:
         return list(zip(*map(np.ndarray.tolist, bounds)))
 
     def by_length(self):
-        """Yields (example, window) of all windows, those of the longest examples first, of each one after another."""
+        """Yields (example, window) of all windows, the longest examples first, each one's windows in order."""
         for index in np.argsort(-self.totals.clip(max=self.patch_length), kind="stable").tolist():
             yield from ((index, window) for window in self.of(index))
 
     def predicted_symbols(self, index, window):
-        """Returns the slice of a file's content and first 256, as an array of size + 1 symbols, that a window predicts."""
+        """Returns the slice of a file's content and first 256, an array of size + 1 symbols, that a window predicts."""
         _, last, predicted = window
         start, stop = ((patch - int(self.given[index])) * self.patch_size for patch in (predicted, last))
         return slice(start, min(stop, int(self.sizes[index]) + 1))
 
-    def read_window(self, index, window):
-        """Returns a window of an example as (patches, counted, context), see `utils.ByteDataset`, reading no other bytes.
+    def read(self, index, window):
+        """Returns a window of an example as (patches, counted, context), reading no other bytes.
 
         Raises:
-            OSError: a file cannot be read.
-            utils.UnreadableFile: it has another size than when it was listed.
+            OSError: a file is unreadable or has changed since it was listed.
         """
-        (first, last, predicted), paths = window, self.examples[index]
-        if len(paths) == 1:
-            sequence = utils.read_window(paths[0], self.patch_size, first, last, int(self.sizes[index]))
+        first, last, predicted = window
+        if self.examples.are_pairs:
+            patches, counted, _ = utils.ByteDataset(self.examples, self.patch_size, self.patch_length)[index]
         else:
-            *sequence, _ = utils.ByteDataset(self.examples, self.patch_size, self.patch_length)[index]
-            if len(sequence[0]) != self.totals[index] or sequence[1][predicted:].sum() != self.sizes[index] + 1:
-                raise utils.UnreadableFile("has another size than when it was listed")
-        return *sequence, predicted - first
-
-    def read(self, numbers):
-        """Returns the windows of these numbers, a list of what a `utils.Batch` is made of.
-
-        Raises:
-            utils.UnreadableFile: a file cannot be read, or has another size than when it was listed.
-        """
-        found = []
-        for index, *window in zip(*map(np.ndarray.tolist, self.bounds(np.asarray(numbers)))):
-            try:
-                found.append(self.read_window(index, window))
-            except OSError as error:
-                raise utils.UnreadableFile(f"cannot read {self.examples[index][0]!r}: {error.strerror}") from None
-            except utils.UnreadableFile as error:
-                raise utils.UnreadableFile(f"{self.examples[index][0]!r} {error}") from None
-        return found
+            path, size = self.examples[index][0], int(self.sizes[index])
+            patches, counted = utils.read_patches(path, self.patch_size, first, last, size)
+        return patches, counted, predicted - first

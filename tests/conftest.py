@@ -22,8 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bgpt import checkpoint  # noqa: E402
 import utils  # noqa: E402
+from bgpt import checkpoint, files  # noqa: E402
 
 # a shell has Ctrl-C ignored in what it runs in the background, and the scripts under test would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -51,7 +51,7 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["torch", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "tqdm"])
 
 
-def _run_here(script, arguments, cwd, env, out, err, file_limit, open_files):
+def _run_here(script, arguments, cwd, env, out, err, file_limit):
     """Turns the process it is called in into a run of a script."""
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
@@ -59,8 +59,6 @@ def _run_here(script, arguments, cwd, env, out, err, file_limit, open_files):
     os.environ.update(env)
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    if open_files is not None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
     torch.set_num_threads(1)
     sys.argv = [str(ROOT / script), *arguments]
     sys.path[0] = str(ROOT)
@@ -72,16 +70,15 @@ class Running:
 
     Args:
         file_limit: bytes; writing a longer file fails, as it does on a full disk.
-        open_files: how many may be open at once.
     """
 
-    def __init__(self, script, *arguments, cwd, env=None, file_limit=None, open_files=None):
+    def __init__(self, script, *arguments, cwd, env=None, file_limit=None):
         self.script = script
         self.out, self.err = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()
         arguments = [str(argument) for argument in arguments]
         self.process = FORKSERVER.Process(
             target=_run_here,
-            args=(script, arguments, cwd, env or {}, self.out.name, self.err.name, file_limit, open_files),
+            args=(script, arguments, cwd, env or {}, self.out.name, self.err.name, file_limit),
         )
         self.process.start()
 
@@ -184,6 +181,12 @@ def golden_sequences(golden):
         sequences.append(utils.to_patches(content, "bin", 16))
         assert len(sequences[-1]) == length
     return sequences
+
+
+def make_files(sizes):
+    """Returns Files that exist in name only, from {path: size}."""
+    paths = sorted(sizes)
+    return files.Files(paths, np.array([sizes[path] for path in paths]), np.zeros(len(paths), np.int64), [""])
 
 
 def as_batch(sequences):

@@ -9,7 +9,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from bench_convert import is_whole, main, read_notes, share_right
 
-from bgpt import gallery as index_page
+from bgpt import report as report_page
 
 NAME = b"\x00\xff\x03\x02ab"  # a meta event
 EVENTS = (
@@ -72,7 +72,7 @@ def test_the_outputs_of_mode_convert(tmp_path, capsys):
     (tmp_path / "true" / "b.mid").write_bytes(midi(EVENTS))
     (tmp_path / "made" / "a.abc.mid").write_bytes(midi(EVENTS))
     (tmp_path / "made" / "b.abc.mid").write_bytes(midi(EVENTS)[:-15])
-    index_page.write_index(
+    report_page.write_index(
         tmp_path / "made", [("a.abc.mid", "a.abc", 9, None, "ended", "0"), ("b.abc.mid", "b.abc", 9, None, "cut off", "0")]
     )
     main(["--true", str(tmp_path / "true"), "--made", str(tmp_path / "made")])

@@ -1,11 +1,11 @@
-"""Lossless compression: what is compressed comes back, or a message says why not; MODE compress as a user runs it."""
+"""Lossless compression: round trips, refused containers, and MODE compress as a user runs it."""
 
 import binascii
 import builtins
+import copy
 import errno
 import os
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +14,10 @@ from conftest import TINY, as_batch, load_script, one_message, options, run_fres
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bgpt import checkpoint
-from bgpt import evaluation
-from bgpt import files as listing
-from bgpt import lossless
+from bgpt import checkpoint, evaluation, lossless
+from bgpt.files import list_files
+from bgpt.windows import evaluation_windows
 import utils
-from bgpt import windows as windowing
 
 LETTERS = b"ABCDabcd|:\n "
 
@@ -54,36 +52,32 @@ def coder(model):
     return lossless.Coder(model, 32)
 
 
+def write(folder, contents):
+    """Writes {name: content} into a folder and returns the paths."""
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return [str(folder / name) for name in contents]
+
+
 def compress(coder, folder, contents, verify=False, failed=None):
     """Writes {name: content} into a folder and returns {name: container}."""
-    folder.mkdir(exist_ok=True)
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    paths, failed = [str(folder / name) for name in contents], [] if failed is None else failed
-    done = lossless.compress(coder, paths, verify, lambda count: None, failed)
+    failed = [] if failed is None else failed
+    done = lossless.compress(coder, write(folder, contents), verify, lambda count: None, failed)
     return {os.path.basename(path): container for path, _, container in done}
 
 
 def decompress(coder, folder, containers):
-    """Writes {name: container} into a folder and returns ({name: content}, {name: why it could not be done})."""
-    folder.mkdir(exist_ok=True)
-    for name, container in containers.items():
-        (folder / (name + lossless.SUFFIX)).write_bytes(container)
-    failed = []
-    done = lossless.decompress(coder, [str(folder / (name + lossless.SUFFIX)) for name in containers], lambda count: None, failed)
-    found = {os.path.basename(path).removesuffix(lossless.SUFFIX): content for path, content, _ in done}
-    return found, {os.path.basename(path).removesuffix(lossless.SUFFIX): why for path, why in failed}
+    """Writes {name: container} into a folder and returns ({name: content}, {name: reason of its failure})."""
+    failed, paths = [], write(folder, {name + lossless.SUFFIX: container for name, container in containers.items()})
+    done = [(path, content) for path, content, _ in lossless.decompress(coder, paths, lambda count: None, failed)]
+    return tuple({os.path.basename(path).removesuffix(lossless.SUFFIX): each for path, each in found} for found in (done, failed))
 
 
 def seal(container, extension=b"abc"):
-    """Returns a container with the CRC-16 that fits it, as somebody makes it who wants it to be decoded."""
+    """Returns a container with a valid CRC-16, as an attacker would make it."""
     check = binascii.crc_hqx((extension if container[0] == lossless.CODED else b"") + container[3:], container[0])
     return container[:1] + check.to_bytes(2, "little") + container[3:]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What comes back
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_files_come_back_whatever_the_batch_and_the_threads(tmp_path, model, monkeypatch):
@@ -98,10 +92,18 @@ def test_files_come_back_whatever_the_batch_and_the_threads(tmp_path, model, mon
     kinds = {name: container[0] for name, container in found[0].items()}
     assert kinds["noise"] == kinds["0.abc"] == lossless.STORED and kinds["300.abc"] == kinds["60.abc"] == lossless.CODED
     assert len(found[0]["noise"]) == 70 + 7 and len(found[0]["0.abc"]) == 7
-    for threads, batch_size in ((2, 32), (1, 1)):
-        torch.set_num_threads(threads)
-        assert decompress(lossless.Coder(model, batch_size), tmp_path / "out", found[0]) == (contents, {})
+    assert decompress(lossless.Coder(model, 32), tmp_path / "out", found[0]) == (contents, {})
     torch.set_num_threads(1)
+    assert decompress(lossless.Coder(model, 1), tmp_path / "out", found[0]) == (contents, {})
+
+
+def test_files_are_finished_as_early_as_possible(tmp_path, coder):
+    containers = compress(coder, tmp_path / "in", {"long.abc": tune(300), "short.abc": tune(30), "stored.abc": noise(30)})
+    paths = write(tmp_path / "out", {name + lossless.SUFFIX: container for name, container in containers.items()})
+    steps = []
+    done = [(os.path.basename(path), len(steps)) for path, _, _ in lossless.decompress(coder, sorted(paths), steps.append, [])]
+    assert [name.split(".")[0] for name, _ in done] == ["stored", "short", "long"]
+    assert done[0][1] == 0 and done[1][1] < 10 < done[2][1]  # 4 bytes a step
 
 
 @settings(max_examples=15, deadline=None)
@@ -120,11 +122,12 @@ def test_any_content_comes_back(tmp_path_factory, coder, contents, extension):
 def test_sizes_are_those_that_evaluate_counts(tmp_path, coder):
     contents = {f"{size}.abc": tune(size) for size in (1, 30, 60, 61, 100, 700)}
     containers = compress(coder, tmp_path / "in", contents)
-    windows = windowing.evaluation_windows(utils.Examples.of(listing.list_files([str(tmp_path / "in")], "")), 4, 16)
+    windows = evaluation_windows(utils.Examples(list_files([str(tmp_path / "in")], "")), 4, 16)
     scores = evaluation.score_files(coder.model, windows, str(tmp_path / "in"), 8, torch.float32, lambda count: None, [])
     bits = {score.name: score.bits for score in scores}
     for name, content in contents.items():
-        assert abs(len(containers[name]) - bits[name] / 8) <= 0.005 * bits[name] / 8 + 16 or containers[name][0] == lossless.STORED
+        is_stored, expected = containers[name][0] == lossless.STORED, bits[name] / 8
+        assert is_stored or abs(len(containers[name]) - expected) <= 0.005 * expected + 16
 
 
 def test_numbers_that_change_are_noticed(tmp_path, model):
@@ -138,13 +141,12 @@ def test_numbers_that_change_are_noticed(tmp_path, model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What does not
+# Refused containers
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def outcomes(coder, folder, variants, content):
-    """Decompresses damaged containers; checks that each ends in a message or in the right content, and returns the messages."""
-    folder.mkdir()
+    """Returns the messages of damaged containers; the others must give the right content."""
     found, failed = decompress(coder, folder, {f"{i}.abc": variant for i, variant in enumerate(variants)})
     assert len(found) + len(failed) == len(variants) and set(found.values()) <= {content}
     return set(failed.values())
@@ -161,7 +163,7 @@ def test_every_bit_and_every_length(tmp_path, coder, content):
         variants = [bytes(variant) for variant in variants]
         messages = outcomes(coder, tmp_path / name, variants, content)
         assert messages and all("damaged or cut short" in each or "no container" in each for each in messages)
-        # as if that had been meant: what is left are the digests, the lengths and the CRC-32 of the content
+        # with a valid CRC-16: the digests, the lengths and the CRC-32 of the content remain
         sealed = [seal(variant) for variant in variants if len(variant) >= 3]
         messages = outcomes(coder, tmp_path / (name + "-sealed"), sealed, content)
         if name == "flipped" and container[0] == lossless.CODED:
@@ -178,7 +180,7 @@ def test_hostile_containers_take_no_memory(tmp_path, coder):
     messages = outcomes(coder, tmp_path / "out", [seal(variant) for variant in variants], None)
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
-    assert any("what it says of its length cannot be" in message for message in messages)
+    assert any("its lengths do not fit" in message for message in messages)
 
 
 @settings(max_examples=15, deadline=None)
@@ -191,8 +193,7 @@ def test_no_code_is_an_error_of_ours(tmp_path_factory, coder, codes):
 
 def test_other_models_names_and_files_are_refused(tmp_path, model, coder):
     containers = compress(coder, tmp_path / "in", {"a.abc": tune(100), "noise.abc": noise(100)})
-    other = utils.ModelSizes(**TINY).build().eval()
-    other.load_state_dict(model.state_dict())
+    other = copy.deepcopy(model)
     other.patch_level_decoder.base.wpe.weight.data[3, 5] += 1e-6
     found, failed = decompress(lossless.Coder(other, 4), tmp_path / "out", containers)  # what is stored needs no model
     assert found == {"noise.abc": noise(100)} and failed == {"a.abc": "was compressed with another model"}
@@ -212,22 +213,16 @@ def infer(folder, mode, **constants):
 
 
 def contents_of(folder):
-    """Returns {path within the folder, as bytes: content} of all files."""
-    root = os.fsencode(folder)
-    paths = [os.path.join(inner, name) for inner, _, names in os.walk(root) for name in names]
-    return {os.path.relpath(path, root): open(path, "rb").read() for path in paths}
+    """Returns {path within the folder: content} of all files."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture()
 def ready(tmp_path, model):
     """A folder with weights.pth and input files."""
     checkpoint.save_checkpoint(tmp_path / "weights.pth", {"model": model.state_dict()})
-    contents = {b"a.abc": tune(300), b"sub/a.abc": tune(40), b"none": noise(50), b"\xff\t.abc": tune(30), b"b.bgpt": tune(9)}
-    for name, content in (contents | {b"empty.x": b""}).items():
-        path = os.path.join(os.fsencode(tmp_path / "input"), name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as file:
-            file.write(content)
+    contents = {"a.abc": tune(300), "sub/a.abc": tune(40), "\udcff\t.abc": tune(30), "b.bgpt": tune(9), "empty.x": b""}
+    write(tmp_path / "input", contents | {"none": noise(50)})
     return tmp_path
 
 
@@ -235,77 +230,64 @@ def test_there_and_back(ready):
     done = infer(ready, "compress", INFERENCE_BATCH_SIZE=3)
     assert done.returncode == 0, done.stderr
     before, containers = contents_of(ready / "input"), contents_of(ready / "output")
-    assert set(containers) == {name + b".bgpt" for name in before}
-    total = sum(map(len, containers.values()))
-    assert "float32 on cpu" in done.stdout and f"{sum(map(len, before.values()))} bytes, {total} in containers: " in done.stdout
-    assert "(xz -9e, file by file: " in done.stdout and "6 files written to output" in done.stdout
-    (ready / "output" / "notes.txt").write_text("of no concern")
-    (ready / "back").mkdir()
-    (ready / "back" / "a.abc").write_text("mine")
+    assert set(containers) == {name + ".bgpt" for name in before}
+    assert f"{sum(map(len, before.values()))} bytes, {sum(map(len, containers.values()))} in containers: " in done.stdout
+    assert "float32 on cpu" in done.stdout and "xz -9e" in done.stdout and "6 files written to output" in done.stdout
+    write(ready / "output", {"notes.txt": b"of no concern"})
+    write(ready / "back", {"a.abc": b"mine"})
     (ready / "back" / "none").symlink_to(ready / "elsewhere")
     done = infer(ready, "decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
-    assert done.returncode == 1 and "1 of 7 files do not end in .bgpt and are left out" in done.stdout
-    assert "1 could not be done" in done.stdout and "back/none: a link stands in its place" in done.stdout
-    assert not (ready / "elsewhere").exists()
-    assert "back/a.abc was not made by this run: kept as back/a.abc.bak" in done.stdout
+    assert done.returncode == 1 and "1 of 7 files do not end in .bgpt" in done.stdout and "back/none: " in done.stdout
+    assert not (ready / "elsewhere").exists() and "back/a.abc.bak" in done.stdout
     (ready / "back" / "none").unlink()
-    for _ in range(2):  # again: what is the same already is no reason for a backup
-        done = infer(ready, "decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
-        assert done.returncode == 0 and ".bak" not in done.stdout
-    assert contents_of(ready / "back") == before | {b"a.abc.bak": b"mine"}
+    done = infer(ready, "decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
+    assert done.returncode == 0 and ".bak" not in done.stdout  # the same content needs no backup
+    assert contents_of(ready / "back") == before | {"a.abc.bak": b"mine"}
 
 
-def test_an_output_that_cannot_be_read_ends_no_run(ready, monkeypatch):
-    """Of a file that stands in its place, the content decides whether it must be kept."""
-    infer(ready, "compress")
-    infer(ready, "decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
-    monkeypatch.chdir(ready)
-    inference, failed = load_script("inference"), []
-    opened = builtins.open
+def test_an_output_that_cannot_be_read_ends_no_run(tmp_path, monkeypatch):
+    """A file in the output's place is read, to see whether it needs a backup."""
+    inference, failed, opened = load_script("inference"), [], builtins.open
+    [output] = write(tmp_path, {"a.abc": b"abc"})
 
     def refuse(path, *arguments, **keywords):
-        if str(path) == "back/a.abc":  # root may read all
+        if str(path) == output:  # root may read all
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return opened(path, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "open", refuse)
-    content = Path("input/a.abc").read_bytes()
-    assert not inference.write_output("back/a.abc", content, lambda path: inference.holds(path, content), failed)
-    assert failed == [("back/a.abc", "Permission denied")]
+    assert not inference.write_output(output, b"abc", lambda path: inference.has_content(path, b"abc"), failed)
+    assert failed == [(output, "Permission denied")]
 
 
-def test_what_cannot_be_done_is_told_and_the_rest_is_done(ready):
+def test_files_that_cannot_be_done_are_listed_and_the_rest_is_done(ready):
     (ready / "input" / "dead.abc").symlink_to(ready / "gone")
     done = infer(ready, "compress", VERIFY=False)
     assert done.returncode == 1 and "dead.abc: No such file or directory" in done.stdout and "6 files written" in done.stdout
     container = bytearray((ready / "output" / "a.abc.bgpt").read_bytes())
     container[40] ^= 4
-    (ready / "output" / "a.abc.bgpt").write_bytes(container)
-    (ready / "output" / "foreign.mid.bgpt").write_bytes(b"MThd")
+    write(ready / "output", {"a.abc.bgpt": container, "foreign.mid.bgpt": b"MThd"})
     done = infer(ready, "decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
     assert done.returncode == 1 and "Traceback" not in done.stderr and "5 files written to back" in done.stdout
-    assert "output/a.abc.bgpt: is damaged or cut short" in done.stdout and "foreign.mid.bgpt: is no container" in done.stdout
+    assert "output/a.abc.bgpt: " in done.stdout and "foreign.mid.bgpt: " in done.stdout
     assert not (ready / "back" / "a.abc").exists() and not (ready / "back" / "foreign.mid").exists()
 
 
 def test_mistakes_are_one_message(ready):
-    for mode, constants, words in [
-        ("decompress", {}, "no file in 'input' ends in .bgpt"),
-        ("compress", {"PRECISION": "bf16"}, "PRECISION is 'bf16'; MODE 'compress' computes in float32: auto or fp32"),
-        ("compress", {"OUTPUT_FOLDER": "input/sub"}, "OUTPUT_FOLDER"),
-    ]:
-        (ready / "input" / "b.bgpt").unlink(missing_ok=True)
-        assert words in one_message(infer(ready, mode, **constants))
+    (ready / "input" / "b.bgpt").unlink()
+    assert "INPUT_FOLDER" in one_message(infer(ready, "decompress"))
+    assert "PRECISION" in one_message(infer(ready, "compress", PRECISION="bf16"))
+    assert "OUTPUT_FOLDER" in one_message(infer(ready, "compress", OUTPUT_FOLDER="input/sub"))
 
 
 def test_without_constriction_there_is_a_message(ready):
     (ready / "sitecustomize.py").write_text("import sys; sys.modules['constriction'] = None")
     done = run_fresh("inference.py", *options(MODE="compress"), cwd=ready, env={"PYTHONPATH": str(ready)})
-    assert one_message(done) == "error: MODE 'compress' needs the package constriction: pip install -r requirements.txt\n"
+    assert "constriction" in one_message(done)
 
 
-def test_another_processor_is_told(ready):
-    """Other instructions, which PyTorch can be told to use, add up in another order."""
+def test_another_processor_is_refused(ready):
+    """Other instructions, which PyTorch can be made to use, sum in another order."""
     assert infer(ready, "compress", VERIFY=False).returncode == 0
     arguments = options(MODE="decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
     done = run_fresh("inference.py", *arguments, cwd=ready, env={"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"})

@@ -1,10 +1,10 @@
-"""How files are scored: windows, sums, conversions; the report, and MODE evaluate as a user runs it."""
+"""Scores of files: windows, sums, conversions, and MODE evaluate as a user runs it."""
 
 import hashlib
 import json
 import math
-import os
 import re
+import shutil
 import subprocess
 
 import numpy as np
@@ -14,16 +14,14 @@ from conftest import TINY, as_batch, fill_by_recipe, one_message, options, run_s
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bgpt import checkpoint
-from bgpt import evaluation
 from bgpt import generation
-from bgpt import files as listing
-from bgpt import report as report_page
-from bgpt import examples as selection
 from bgpt import system
+from bgpt.checkpoint import save_checkpoint
+from bgpt.evaluation import COMPRESSORS, score_files, score_symbols, surprising_stretches
+from bgpt.examples import directed, pair_files
+from bgpt.files import extension_of, list_files
+from bgpt.windows import evaluation_windows
 import utils
-from bgpt import windows as windowing
-
 
 LINES = b"X:1\nK:C\nCDEF GABc|\n"
 
@@ -33,14 +31,14 @@ def write_files(folder, contents):
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    return listing.list_files([str(folder)], "INPUT_FOLDER")
+    return list_files([str(folder)], "INPUT_FOLDER")
 
 
 def score(model, examples, folder, batch_size=4, failed=None):
     """Returns {name: FileScore} of Examples, in float32."""
-    windows = windowing.evaluation_windows(examples, model.patch_size, model.patch_length)
+    windows = evaluation_windows(examples, model.patch_size, model.patch_length)
     failed = [] if failed is None else failed
-    found = evaluation.score_files(model, windows, str(folder), batch_size, torch.float32, lambda count: None, failed)
+    found = score_files(model, windows, str(folder), batch_size, torch.float32, lambda count: None, failed)
     return {each.name: each for each in found}
 
 
@@ -51,17 +49,12 @@ def forward_nats(model, patches):
         return model(batch.patches.long(), batch.masks).nats.double().numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sums
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_bits_of_a_file_are_the_sum_of_forward_nats(tmp_path, golden_model, batch_size):
     random = np.random.default_rng(1)
     lengths = [0, 1, 15, 16, 17, 100, 200]
     contents = {f"{length}.bin": random.integers(0, 256, length, dtype=np.uint8).tobytes() for length in lengths}
-    scores = score(golden_model, utils.Examples.of(write_files(tmp_path, contents)), tmp_path, batch_size)
+    scores = score(golden_model, utils.Examples(write_files(tmp_path, contents)), tmp_path, batch_size)
     assert set(scores) == set(contents)
     for name, content in contents.items():
         nats = forward_nats(golden_model, utils.to_patches(content, "bin", golden_model.patch_size))
@@ -73,41 +66,38 @@ def test_bits_of_a_file_are_the_sum_of_forward_nats(tmp_path, golden_model, batc
 
 def test_a_long_file_is_the_sum_over_its_windows(tmp_path, tiny_model):
     content = (LINES * 20)[:250]  # 65 patches of 4; the model has positions for 16
-    scores = score(tiny_model, utils.Examples.of(write_files(tmp_path, {"a.abc": content, "b.abc": LINES})), tmp_path, 3)
-    patches, nats = utils.to_patches(content, "abc", 4), []
-    done = 1
+    scores = score(tiny_model, utils.Examples(write_files(tmp_path, {"a.abc": content, "b.abc": LINES})), tmp_path, 3)
+    patches, nats, done = utils.to_patches(content, "abc", 4), [], 1
     for start in range(0, len(patches) - 8, 8):
-        each = forward_nats(tiny_model, patches[start : start + 16])
-        nats.append(each[done - start - 1 :])
+        nats.append(forward_nats(tiny_model, patches[start : start + 16])[done - start - 1 :])
         done = start + 16
     nats = np.concatenate(nats)
     assert nats.shape == (len(patches) - 1, 4)
     assert scores["a.abc"].nats == pytest.approx(nats.sum(), rel=1e-5)
-    assert scores["a.abc"].counted_nats == pytest.approx(nats.reshape(-1)[:251].sum(), rel=1e-5)
-    assert scores["a.abc"].profile[1].max() == pytest.approx(nats.reshape(-1)[:251].max() / math.log(2), rel=1e-4)
+    bits = nats.reshape(-1)[:251] / math.log(2)
+    assert scores["a.abc"].bits == pytest.approx(bits.sum(), rel=1e-5)
+    assert scores["a.abc"].profile[1].max() == pytest.approx(bits.max(), rel=1e-4)
 
 
 def test_a_conversion_is_the_sum_over_its_target(tmp_path, tiny_model):
     contents = {"a.abc": b"12345", "a.mid": b"abcdefgh", "b.abc": b"", "b.mid": b"xyz"}
-    pairs = selection.pair_files(write_files(tmp_path, contents), "abc&mid").both_ways()
+    pairs = directed(pair_files(write_files(tmp_path, contents), "abc&mid"), "abc&mid")
     scores = score(tiny_model, pairs, tmp_path, 3)
     assert {each.group for each in scores.values()} == {"abc->mid", "mid->abc"} and len(scores) == 4
-    for stem in "ab":
-        for source, target in (("abc", "mid"), ("mid", "abc")):
-            halves = [utils.to_patches(contents[f"{stem}.{extension}"], extension, 4) for extension in (source, target)]
-            nats = forward_nats(tiny_model, np.concatenate((halves[0][:-1], halves[1])))
-            nats = nats[len(halves[0]) - 1 :]  # of the patches after the target's extension patch
-            found, size = scores[f"{stem}.{source} -> {stem}.{target}"], len(contents[f"{stem}.{target}"])
-            assert len(nats) == len(halves[1]) - 1 and found.bytes == size
-            assert found.nats == pytest.approx(nats.sum(), rel=1e-5)
-            assert found.counted_nats == pytest.approx(nats.reshape(-1)[: size + 1].sum(), rel=1e-5)
+    for name, found in scores.items():
+        source, target = (utils.to_patches(contents[each], extension_of(each), 4) for each in name.split(" -> "))
+        nats = forward_nats(tiny_model, np.concatenate((source[:-1], target)))
+        nats = nats[len(source) - 1 :]  # of the patches after the target's extension patch
+        assert len(nats) == len(target) - 1 and found.bytes == len(contents[name.split(" -> ")[1]])
+        assert found.nats == pytest.approx(nats.sum(), rel=1e-5)
+        assert found.bits == pytest.approx(nats.reshape(-1)[: found.bytes + 1].sum() / math.log(2), rel=1e-5)
 
 
 def test_symbols_scored_once_more_are_the_same(tmp_path, tiny_model):
     content = (LINES * 10)[:150]
-    windows = windowing.evaluation_windows(utils.Examples.of(write_files(tmp_path, {"a.abc": content})), 4, 16)
-    [whole] = evaluation.score_symbols(tiny_model, windows, 0, [(0, 151)], torch.float32)
-    parts = evaluation.score_symbols(tiny_model, windows, 0, [(3, 20), (100, 151)], torch.float32)
+    windows = evaluation_windows(utils.Examples(write_files(tmp_path, {"a.abc": content})), 4, 16)
+    [whole] = score_symbols(tiny_model, windows, 0, [(0, 151)], torch.float32)
+    parts = score_symbols(tiny_model, windows, 0, [(3, 20), (100, 151)], torch.float32)
     for (start, stop), part in zip([(3, 20), (100, 151)], parts):
         for array, expected in zip(part, whole):
             np.testing.assert_allclose(array, expected[start:stop], rtol=1e-4)
@@ -119,7 +109,7 @@ def test_symbols_scored_once_more_are_the_same(tmp_path, tiny_model):
 
 @given(st.lists(st.floats(0, 20), min_size=1, max_size=80))
 def test_stretches_begin_with_the_most_surprising_and_never_overlap(bits):
-    stretches = evaluation.surprising_stretches(bits, longest=5)
+    stretches = surprising_stretches(bits, longest=5)
     taken = [place for offset, count, _ in stretches for place in range(offset, offset + count)]
     assert len(taken) == len(set(taken)) and all(1 <= count <= 5 for _, count, _ in stretches)
     assert len(stretches) == 10 or len(taken) == len(bits)
@@ -129,22 +119,12 @@ def test_stretches_begin_with_the_most_surprising_and_never_overlap(bits):
         assert total == pytest.approx(sum(bits[offset : offset + count]), abs=1e-9)
 
 
-def test_compressors_are_those_of_the_command_line(tmp_path):
+def test_compressors_are_those_of_the_command_line():
     content = LINES * 50 + bytes(range(256))
-    path = tmp_path / "a"
-    path.write_bytes(content)
-    sizes = {name: len(compress(content)) for name, compress in evaluation.COMPRESSORS.items()}
     for name, command in (("gzip -9", "gzip -9nc"), ("bz2 -9", "bzip2 -9c"), ("xz -9e", "xz -9ec")):
-        try:
-            done = subprocess.run([*command.split(), str(path)], capture_output=True, check=True)
-        except FileNotFoundError:
-            continue
-        assert sizes[name] == pytest.approx(len(done.stdout), abs=4)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files that greedy decoding reproduces
-# ---------------------------------------------------------------------------------------------------------------------
+        if shutil.which(command.split()[0]):
+            done = subprocess.run(command.split(), input=content, capture_output=True, check=True)
+            assert len(COMPRESSORS[name](content)) == pytest.approx(len(done.stdout), abs=4)
 
 
 def memorise(examples, steps=150):
@@ -171,11 +151,11 @@ def test_exact_files_are_those_that_greedy_decoding_writes(tmp_path):
     # of the files of one extension at most one can be what the model writes; 40 bytes fill its 12 patches, end patch included
     contents = {f"{i}.{ext}": LINES[: 5 + 4 * i] for i, ext in enumerate(("a", "b", "c", "d", "a"))}
     contents |= {"full.e": LINES[:16] * 2 + b"12345678", "cut.f": LINES[:16] * 2 + b"123456789", "long.g": bytes(60)}
-    examples = utils.Examples.of(write_files(tmp_path, contents))
+    examples = utils.Examples(write_files(tmp_path, contents))
     model = memorise(examples)
     scores = score(model, examples, tmp_path)
     for name, content in contents.items():
-        written, cut_off = greedy(model, utils.extension_patch(listing.extension_of(name), 4))
+        written, cut_off = greedy(model, utils.extension_patch(extension_of(name), 4))
         assert scores[name].exact == (written == content and not cut_off), name
     exact = [each.exact for each in scores.values()]
     assert sum(exact) >= 5 and not scores["long.g"].exact and sum(exact[:5]) < 5
@@ -185,7 +165,7 @@ def test_exact_files_are_those_that_greedy_decoding_writes(tmp_path):
 def test_exact_conversions_are_those_that_greedy_decoding_writes(tmp_path):
     random = np.random.default_rng(0)
     contents = {f"{i}.{ext}": random.integers(0, 256, 6 + i, dtype=np.uint8).tobytes() for i in range(6) for ext in ("x", "y")}
-    pairs = selection.pair_files(write_files(tmp_path, contents), "x->y")
+    pairs = pair_files(write_files(tmp_path, contents), "x->y")
     model = memorise(pairs.select(range(4)))  # it does not know the last two
     scores = score(model, pairs, tmp_path)
     for i in range(6):
@@ -208,34 +188,28 @@ def report_of(folder, name="output"):
     return json.loads((folder / name / "evaluation.json").read_text())
 
 
-HOSTILE = "<script>alert(1)<x>&\"'\t\u202e"  # within a name
-
-
 def test_evaluate(tmp_path, tiny_model, tiny_checkpoint):
     hostile = b"</pre><script>alert(1)</script>\"' onclick=alert(1) <img src=x>\n"
     contents = {"a.abc": LINES, "sub/b.abc": LINES * 9, "c.bin": bytes(range(256)), "empty.abc": b"", "none": b"abc"}
-    contents[f"{HOSTILE}.txt"] = hostile
+    contents["<script>alert(1)<x>&\"'\t\u202e.txt"] = hostile
     write_files(tmp_path / "input", contents)
     (tmp_path / "input" / "dead.abc").symlink_to(tmp_path / "gone")
     done = evaluate(tmp_path, INFERENCE_BATCH_SIZE=3)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "1 could not be done" in done.stdout and "dead.abc: No such file" in done.stdout
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "dead.abc: No such file" in done.stdout
     report = report_of(tmp_path)
     assert report["checkpoint"]["sha256"] == hashlib.sha256(tiny_checkpoint.read_bytes()).hexdigest()
     assert "PATCH_SIZE" not in report["settings"] and "PRECISION" in report["settings"]  # config.py's sizes are not the model's
     assert report["settings"]["MODE"] == "evaluate" and report["versions"]["torch"] == torch.__version__
     assert list(report["groups"]) == ["all", ".abc", ".bin", ".txt", "no extension"]
     assert report["failed"] == [{"file": "input/dead.abc", "reason": "No such file or directory"}]
-    files = {each["file"]: each for each in report["files"]}
-    assert set(files) == {system.escape_name(name) for name in contents}
-    expected = score(tiny_model, utils.Examples.of(listing.list_files([str(tmp_path / "input")], "")), tmp_path / "input")
-    for name, each in expected.items():
-        assert files[system.escape_name(name)]["bits"] == pytest.approx(each.bits, rel=1e-5)
+    bits = {each["file"]: each["bits"] for each in report["files"]}
+    expected = score(tiny_model, utils.Examples(list_files([str(tmp_path / "input")], "")), tmp_path / "input")
+    assert bits == pytest.approx({system.escape_name(name): expected[name].bits for name in contents}, rel=1e-5)
     whole = report["groups"]["all"]
     assert whole["files"] == 6 and whole["bytes"] == sum(map(len, contents.values()))
-    assert whole["bits_per_byte"][0] == pytest.approx(sum(each["bits"] for each in files.values()) / whole["bytes"])
+    assert whole["bits_per_byte"][0] == pytest.approx(sum(bits.values()) / whole["bytes"])
     assert whole["bits_per_byte"][1] < whole["bits_per_byte"][0] < whole["bits_per_byte"][2]
-    assert f"{whole['bits_per_byte'][0]:.4f} (" in done.stdout and "In bits per byte, the model" in done.stdout
+    assert f"{whole['bits_per_byte'][0]:.4f} (" in done.stdout and report["comparison"] in done.stdout
     lines = (tmp_path / "output" / "evaluation.tsv").read_text().split("\n")
     assert len(lines) == 1 + 6 + 1 and {line.count("\t") for line in lines[:-1]} == {lines[0].count("\t")}
 
@@ -243,7 +217,7 @@ def test_evaluate(tmp_path, tiny_model, tiny_checkpoint):
     assert "<script" not in page and "<img" not in page and "http:" not in page and "src=" not in page.replace("&lt;i", "")
     assert "default-src 'none'; style-src 'unsafe-inline'" in page and "\u202e" not in page
     assert set(re.findall(r"<(\w+)", page)) <= set(
-        "html head meta title style body h1 h2 h3 p div table tr th td svg text rect polygon polyline section pre i".split()
+        "html head meta title style body h1 h2 h3 p div table tr th td svg text rect path section pre i".split()
     )
     titles = re.findall(r'<i class="c\d" title="([^"]*)">', page)
     assert len(titles) == sum(len(content) + 1 for name, content in contents.items() if content)
@@ -253,119 +227,55 @@ def test_evaluate(tmp_path, tiny_model, tiny_checkpoint):
 def test_one_file_lists_its_stretches(tmp_path, tiny_checkpoint):
     write_files(tmp_path / "input", {"a.abc": LINES, "b.txt": LINES})
     done = evaluate(tmp_path, INPUT_EXT="abc")
-    assert done.returncode == 0, done.stderr
     [file] = report_of(tmp_path)["files"]
-    assert file["file"] == "a.abc" and len(file["stretches"]) > 0
-    shown = done.stdout.split("the most surprising stretches:\n")[1].splitlines()
-    assert shown[0].split() == ["offset", "bytes", "bits"]
-    assert [line.split()[:2] for line in shown[1:]] == [[str(s["offset"]), str(s["bytes"])] for s in file["stretches"]]
+    assert done.returncode == 0 and file["file"] == "a.abc" and len(file["stretches"]) > 0
+    rows = [line.split() for line in done.stdout.split("the most surprising stretches:\n")[1].splitlines()]
+    assert rows[0] == ["offset", "bytes", "bits"]
+    assert [row[:2] for row in rows[1:]] == [[str(each["offset"]), str(each["bytes"])] for each in file["stretches"]]
 
 
 def test_pairs(tmp_path, tiny_checkpoint):
     contents = {"a.abc": b"12345", "a.mid": b"abcdefgh", "b.abc": b"1" * 40, "b.mid": b"2" * 40, "c.txt": b""}
     write_files(tmp_path / "input", contents)
     done = evaluate(tmp_path, CONVERSION_MODE="abc&mid")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "b.mid -> input/b.abc: 23 patches" in done.stdout
     report = report_of(tmp_path)
     assert list(report["groups"]) == ["all", "abc->mid", "mid->abc"]
     assert [each["file"] for each in report["files"]] == ["a.abc -> a.mid", "a.mid -> a.abc"]
-    assert "2 pairs do not fit in the model's 16 patches" in done.stdout and "b.mid -> input/b.abc: 23 patches" in done.stdout
-    assert "1 of 5 files are in no pair" in done.stdout and len(report["pairs_that_do_not_fit"]) == 2
-    done = evaluate(tmp_path, CONVERSION_MODE="abc&mid", INPUT_EXT="mid", OUTPUT_FOLDER="one")
-    assert done.returncode == 0 and list(report_of(tmp_path, "one")["groups"]) == ["all", "mid->abc"]
-    (tmp_path / "input" / "a.mid").rename(tmp_path / "input" / "a.MID")  # pairs ignore case, and so does INPUT_EXT
-    done = evaluate(tmp_path, CONVERSION_MODE="abc&mid", INPUT_EXT="mid", OUTPUT_FOLDER="upper")
-    assert done.returncode == 0, done.stderr
-    upper, lower = (report_of(tmp_path, folder)["groups"]["mid->abc"] for folder in ("upper", "one"))
-    assert upper["bits_per_byte"] == lower["bits_per_byte"]
+    assert len(report["pairs_that_do_not_fit"]) == 2
+    figures = []
+    for name in ("a.mid", "a.MID"):  # pairs ignore case, and so does INPUT_EXT
+        (tmp_path / "input" / "a.mid").rename(tmp_path / "input" / name)
+        done = evaluate(tmp_path, CONVERSION_MODE="abc&mid", INPUT_EXT="mid", OUTPUT_FOLDER=name)
+        assert done.returncode == 0 and list(report_of(tmp_path, name)["groups"]) == ["all", "mid->abc"]
+        figures.append(report_of(tmp_path, name)["groups"]["all"]["bits_per_byte"])
+    assert figures[0] == figures[1]
     for constants, words in [
-        ({"CONVERSION_MODE": "abc->mid", "INPUT_EXT": "mid"}, "INPUT_EXT: 'mid' is not what CONVERSION_MODE"),
-        ({"CONVERSION_MODE": "abc->wav"}, "no two files of those extensions share a folder"),
+        ({"CONVERSION_MODE": "abc->mid", "INPUT_EXT": "mid"}, "INPUT_EXT: CONVERSION_MODE"),
+        ({"CONVERSION_MODE": "abc->wav"}, "CONVERSION_MODE is 'abc->wav'"),
     ]:
         assert words in one_message(evaluate(tmp_path, **constants))
 
 
 def test_a_classifier_is_refused_and_told_where_to_go(tmp_path):
     model = fill_by_recipe(utils.ModelSizes(4, 16, 64, 2, num_labels=2).build())
-    checkpoint.save_checkpoint(tmp_path / "weights.pth", {"model": model.state_dict(), "labels": {"a.x": 0, "b.x": 1}})
+    save_checkpoint(tmp_path / "weights.pth", {"model": model.state_dict(), "labels": {"a.x": 0, "b.x": 1}})
     write_files(tmp_path / "input", {"a_1.x": b"1", "b_1.x": b"2"})
     message = one_message(evaluate(tmp_path))
-    assert "is a classifier; MODE 'evaluate' needs a generative model" in message and "MODE 'classify'" in message
-    done = run_script("inference.py", *options(MODE="classify", PRECISION="fp32"), cwd=tmp_path)
-    assert done.returncode == 0 and "95 % interval of the accuracy: 0." in done.stdout
+    assert "INFERENCE_WEIGHTS_PATH" in message and "MODE 'classify'" in message
 
 
 def test_a_file_that_changes_on_the_way_is_named(tmp_path, tiny_model):
     files = write_files(tmp_path, {"a.x": bytes(200), "b.x": b"abc", "c.x": b"abc"})
     (tmp_path / "a.x").write_bytes(bytes(201))
-    os.unlink(tmp_path / "c.x")
+    (tmp_path / "c.x").unlink()
     failed = []
-    scores = score(tiny_model, utils.Examples.of(files), tmp_path, 2, failed)
-    pairs = selection.pair_files(write_files(tmp_path / "pairs", {"a.x": b"12345", "a.y": b"12345"}), "x->y")
+    scores = score(tiny_model, utils.Examples(files), tmp_path, 2, failed)
+    pairs = pair_files(write_files(tmp_path / "pairs", {"a.x": b"12345", "a.y": b"12345"}), "x->y")
     (tmp_path / "pairs" / "a.y").write_bytes(b"123456")  # as many patches as before
-    assert not score(tiny_model, pairs, tmp_path, 2, failed) and failed.pop()[1] == "has another size than when it was listed"
+    assert not score(tiny_model, pairs, tmp_path, 2, failed) and failed.pop()[1].startswith("has 6 bytes now")
     assert set(scores) == {"b.x"}
     assert sorted(failed) == [
-        (str(tmp_path / "a.x"), "has another size than when it was listed"),
+        (str(tmp_path / "a.x"), "has 201 bytes now, and had 200 when it was listed"),
         (str(tmp_path / "c.x"), "No such file or directory"),
     ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The page
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_page_of_large_files_is_bounded(tmp_path, tiny_model, monkeypatch):
-    random = np.random.default_rng(0)
-    files = write_files(tmp_path, {f"{i}.bin": random.integers(0, 256, 1500, dtype=np.uint8).tobytes() for i in range(3)})
-    windows = windowing.evaluation_windows(utils.Examples.of(files), 4, 16)
-    scores = list(score(tiny_model, windows.examples, tmp_path).values())
-    shown = []
-    for each, title in report_page.choose_files(scores):
-        parts = report_page.shown_parts(each, 320)
-        assert sum(stop - start for start, stop in parts) <= 320 and all(start % 16 == 0 for start, _ in parts)
-        assert all(low < high for part in zip(parts, parts[1:]) for high, low in [(part[1][0], part[0][1])])
-        for offset, _, _ in each.stretches:
-            assert any(start <= offset < stop for start, stop in parts)
-        shown.append((each, title, parts, evaluation.score_symbols(tiny_model, windows, each.index, parts, torch.float32)))
-    assert len(shown) == 3
-    groups = report_page.sum_up_groups(scores)
-    page = report_page.build_page(["note"], report_page.figures_table(groups), groups, shown).decode()
-    assert page.count("<section>") == 3 and "bytes that surprised it less" in page
-    monkeypatch.setattr(report_page, "PAGE_BYTES", 60_000)
-    page = report_page.build_page(["note"], report_page.figures_table(groups), groups, shown)
-    assert len(page) < 70_000 and b"more files would not fit on the page" in page
-
-
-def test_text_is_shown_as_text_even_with_a_damaged_byte(tmp_path, tiny_model):
-    contents = {"a.abc": LINES + b"\xff" + LINES, "b.abc": "naïve ☕ 字\r\n".encode(), "c.abc": bytes(range(64))}
-    contents["d.abc"] = b"a\xe2\x80\xae" + LINES * 2
-    windows = windowing.evaluation_windows(utils.Examples.of(write_files(tmp_path, contents)), 4, 16)
-    texts = {}
-    for name, each in score(tiny_model, windows.examples, tmp_path).items():
-        parts = report_page.shown_parts(each, 4000)
-        shown = [(each, "", parts, evaluation.score_symbols(tiny_model, windows, each.index, parts, torch.float32))]
-        page = report_page.build_page([], [[""]], report_page.sum_up_groups([each]), shown).decode()
-        texts[name] = re.sub("<[^>]*>", "", re.search("<pre[^>]*>(.*?)</pre>", page, re.DOTALL)[1])
-    line = LINES.decode().replace("\n", "↵\n")
-    assert texts["a.abc"] == line + "\ufffd" + line + "⏹" and texts["b.abc"] == "naï·ve ☕·· 字··␍↵\n⏹"
-    assert texts["c.abc"].startswith("00000000  00 01 02") and "\u202e" not in texts["d.abc"]
-
-
-def test_the_worst_the_median_and_the_best_are_shown():
-    scores = [evaluation.FileScore(name=str(i), counted_nats=i, bytes=1) for i in range(20)]
-    scores.append(evaluation.FileScore(name="empty", bytes=0))
-    chosen = report_page.choose_files(scores)
-    assert [score.name for score, _ in chosen] == "19 18 17 11 10 9 2 1 0".split()
-    assert chosen[0][1] == "worst, number 1 of 20 from the worst"
-    assert len(report_page.choose_files(scores[:4])) == 4 and report_page.choose_files(scores[-1:])[0][0].name == "empty"
-
-
-def test_what_the_model_beats_is_told_with_its_uncertainty():
-    gains = {"gzip -9": (1.0, 0.5, 1.5), "bz2 -9": (0.2, -0.3, 0.7), "xz -9e": (-1.0, -1.2, -0.8)}
-    assert report_page.comparison(gains) == (
-        "In bits per byte, the model beats gzip -9 by 1.00 (0.50 to 1.50); it does not clearly differ from bz2 -9; "
-        "it is beaten by xz -9e by 1.00 (0.80 to 1.20)."
-    )
-    assert report_page.comparison({"gzip -9": (0.5, None, None)}) == "In bits per byte, the model beats gzip -9 by 0.50."

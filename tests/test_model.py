@@ -11,8 +11,7 @@ import torch
 from conftest import FORKSERVER, TINY, as_batch, fill_by_recipe, load_script
 from transformers import GPT2Config
 
-from bgpt import attention
-from bgpt import distributed as devices
+from bgpt.distributed import autocast
 from bgpt import training
 import utils
 
@@ -162,7 +161,7 @@ def test_padding_takes_no_part(tiny_model, monkeypatch):
 def test_ragged_rows():
     random = np.random.default_rng(1)
     for lengths in ([1], [0, 3], [5, 5, 5], [64, 65, 1, 0, 16, 17], random.integers(1, 600, 9).tolist()):
-        ragged = attention.Ragged(lengths, "cpu")
+        ragged = utils.Ragged(lengths, "cpu")
         assert len(ragged.position) == sum(lengths)
         for i, length in enumerate(lengths):
             rows = slice(int(ragged.starts[i]), int(ragged.starts[i]) + length)
@@ -170,16 +169,16 @@ def test_ragged_rows():
         qkv = torch.randn(sum(lengths), 3, 2, 64)
         attended = ragged.attend(qkv)
         for start, length in zip(ragged.starts.tolist(), lengths):
-            expected = attention.attend(qkv[None, start : start + length])[0]
+            expected = utils.attend(qkv[None, start : start + length])[0]
             torch.testing.assert_close(attended[start : start + length], expected, rtol=1e-4, atol=1e-5)
     for length in range(1, 5000):
-        assert length <= attention.padded_length(length) <= max(length + 15, length * 5 / 4)
-        assert attention.padded_length(length) <= attention.padded_length(length + 1)
+        assert length <= utils.padded_length(length) <= max(length + 15, length * 5 / 4)
+        assert utils.padded_length(length) <= utils.padded_length(length + 1)
 
 
 def test_masks_that_are_not_padding_on_the_right(tiny_model):
     patches = torch.zeros(2, 4, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="padding stands on the right"):
+    with pytest.raises(ValueError, match="padding is on the right"):
         tiny_model(patches, torch.tensor([[1, 1, 0, 0], [1, 0, 1, 1]]))
 
 
@@ -203,7 +202,7 @@ def test_too_many_patches(tiny_model):
 def test_dropout_is_that_of_the_definition(dtype, rate):
     torch.manual_seed(0)
     ones = torch.ones(300, 1001, dtype=dtype, requires_grad=True)
-    dropped = attention.dropout(ones, rate)
+    dropped = utils.dropout(ones, rate)
     assert dropped.dtype == dtype and dropped.shape == ones.shape
     values = dropped.detach().unique().tolist()
     assert values == [0, pytest.approx(1 / (1 - rate), rel=1e-4 if dtype == torch.float32 else 0.004)]
@@ -221,12 +220,12 @@ def test_dropout_is_that_of_the_definition(dtype, rate):
 def test_dropout_follows_the_seed():
     def draw(seed):
         torch.manual_seed(seed)
-        return attention.dropout(torch.ones(7, 9), 0.3)
+        return utils.dropout(torch.ones(7, 9), 0.3)
 
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     x = torch.ones(3)
-    assert attention.dropout(x, 0.0) is x
-    assert attention.dropout(torch.ones(0, 4), 0.5).shape == (0, 4)
+    assert utils.dropout(x, 0.0) is x
+    assert utils.dropout(torch.ones(0, 4), 0.5).shape == (0, 4)
 
 
 def test_attention_with_dropout_drops_weights():
@@ -234,33 +233,33 @@ def test_attention_with_dropout_drops_weights():
     qkv = torch.randn(2, 8, 3, 3, 64, requires_grad=True)  # (B, T, 3, H, 64)
     queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, 64) each
     expected = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True).transpose(1, 2)
-    assert torch.equal(attention.attend(qkv), expected)
-    assert torch.allclose(attention.attend(qkv, 1e-9), expected, atol=1e-5)  # so rare that none drops
+    assert torch.equal(utils.attend(qkv), expected)
+    assert torch.allclose(utils.attend(qkv, 1e-9), expected, atol=1e-5)  # so rare that none drops
     with torch.no_grad():
-        draws = torch.stack([attention.attend(qkv, 0.2) for _ in range(3000)])
+        draws = torch.stack([utils.attend(qkv, 0.2) for _ in range(3000)])
     spread = draws.std(0) / 3000**0.5
     assert ((draws.mean(0) - expected).abs() <= 6 * spread + 1e-4).all() and (spread > 0).all()
     # the first position has one weight, 1, that is kept or dropped
     first = draws[:, 0, 0, 0, 0] / values[0, 0, 0, 0]
     assert set(first.round(decimals=3).tolist()) == {0.0, 1.25}
-    later = torch.autograd.grad(attention.attend(qkv, 0.2)[:, 4].sum(), qkv)[0][:, 5:]
+    later = torch.autograd.grad(utils.attend(qkv, 0.2)[:, 4].sum(), qkv)[0][:, 5:]
     assert (later == 0).all()
 
 
-@pytest.mark.parametrize("most_kept", [0, attention.MOST_KEPT])
+@pytest.mark.parametrize("most_kept", [0, utils.MOST_KEPT])
 def test_attention_in_blocks(monkeypatch, most_kept):
-    """Longer sequences than one block, with the weights in memory or computed again: against PyTorch's attention."""
-    monkeypatch.setattr(attention, "MOST_KEPT", most_kept)
+    """Longer sequences than one block, with the weights in memory or computed again: against PyTorch's utils."""
+    monkeypatch.setattr(utils, "MOST_KEPT", most_kept)
     torch.manual_seed(0)
-    qkv = torch.randn(2, 2 * attention.BLOCK + 3, 3, 2, 64, requires_grad=True)  # (B, T, 3, H, 64)
+    qkv = torch.randn(2, 2 * utils.BLOCK + 3, 3, 2, 64, requires_grad=True)  # (B, T, 3, H, 64)
     results = []
     for rate in (0.0, 1e-9):  # so rare that none drops
-        attended = attention.attend(qkv, rate)
+        attended = utils.attend(qkv, rate)
         results.append((attended, torch.autograd.grad(attended.square().sum(), qkv)[0]))
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
     # attention is linear in the values for given weights, so its gradient must be of those that were dropped
-    attended = attention.attend(qkv, 0.3)
+    attended = utils.attend(qkv, 0.3)
     gradient = torch.autograd.grad((attended * attended.detach()).sum(), qkv)[0]
     assert (gradient[:, :, 2] * qkv[:, :, 2]).sum().item() == pytest.approx(attended.square().sum().item(), rel=1e-4)
     assert not torch.allclose(attended, results[0][0], atol=0.1)
@@ -269,10 +268,10 @@ def test_attention_in_blocks(monkeypatch, most_kept):
 def test_attention_that_is_computed_again_is_the_same(monkeypatch):
     qkv = torch.randn(1, 300, 3, 2, 64, requires_grad=True)
     results = []
-    for most_kept in (0, attention.MOST_KEPT):
-        monkeypatch.setattr(attention, "MOST_KEPT", most_kept)
+    for most_kept in (0, utils.MOST_KEPT):
+        monkeypatch.setattr(utils, "MOST_KEPT", most_kept)
         torch.manual_seed(0)
-        attended = attention.attend(qkv, 0.3)
+        attended = utils.attend(qkv, 0.3)
         results.append((attended, torch.autograd.grad(attended.square().sum(), qkv)[0], torch.get_rng_state()))
     assert all(map(torch.equal, *results))
 
@@ -281,10 +280,10 @@ def measure_attention(pipe):
     """Sends by how many MB the peak memory of this process grows by attention with dropout, forward and backward."""
     ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back to the system
     torch.set_num_threads(1)
-    attention.MOST_KEPT = 0
+    utils.MOST_KEPT = 0
     qkv, peaks = torch.randn(1, 4096, 3, 1, 64, requires_grad=True), []
-    for length in (2 * attention.BLOCK, 4096):
-        attention.attend(qkv[:, :length], 0.1).sum().backward()
+    for length in (2 * utils.BLOCK, 4096):
+        utils.attend(qkv[:, :length], 0.1).sum().backward()
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     pipe.send(peaks[1] - peaks[0])
 
@@ -305,7 +304,7 @@ def test_outputs_and_gradients_are_those_of_transformers(train):
     gpt2 = model.patch_level_decoder.base
     inputs = torch.randn(2, 7, 64)
     results = []
-    ours = utils.run_gpt2(gpt2, inputs + gpt2.wpe.weight[:7], attention.attend)
+    ours = utils.run_gpt2(gpt2, inputs + gpt2.wpe.weight[:7], utils.attend)
     for outputs in (ours, gpt2(inputs_embeds=inputs).last_hidden_state):
         gradients = torch.autograd.grad(outputs.square().sum(), [p for p in gpt2.parameters() if p is not gpt2.wte.weight])
         results.append([outputs, *gradients])
@@ -326,7 +325,8 @@ def test_compiled_blocks_compute_the_same(monkeypatch):
     batches = [as_batch([utils.to_patches(bytes(n), "x", 4) for n in sizes]) for sizes in ((3, 40, 17), (9, 9), (5, 30, 2, 2))]
     plain = [model(batch.patches.long(), batch.masks).nats for batch in batches]
     names = list(model.state_dict())
-    training.compile_model(model)
+    for decoder in (model.patch_level_decoder, model.byte_level_decoder):
+        decoder.compile_blocks()
     compiled = [model(batch.patches.long(), batch.masks).nats for batch in batches]
     for one, other in zip(plain, compiled, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
@@ -364,7 +364,7 @@ def test_sampled_targets(tiny_model):
 @torch.no_grad()
 def test_bf16_agrees_with_float32(golden, golden_model, golden_sequences):
     batch = as_batch(golden_sequences)
-    with devices.autocast(torch.device("cpu"), torch.bfloat16):
+    with autocast(torch.device("cpu"), torch.bfloat16):
         output = golden_model(batch.patches.long(), batch.masks)
     assert output.loss.item() == pytest.approx(golden["loss"], rel=0.01)
     assert output.loss.dtype == torch.float32

@@ -49,13 +49,13 @@ def notebook(folder):
 
     threading.Thread(target=interrupt_when, args=(folder / "w-last.pth",)).start()
     status, out, err = percent_run("train-gen.py", *options(**TRAINING, NUM_EPOCHS=10000))
-    assert status == 130 and "stopped by Ctrl-C in epoch" in err and "goes on from there" in err, (status, out, err)
+    assert status == 130 and "stopped by Ctrl-C in epoch" in err and "resumes from there" in err, (status, out, err)
     status, out, err = percent_run("train-gen.py", "--TRIAN_FOLDERS", "x")
     assert status == 2 and "did you mean --TRAIN_FOLDERS" in err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a first Ctrl-C while modules load kills nobody
     epoch = torch.load("w-last.pth", weights_only=True)["epoch"]
     status, out, err = percent_run("train-gen.py", *options(**TRAINING, NUM_EPOCHS=epoch + 1, NUM_WORKERS=1))
-    assert status in (0, None) and "goes on from w-last.pth" in out and f"finished {epoch + 1} of NUM_EPOCHS" in out
+    assert status in (0, None) and "resumes from w-last.pth" in out and f"finished {epoch + 1} of NUM_EPOCHS" in out
 
     labelled = {**TRAINING, "WEIGHTS_PATH": "c.pth", "LOGS_PATH": "c.txt", "NUM_EPOCHS": 1}
     status, out, err = percent_run("train-cls.py", *options(**labelled))
@@ -76,4 +76,4 @@ def test_scripts_run_in_a_notebook_one_after_the_other(tmp_path):
     process.start()
     process.join(120)
     assert process.exitcode == 0
-    assert not list(tmp_path.glob(".bgpt-*"))
+    assert not list(tmp_path.glob(".*"))

@@ -2,6 +2,7 @@
 
 import re
 import signal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,13 +10,10 @@ import torch
 from conftest import TINY, Running, as_batch, fill_by_recipe, interrupt, load_script, one_message, options, run_script, torchrun_environments
 
 import config
-from bgpt import checkpoint
-from bgpt import evaluation
-from bgpt import labels as labeling
-from bgpt import files as listing
-from bgpt import examples as selection
-from bgpt import system
 import utils
+from bgpt import checkpoint, evaluation, examples, model as models, system
+from bgpt.examples import label_of
+from bgpt.files import list_files
 
 SETTINGS = {
     **TINY,
@@ -75,7 +73,7 @@ def trained(folder):
     ],
 )
 def test_label_of(path, label):
-    assert labeling.label_of(path) == label
+    assert label_of(path) == label
 
 
 @pytest.mark.parametrize(
@@ -88,44 +86,21 @@ def test_label_of(path, label):
     ],
 )
 def test_label_of_other_modes(path, prefix, folder):
-    assert (labeling.label_of(path, "prefix"), labeling.label_of(path, "folder")) == (prefix, folder)
+    assert (label_of(path, "prefix"), label_of(path, "folder")) == (prefix, folder)
 
 
-def warnings_of(paths, mode="name", held_out=100):
-    """Returns the warnings on files that exist in name only; `held_out`: evaluation files of each label."""
-    labels = sorted({labeling.label_of(path, mode) for path in paths})
-    truth = np.array([labels.index(labeling.label_of(path, mode)) for path in paths])
-    return labeling.warnings(paths, truth, labels, np.broadcast_to(held_out, len(labels)), mode)
-
-
-def test_warnings_say_what_to_do():
-    whole = [f"d/{name}_{i}.txt" for name in ("low", "high") for i in range(9)]
-    assert warnings_of(whole) == []
-    (line,) = warnings_of([*whole, "d/README", "d/Thumbs.db", "d/labels.csv"])
-    assert "README, Thumbs.db, labels.csv: the only file of its extension" in line and "leading dot" in line
-    (line,) = warnings_of([*whole, "d/mid_1.txt"])
-    assert line.startswith("mid.txt: a label with one training file")
-    (line,) = warnings_of([*whole, "d/low_1.TXT", "d/low_2.TXT"])
-    assert line.startswith("low.TXT, low.txt: labels that differ in case only; rename")
-    cities = [f"d/{name}_{i}.txt" for name in ("new_york", "new_jersey", "boston") for i in range(9)]
-    (line,) = warnings_of(cities)
-    assert line.startswith("new.txt is the label of new_york_0.txt and new_jersey_0.txt") and "--LABELS prefix" in line
-    assert warnings_of(cities, "prefix") == []
-    assert warnings_of([f"d/{name}_2024_{i}.txt" for name in ("low", "high") for i in range(9)]) == []
-    numbered = [f"d/{name}/{i}.txt" for name in ("low", "high") for i in range(9)]
-    (line,) = warnings_of(numbered)
-    assert "9 labels for 18 files, which lie in 2 folders (high, low)" in line and "--LABELS folder" in line
-    assert warnings_of(numbered, "folder") == []
-    assert warnings_of([f"d/{year}/{name}_{i}.txt" for year in (2023, 2024) for name in ("low", "high", "mid") for i in range(9)]) == []
-    assert "only 40 evaluation files: each is 2.5 % of the accuracy" in warnings_of(whole, held_out=20)[0]
-    (line,) = warnings_of(whole, held_out=[0, 100])
-    assert line.startswith("high.txt: no evaluation file")
-    assert warnings_of(["_1.txt", *whole])[0].startswith(".txt: a label with one training file")
+def test_warnings_name_labels_with_few_files():
+    labels = ["a.txt", "b.txt", "c.TXT", "c.txt"]
+    assert [line for line in examples.labels_table(labels[:2], [9, 9], [100, 100]) if "warning" in line] == []
+    lines = examples.labels_table(labels, [9, 1, 9, 9], [20, 0, 0, 20])
+    warnings = [line for line in lines if "warning" in line]
+    for words, line in zip(("single training file: b.txt", "no evaluation file: c.TXT", "only 40 evaluation", "case only: c.TXT"), warnings, strict=True):
+        assert words in line
 
 
 def test_the_table_of_labels_ends():
-    lines = labeling.table([f"{i:02}\n.txt" for i in range(30)], [1] * 30, [1234567] * 30)
-    assert lines[1] == "00\\n.txt         1     1234567" and len(lines) == 22 and lines[-1] == "and 10 more of 30 labels"
+    lines = examples.labels_table([f"{i:02}\n.txt" for i in range(30)], [9] * 30, [1234567] * 30)
+    assert lines[1] == "00\\n.txt         9     1234567" and len(lines) == 22 and lines[-1] == "and 10 more of 30 labels"
 
 
 def test_labels_are_what_the_run_was_told(folder):
@@ -138,11 +113,10 @@ def test_labels_are_what_the_run_was_told(folder):
     folders = {"TRAIN_FOLDERS": ["folders-train"], "EVAL_FOLDERS": ["folders-eval"], "NUM_EPOCHS": 1}
     done = train(folder, "folders", LABELS="folder", **folders)
     assert "label  training  evaluation\nhigh         16           7\n" in done.stdout
-    assert "warning: only 21 evaluation files" in done.stdout
     state = load(folder, "folders")
     assert state["labels"] == {"high": 0, "low": 1, "mid": 2} and state["label_mode"] == "folder"
     done = classify(folder, "folders", INPUT_FOLDER="folders-eval")
-    assert f"the folders of 21 of them carry a label that the model knows:\n{state['report']}" in done.stdout
+    assert f"the folders of 21 of them have a label that the model knows:\n{state['report']}" in done.stdout
     message = one_message(train(folder, "folders", status=1, **folders, LABELS="prefix"))
     assert "has 3 labels, but the files of TRAIN_FOLDERS have" in message
 
@@ -153,7 +127,7 @@ def test_other_labels_of_the_same_number_stop_a_rerun(folder):
     for i, path in enumerate(sorted((folder / "train").iterdir())):
         (folder / "modes-train" / f"x_{'abc'[i % 3]}_{i}.bin").write_bytes(path.read_bytes())
     message = one_message(train(folder, "modes", status=1, TRAIN_FOLDERS=["modes-train"], EVAL_FOLDERS=["modes-train"], LABELS="prefix"))
-    assert "are not those of 'modes-last.pth' (LABELS was 'name' and is now 'prefix')" in message
+    assert "TRAIN_FOLDERS: the labels" in message and "LABELS was 'name'" in message
 
 
 def test_files_are_held_out_by_label():
@@ -161,39 +135,11 @@ def test_files_are_held_out_by_label():
     candidates = np.arange(len(groups)) + 4
     for share, expected in ((0.1, [10, 5, 1, 0]), (0.5, [50, 25, 5, 1])):
         for seed in range(5):
-            rest, held = selection.hold_out(len(groups) + 4, share, seed, candidates, groups)
+            rest, held = examples.hold_out(len(groups) + 4, share, seed, candidates, groups)
             found = np.bincount(groups[held - 4], minlength=4)
             assert abs(found - expected).max() <= 1 and held.min() >= 4 and len(held) == round(share * 166)
             assert sorted([*rest, *held]) == list(range(166))
-    assert (selection.hold_out(166, 0.1, 0, candidates, groups)[1] != selection.hold_out(166, 0.1, 1, candidates, groups)[1]).any()
-
-
-def test_a_run_of_an_older_version_keeps_its_held_out_files(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    for name, value in {**SETTINGS, "EVAL_FOLDERS": [], "EVAL_SPLIT": 0.3, "SEED": 2, "WEIGHTS_PATH": "older.pth"}.items():
-        monkeypatch.setattr(config, name, value)
-    script = load_script("train-cls")
-    held = {}
-    for version, keys in {"older": {"data": {}}, "newer": {"data": {}, "hold_out": "by label"}, "published": {}}.items():
-        torch.save({"model": {}, **keys}, folder / "older.pth")
-        held[version] = list(script.find_examples(script.holds_out_by_label())[2])
-    (folder / "older.pth").unlink()
-    assert len(held["older"]) == len(held["newer"]) == 14 and held["older"] != held["newer"] == held["published"]
-    assert held["older"] == held_out_whatever_the_labels(listing.list_files(["train"], "TRAIN_FOLDERS"), 0.3)
-
-    train(folder, "keeps", NUM_EPOCHS=1)
-    state = load(folder, "keeps-last")
-    assert state.pop("hold_out") == "by label"
-    torch.save(state, folder / "keeps-last.pth")
-    train(folder, "keeps", NUM_EPOCHS=2)
-    assert "hold_out" not in load(folder, "keeps-last")
-
-
-def held_out_whatever_the_labels(files, share):
-    """The held-out examples of the version before: drawn from all but the first file of each label."""
-    names = [labeling.label_of(path) for path in files]
-    others = np.array([i for i, name in enumerate(names) if name in names[:i]])
-    return [(files[i],) for i in selection.hold_out(len(files), share, config.SEED, others)[1].tolist()]
+    assert (examples.hold_out(166, 0.1, 0, candidates, groups)[1] != examples.hold_out(166, 0.1, 1, candidates, groups)[1]).any()
 
 
 def test_equal_accuracies_go_to_the_lower_loss(folder):
@@ -250,11 +196,11 @@ def test_accuracy_and_loss_are_those_of_single_files(folder, trained):
     """What the run logs, stated once more: every evaluation file alone, without padding."""
     model, loaded = checkpoint.load_model(str(folder / f"{trained}.pth"), "WEIGHTS_PATH")
     nats = []
-    for path in listing.list_files([str(folder / "eval")], "EVAL_FOLDERS"):
-        patches, _ = utils.read_patches(path, 4, 16)
+    for path in list_files([str(folder / "eval")], "EVAL_FOLDERS"):
+        patches, _ = utils.read_patches(path, 4, last=16)
         with torch.no_grad():
             logits = model.eval()(torch.from_numpy(patches).long()[None])
-        nats.append(-logits.log_softmax(-1)[0, loaded["labels"][labeling.label_of(path)]].item())
+        nats.append(-logits.log_softmax(-1)[0, loaded["labels"][label_of(path)]].item())
     assert loaded["figures"]["eval_loss"] == pytest.approx(np.mean(nats), rel=1e-4)
 
 
@@ -334,7 +280,7 @@ def test_a_classifiers_head_is_kept_only_for_the_same_labels(folder, trained):
     assert "from the patch-level decoder of trained.pth" in done.stdout
     assert not torch.allclose(load(folder, "other-labels")["model"]["classifier.weight"], head, atol=1e-3)
     message = one_message(train(folder, "same-labels", status=1, **others, NUM_EPOCHS=2))
-    assert "the labels or their order are not those of 'same-labels-last.pth'" in message
+    assert "TRAIN_FOLDERS: the labels" in message
     state = load(folder, trained)  # a head whose rows stand in another order is the same head
     turned = {**state["model"], **{key: state["model"][key].flip(0) for key in ("classifier.weight", "classifier.bias")}}
     torch.save({"model": turned, "labels": {label: 2 - i for label, i in state["labels"].items()}}, folder / "turned.pth")
@@ -348,7 +294,7 @@ def test_every_label_keeps_a_training_file(folder):
         (folder / "rare" / f"{name}_{i}.bin").write_bytes(b"x")
     for seed in range(3):
         done = train(folder, f"rare{seed}", TRAIN_FOLDERS=["rare"], EVAL_FOLDERS=[], EVAL_SPLIT=0.5, SEED=seed, NUM_EPOCHS=1)
-        assert "2 of the training examples are held out" in done.stdout
+        assert "evaluates on 2 files of the same folders, held out by EVAL_SPLIT" in done.stdout
     assert "b\\udcff\\nd.bin" in done.stdout  # names that nobody can print are escaped, and end no run
     train(folder, "rare0", TRAIN_FOLDERS=["rare"], EVAL_FOLDERS=[], EVAL_SPLIT=0.5, NUM_EPOCHS=2)
 
@@ -405,13 +351,13 @@ def test_classify_agrees_with_the_evaluation_of_training(folder):
     report = load(folder, "half")["report"]
     for batch_size in (1, 5):
         done = classify(folder, "half", INFERENCE_BATCH_SIZE=batch_size)
-        assert f"the names of 21 of them carry a label that the model knows:\n{report}" in done.stdout
+        assert f"the names of 21 of them have a label that the model knows:\n{report}" in done.stdout
     header, *rows = read_predictions(folder)
     assert header == ["file", "label", "probability", "label 2", "probability 2", "label 3", "probability 3"]
     assert [row[0] for row in rows] == sorted(path.name for path in (folder / "eval").iterdir())
     model, loaded = checkpoint.load_model(str(folder / "half.pth"), "WEIGHTS_PATH")
     for name, *shown in rows:
-        patches, _ = utils.read_patches(str(folder / "eval" / name), 4, 16)
+        patches, _ = utils.read_patches(str(folder / "eval" / name), 4, last=16)
         with torch.no_grad():
             probabilities = model.eval()(torch.from_numpy(patches).long()[None]).softmax(-1)[0]
         for label, probability in zip(shown[::2], shown[1::2]):
@@ -419,22 +365,17 @@ def test_classify_agrees_with_the_evaluation_of_training(folder):
         assert list(map(float, shown[1::2])) == sorted(map(float, shown[1::2]), reverse=True)
 
 
-def test_ctrl_c_keeps_what_is_classified(folder, trained, monkeypatch, capsys):
+def test_ctrl_c_keeps_finished_predictions(folder, trained, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    inference, calls = load_script("inference"), iter([None, None, KeyboardInterrupt(signal.SIGINT)])
+    inference, stop_signal = load_script("inference"), mock.Mock()
+    stop_signal.check.side_effect = [None, None, KeyboardInterrupt(signal.SIGINT)]
     for name, value in {"MODE": "classify", "INPUT_FOLDER": "eval", "OUTPUT_FOLDER": "stopped", "INFERENCE_BATCH_SIZE": 4}.items():
         monkeypatch.setattr(config, name, value)
     (folder / "stopped").mkdir()
     (folder / "stopped" / "predictions.tsv").write_text("of an earlier run")
-    model, loaded = checkpoint.load_model(f"{trained}.pth", "")
-
-    def check_stop():
-        if error := next(calls):
-            raise error
-
+    files = list_files(["eval"], "")
     with pytest.raises(KeyboardInterrupt):
-        files = listing.list_files(["eval"], "")
-        inference.classify_files(model.eval(), list(loaded["labels"]), "name", files, torch.float32, check_stop)
+        inference.classify_files(models.load_model(f"{trained}.pth", "cpu", "fp32"), files, stop_signal)
     out = capsys.readouterr().out
     assert f"8 of {len(files)} files classified in stopped/predictions-partial.tsv" in out and "accuracy" not in out
     assert len((folder / "stopped" / "predictions-partial.tsv").read_text().splitlines()) == 9
@@ -449,8 +390,8 @@ def test_classify_files_of_unknown_labels_and_such_as_cannot_be_read(folder, tra
     (folder / "odd" / "gone_1.bin").symlink_to("nowhere")
     done = classify(folder, trained, status=1, INPUT_FOLDER="odd")
     assert "3 of 4 files classified in output/predictions.tsv" in done.stdout
-    assert "the names of 1 of them carry a label that the model knows" in done.stdout
-    assert "1 could not be done:" in done.stdout and "odd/gone_1.bin: cannot read" in done.stdout
+    assert "the names of 1 of them have a label that the model knows" in done.stdout
+    assert "1 could not be done:" in done.stdout and "odd/gone_1.bin: No such file" in done.stdout
     assert [row[0] for row in read_predictions(folder)[1:]] == ["a\\tb\\n.bin", "low_1.bin", "low_2.txt"]
     done = classify(folder, trained, INPUT_FOLDER="odd", INPUT_EXT="txt")
     assert "1 of 1 files classified" in done.stdout and "carry a label" not in done.stdout and "longer" not in done.stdout

@@ -1,7 +1,6 @@
 """Files longer than the context: windows in training and evaluation, held-out ends, and runs on one large file."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -10,22 +9,22 @@ from conftest import TINY, one_message, options, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bgpt import files as listing
-from bgpt import examples as selection
-from bgpt import system
 import utils
-from bgpt import windows as windowing
+from bgpt import system, windows as windowing
+from bgpt.examples import hold_out, hold_out_parts, print_sets
+from bgpt.files import list_files
+from conftest import make_files
 
 
 def examples_of(sizes):
     """Returns Examples of files that need not exist, from {path: bytes}."""
-    return utils.Examples.of(listing.Files([os.fsencode(path) for path in sizes], list(sizes.values())))
+    return utils.Examples(make_files(sizes))
 
 
 def write_examples(folder, contents):
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-    return utils.Examples.of(listing.list_files([str(folder)], "TRAIN_FOLDERS"))
+    return utils.Examples(list_files([str(folder)], "TRAIN_FOLDERS"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,13 +98,13 @@ def test_a_window_holds_the_bytes_of_its_patches(tmp_path_factory, size, patch_s
     for windows in (evaluation, windowing.training_windows(examples, patch_size, patch_length, [seed])):
         found, times = np.full(size + 1, -1), np.zeros(size + 1, dtype=int)
         for index, window in windows.by_length():
-            patches, counted, context = windows.read_window(index, window)
+            patches, counted, context = windows.read(index, window)
             assert np.array_equal(patches, whole[window[0] : window[1]]) and len(counted) == len(patches)
             predicted = windows.predicted_symbols(index, window)
             found[predicted] = patches[context:].reshape(-1)[: max(predicted.stop - predicted.start, 0)]
             times[predicted] += 1
         assert (times == 1).all() and found.tolist() == [*content, utils.END]
-        batch = utils.Batch(windows.read(np.arange(len(windows))))
+        batch = utils.Batch(windows[i] for i in range(len(windows)))
         assert batch.lengths.tolist() == windows.lengths(np.arange(len(windows))).tolist()
         targets = batch.patches[:, 1:][batch.targets]  # (N, S)
         assert len(targets) == len(whole) - 1 and int((batch.counted[:, 1:][batch.targets]).sum()) == size + 1
@@ -114,11 +113,11 @@ def test_a_window_holds_the_bytes_of_its_patches(tmp_path_factory, size, patch_s
 def test_a_file_that_changes_is_named(tmp_path):
     windows = windowing.training_windows(write_examples(tmp_path, {"a.x": bytes(100)}), 4, 8, [0])
     (tmp_path / "a.x").write_bytes(bytes(101))
-    with pytest.raises(system.UserError, match="a.x' has another size than when it was listed"):
-        windows.read([0])
+    with pytest.raises(OSError, match="has 101 bytes now.*a.x"):
+        windows[0]
     (tmp_path / "a.x").unlink()
-    with pytest.raises(system.UserError, match="cannot read .*a.x': No such file"):
-        windows.read([0])
+    with pytest.raises(FileNotFoundError, match="a.x"):
+        windows[0]
 
 
 def test_windows_of_a_huge_file_take_no_memory():
@@ -134,50 +133,48 @@ def test_windows_of_a_huge_file_take_no_memory():
 
 
 def test_a_lone_file_gives_its_end(capsys):
-    train, held_out = selection.hold_out_parts(examples_of({"a.x": 100_000}), 0.05, 0, 10, 64)
+    train, held_out = hold_out_parts(examples_of({"a.x": 100_000}), 0.05, 0, 10, 64)
     [cut] = {last for _, last in train.spans(10)}
     assert train.spans(10).tolist() == [[0, cut]] and held_out.spans(10).tolist() == [[cut, 10_002]]
     assert 10_002 - cut == round(0.05 * 10_002)
-    assert "of a.x, the end is held out for evaluation, 5,000 bytes" in capsys.readouterr().out
+    assert "of a.x, the end is held out, 5,000 bytes" in capsys.readouterr().out
     with pytest.raises(system.UserError, match="add files"):  # published: only whole files
-        selection.hold_out_parts(examples_of({"a.x": 100_000}), 0.05, 0, 10, None)
+        hold_out_parts(examples_of({"a.x": 100_000}), 0.05, 0, 10, None)
     with pytest.raises(system.UserError, match="add files"):  # too short to be cut
-        selection.hold_out_parts(examples_of({"a.x": 100}), 0.05, 0, 10, 64)
+        hold_out_parts(examples_of({"a.x": 100}), 0.05, 0, 10, 64)
 
 
 def test_files_small_beside_the_rest_are_held_out_whole():
     sizes = {f"{i:03}.x": 2000 for i in range(300)}
-    train, held_out = selection.hold_out_parts(examples_of(sizes), 0.01, 0, 10, 64)
+    train, held_out = hold_out_parts(examples_of(sizes), 0.01, 0, 10, 64)
     assert len(train) == 297 and len(held_out) == 3 and not train.parts and not held_out.parts
-    whole = selection.hold_out(300, 0.01, 0)[1]
+    whole = hold_out(300, 0.01, 0)[1]
     assert held_out.indices[:, 0].tolist() == whole.tolist()  # as without windows
-    train, held_out = selection.hold_out_parts(examples_of({"big.x": 10**6, **sizes}), 0.01, 0, 10, 64)
+    train, held_out = hold_out_parts(examples_of({"big.x": 10**6, **sizes}), 0.01, 0, 10, 64)
     assert len(train) == 298 and len(held_out) == 4
     assert list(held_out.parts) == [3] and held_out[3] == ("big.x",) and ("big.x",) in list(train)
     assert train[next(iter(train.parts))] == ("big.x",)
-    train, held_out = selection.hold_out_parts(examples_of({"big.x": 10**6, "small.x": 10}), 0.01, 0, 10, 64)
+    train, held_out = hold_out_parts(examples_of({"big.x": 10**6, "small.x": 10}), 0.01, 0, 10, 64)
     assert len(train) == 2 and len(held_out) == 1 and held_out.parts
     few = {f"{i}.x": 700 for i in range(20)}  # 72 patches each, hardly longer than the context: their ends would be 2 patches
-    train, held_out = selection.hold_out_parts(examples_of(few), 0.01, 0, 10, 64)
+    train, held_out = hold_out_parts(examples_of(few), 0.01, 0, 10, 64)
     assert len(train) == 19 and len(held_out) == 1 and not held_out.parts
     few = {f"{i}.x": 10_000 for i in range(5)}  # a fifth of all each
-    train, held_out = selection.hold_out_parts(examples_of(few), 0.01, 0, 10, 64)
+    train, held_out = hold_out_parts(examples_of(few), 0.01, 0, 10, 64)
     assert len(train) == 5 and held_out.spans(10).tolist() == [[992, 1002]] * 5
 
 
-def test_what_of_long_files_is_seen_is_said(capsys):
+def test_the_share_of_long_files_that_is_seen_is_printed(capsys):
     examples = examples_of({"a.x": 6390, "b.x": 100})  # 641 and 12 patches
-    selection.print_long_files(examples, examples, 10, 64, cuts_windows=True)
-    selection.print_long_files(examples, examples, 10, 64, cuts_windows=False)
-    selection.print_long_files(examples, examples, 10, 641, cuts_windows=False)
-    assert capsys.readouterr().out.splitlines() == [
-        f"longer than PATCH_LENGTH (64 patches of 10 bytes): 1 of 2 {what}"
-        for what in (
-            "training files; an epoch sees all bytes, in windows",
-            "evaluation files; evaluation sees all bytes, in windows",
-            "training files; an epoch sees 11.64% of all bytes, a crop of each",
-            "evaluation files; evaluation sees 11.64% of all bytes, the head of each",
-        )
+    constants = {"TRAIN_FOLDERS": ["d"], "EVAL_FOLDERS": [], "PATCH_SIZE": 10}
+    for length, cuts_windows in ((64, True), (64, False), (641, False)):
+        print_sets(examples, examples, {**constants, "PATCH_LENGTH": length}, cuts_windows)
+    long = "2 files are longer than PATCH_LENGTH (64 patches of 10 bytes): "
+    assert [line.partition(" of ")[2].removeprefix(long) for line in capsys.readouterr().out.splitlines() if "PATCH_LENGTH" in line] == [
+        "an epoch sees all bytes, in windows",
+        "evaluation sees all bytes, in windows",
+        "an epoch sees 11.64% of all bytes, a crop of each",
+        "evaluation sees 11.64% of all bytes, the head of each",
     ]
 
 
@@ -209,21 +206,16 @@ def train(folder, **changes):
 
 def test_a_run_on_one_file(text_folder):
     out = train(text_folder)
-    assert "EVAL_FOLDERS holds none: of text.txt, the end is held out for evaluation, 300 bytes" in out
-    assert "1 of 1 training files; an epoch sees all bytes, in windows" in out
+    assert "EVAL_SPLIT: of text.txt, the end is held out, 300 bytes" in out
+    assert "an epoch sees all bytes, in windows" in out
     # 677 patches predicted, 15 in each window, the first of them shorter
     assert torch.load(text_folder / "weights-last.pth", weights_only=True)["lr_sched"]["last_epoch"] in (12, 13, 14)
     first, last = (float(line.split("eval_bits_per_byte")[1]) for line in (text_folder / "logs.txt").read_text().splitlines())
     assert last < first < 8.1
     message = one_message(run_script("train-gen.py", *options(**{**SETTINGS, "EVAL_SPLIT": 0.2}), cwd=text_folder))
-    assert "other parts of long files are taken; EVAL_SPLIT was 0.1 and is now 0.2" in message
-    assert "With --EVAL_SPLIT 0.1 the run goes on as before." in message
+    assert "EVAL_SPLIT was 0.1 and is now 0.2" in message
     out = train(text_folder, EVAL_SPLIT=0.2, NUM_EPOCHS=3, ALLOW_CHANGED_FILES=True)
-    assert "the run has trained on 1 of these 1, so their figures look better than they are" in out
-    text = text_folder / "train" / "text.txt"
-    text.write_bytes(text.read_bytes() + b"more")
-    message = one_message(run_script("train-gen.py", *options(**{**SETTINGS, "EVAL_SPLIT": 0.2}), cwd=text_folder))
-    assert "1 of another size (train/text.txt)" in message and "gone" not in message
+    assert "best score reset" in out
     message = one_message(run_script("train-gen.py", *options(**SETTINGS, LONG_FILES="crop", WEIGHTS_PATH="c.pth"), cwd=text_folder))
     assert "cannot hold out a part of 1" in message
 
@@ -239,10 +231,8 @@ def test_evaluation_covers_long_files_like_mode_evaluate(text_folder):
     assert figures["eval_loss"] == pytest.approx(found["nats_per_symbol"][0], rel=1e-5)
 
 
-def test_another_way_with_long_files_goes_on(text_folder):
-    """As with a checkpoint of an older version, which took crops."""
+def test_another_way_with_long_files_resumes(text_folder):
     train(text_folder, EVAL_FOLDERS=["eval"], LONG_FILES="crop", NUM_EPOCHS=1)
     out = train(text_folder, EVAL_FOLDERS=["eval"], NUM_EPOCHS=2)
     assert "LONG_FILES was 'crop' and is now 'windows'" in out
-    assert "LONG_FILES has changed, and with it what evaluation covers: the next epoch counts as the best so far" in out
-    assert "best: epoch 2" in out
+    assert "best score reset" in out and "best: epoch 2" in out

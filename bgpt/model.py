@@ -1,0 +1,205 @@
+"""A trained model as an object: `bgpt.load(path)` returns a Generator or a Classifier. inference.py works with the same."""
+
+import copy
+import functools
+import math
+import os
+import tempfile
+
+import numpy as np
+import torch
+
+import utils
+from bgpt import checkpoint, distributed, evaluation, generation
+from bgpt.examples import split_conversion_mode
+from bgpt.files import Files
+from bgpt.system import UserError, first_names
+from bgpt.windows import evaluation_windows
+
+
+def load_model(path, device=None, precision="auto", name="path"):
+    """Returns the Generator or Classifier of a checkpoint, see `bgpt.load`; `name` is the constant with the path."""
+    net, found = checkpoint.load_model(path, name)
+    device = distributed.pick_device() if device is None else torch.device(device)
+    kind = Classifier if isinstance(net, utils.bGPTForClassification) else Generator
+    return kind(net.to(device).eval(), found, distributed.pick_dtype(precision, device), f"{name}: {path!r}")
+
+
+def _listed(content):
+    """Returns (list of contents, whether it was a list)."""
+    return (list(content), True) if isinstance(content, (list, tuple)) else ([content], False)
+
+
+class Generator:
+    """A generative model. Where a method takes a content (bytes), it also takes a list, and returns a list.
+
+    Attributes:
+        net: the bGPTLMHeadModel, in eval mode, its weights in float32.
+        dtype: torch.dtype to compute in.
+        extensions: those of the training files; None if the checkpoint does not tell.
+        conversion_mode: CONVERSION_MODE of the training; False if the checkpoint does not tell.
+    """
+
+    def __init__(self, net, found, dtype=torch.float32, where=""):
+        settings = found.get("config")
+        self.net, self.dtype, self.where, self.extensions = net, dtype, where, found.get("extensions")
+        self.conversion_mode = settings.get("CONVERSION_MODE") if isinstance(settings, dict) else False
+
+    @property
+    def num_symbols(self):
+        """The most symbols of a sequence, extension patch included."""
+        return self.net.patch_size * self.net.patch_length
+
+    @functools.cached_property
+    def cast(self):
+        """The net with its weights in `dtype`, as generation uses it."""
+        return self.net if self.dtype == torch.float32 else copy.deepcopy(self.net).to(self.dtype)
+
+    # ---- prompts ---------------------------------------------------------------------------------------------------
+
+    def extension_patch(self, extension):
+        """Returns the extension patch, int16 (S,): in lower case, unless a training file had this very spelling."""
+        extension = extension if extension in (self.extensions or ()) else extension.lower()
+        return utils.extension_patch(extension, self.net.patch_size)
+
+    def completion_prompt(self, content, extension):
+        """Returns the symbols [ext] content, int16 (n,); the content may end within a patch."""
+        return np.concatenate((self.extension_patch(extension), np.frombuffer(content, np.uint8).astype(np.int16)))
+
+    def conversion_prompt(self, content, source, target):
+        """Returns the symbols [abc] content [mid], int16 (n,)."""
+        patches = utils.to_patches(content, "", self.net.patch_size)[1:-1].reshape(-1)
+        return np.concatenate((self.extension_patch(source), patches, self.extension_patch(target)))
+
+    def check_conversion(self, source, target):
+        """Raises UserError if no training file had one of the extensions; prints a note if the model was not trained on this."""
+        for name, extension in (("INPUT_EXT", source), ("TARGET_EXT", target)):
+            if self.extensions is not None and not {extension, extension.lower()} & set(self.extensions):
+                known = first_names(each or "(none)" for each in self.extensions)
+                raise UserError(f"{name} is {extension!r}, but {self.where} was trained on no such file; its extensions: {known}")
+        mode = self.conversion_mode
+        if mode is False:
+            print(f"note: {self.where} does not tell its training data, so it may not have learned {source} -> {target}")
+        elif mode is None:
+            print(f"note: {self.where} was trained on plain files, without CONVERSION_MODE: it has never converted anything")
+        else:
+            first, second, both = split_conversion_mode(mode)
+            if (source.lower(), target.lower()) not in [(first, second)] + [(second, first)] * both:
+                print(f"note: {self.where} was trained with CONVERSION_MODE {mode!r}, never {source} -> {target}")
+
+    # ---- generation ------------------------------------------------------------------------------------------------
+
+    def generate(self, ext, count=1, *, top_k=0, top_p=1.0, temperature=1.0, seed=0, batch_size=32):
+        """Returns `count` new files of an extension, a list of bytes; the sampling is that of config.py, see TOP_K."""
+        prompts = [(self.extension_patch(ext), [seed, i]) for i in range(1, count + 1)]  # as inference.py seeds them
+        return self._continue(prompts, generation.Sampling(top_k, top_p, temperature), batch_size)
+
+    def complete(self, content, ext, *, top_k=0, top_p=1.0, temperature=1.0, seed=0, batch_size=32):
+        """Returns content and its continuation, bytes. Raises ValueError if no room is left in PATCH_LENGTH."""
+        contents, is_list = _listed(content)
+        prompts = [(self.completion_prompt(each, ext), [seed, i]) for i, each in enumerate(contents)]
+        written = self._continue(prompts, generation.Sampling(top_k, top_p, temperature), batch_size)
+        results = [each + rest for each, rest in zip(contents, written)]
+        return results if is_list else results[0]
+
+    def convert(self, content, source, target, *, top_k=0, top_p=1.0, temperature=1.0, seed=0, batch_size=32):
+        """Returns the conversion of a file from extension `source` to `target`, bytes. Raises ValueError as `complete`."""
+        self.check_conversion(source, target)
+        contents, is_list = _listed(content)
+        prompts = [(self.conversion_prompt(each, source, target), [seed, i]) for i, each in enumerate(contents)]
+        results = self._continue(prompts, generation.Sampling(top_k, top_p, temperature), batch_size)
+        return results if is_list else results[0]
+
+    def _continue(self, prompts, sampling, batch_size):
+        for symbols, _ in prompts:
+            if len(symbols) >= self.num_symbols:
+                raise ValueError(f"no room is left: {len(symbols)} of the model's {self.num_symbols} symbols are given")
+        prompts = [generation.Prompt(key, symbols, stream) for key, (symbols, stream) in enumerate(prompts)]
+        done = generation.generate(self.cast, prompts, min(batch_size, len(prompts)), sampling)
+        done = {each.key: utils.to_content(each.symbols) for each in done}
+        return [done[key] for key in range(len(prompts))]
+
+    # ---- scores ----------------------------------------------------------------------------------------------------
+
+    def bits_per_byte(self, content, ext, *, batch_size=32):
+        """Returns the model's bits per byte of a content, its end included; NaN for an empty one. Long ones go in windows."""
+        contents, is_list = _listed(content)
+        results = []
+        for each in contents:
+            files = Files([f"content.{ext}"], np.array([len(each)]), np.zeros(1, np.int64), [""])
+            windows = evaluation_windows(utils.Examples(files), self.net.patch_size, self.net.patch_length)
+            patches = utils.to_patches(each, "", self.net.patch_size)
+            patches[0] = self.extension_patch(ext)
+            counted = np.zeros(patches.shape, dtype=bool)
+            counted.reshape(-1)[self.net.patch_size : self.net.patch_size + len(each) + 1] = True
+            spans, nats = windows.of(0), 0.0
+            for start in range(0, len(spans), batch_size):
+                chosen = [(patches[i:j], counted[i:j], k - i) for i, j, k in spans[start : start + batch_size]]
+                for (_, mask, context), (costs, *_) in zip(chosen, evaluation.predict(self.net, chosen, self.dtype)):
+                    nats += float(costs[mask[context:]].sum(dtype=np.float64))
+            results.append(nats / math.log(2) / len(each) if len(each) else math.nan)
+        return results if is_list else results[0]
+
+    # ---- compression -----------------------------------------------------------------------------------------------
+
+    def compress(self, content, ext, *, batch_size=32):
+        """Returns a content as a container, see `bgpt.lossless`; `decompress` on the same kind of machine returns it."""
+        return self._code("compress", content, f".{ext}", batch_size)
+
+    def decompress(self, container, ext, *, batch_size=32):
+        """Returns the content of a container. Raises ValueError if it is damaged, or of another model or machine."""
+        from bgpt.lossless import SUFFIX
+
+        return self._code("decompress", container, f".{ext}{SUFFIX}", batch_size)
+
+    def _code(self, how, content, ending, batch_size):
+        from bgpt import lossless  # needs constriction, which nothing else does
+
+        contents, is_list = _listed(content)
+        coder = lossless.Coder(self.net if self.net.device.type == "cpu" else copy.deepcopy(self.net).cpu(), batch_size)
+        failed, done = [], {}
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [os.path.join(folder, f"{i}{ending}") for i in range(len(contents))]
+            for path, each in zip(paths, contents):
+                with open(path, "wb") as file:
+                    file.write(each)
+            if how == "compress":
+                done = {path: container for path, _, container in lossless.compress(coder, paths, True, lambda n: None, failed)}
+            else:
+                done = {path: found for path, found, _ in lossless.decompress(coder, paths, lambda n: None, failed)}
+        if failed:
+            raise ValueError(failed[0][1])
+        results = [done[path] for path in paths]
+        return results if is_list else results[0]
+
+
+class Classifier:
+    """A classifier.
+
+    Attributes:
+        net: the bGPTForClassification, in eval mode.
+        dtype: torch.dtype to compute in.
+        labels: list of str, by index.
+        label_mode: LABELS of its training.
+    """
+
+    def __init__(self, net, found, dtype=torch.float32, where=""):
+        self.net, self.dtype = net, dtype
+        self.labels, self.label_mode = checkpoint.label_list(found, where), checkpoint.label_mode(found)
+
+    def classify(self, content, ext):
+        """Returns {label: probability} of a content (bytes), the likeliest first; of a list, a list. Long ones: their heads."""
+        contents, is_list = _listed(content)
+        patches = [utils.to_patches(each, ext, self.net.patch_size)[: self.net.patch_length] for each in contents]
+        probabilities = self.probabilities(utils.Batch((each, each != utils.END, 1) for each in patches))
+        results = []
+        for row in probabilities.tolist():
+            results.append(dict(sorted(zip(self.labels, row), key=lambda item: -item[1])))
+        return results if is_list else results[0]
+
+    @torch.inference_mode()
+    def probabilities(self, batch):
+        """Returns float64 (B, labels) on the CPU for a `utils.Batch`."""
+        with distributed.autocast(self.net.device, self.dtype):
+            logits = self.net(batch.patches_on(self.net.device), batch.masks)
+        return logits.double().softmax(-1).cpu()
