@@ -9,11 +9,11 @@ something.
 """
 
 import argparse
-import itertools
 import os
 import platform
 import random
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -25,9 +25,9 @@ import zstandard
 from bgpt import checkpoint
 from bgpt import distributed as devices
 from bgpt import evaluation
-from bgpt import files as listing
 from bgpt import lossless
 from bgpt import system
+from bgpt.files import extension_of, list_files
 import utils
 
 COMPRESSORS = evaluation.COMPRESSORS | {
@@ -36,30 +36,29 @@ COMPRESSORS = evaluation.COMPRESSORS | {
 }
 
 
-def run(coder, stretches):
-    """Returns the seconds that a Coder takes for stretches."""
-    start = time.perf_counter()
-    assert len(list(coder.run(stretches, lambda count: None))) == len(stretches)
-    return time.perf_counter() - start
-
-
-def time_coder(options, paths, contents):
-    """Codes and decodes the contents of files, prints how fast that was, and returns the containers' bytes."""
+def time_coder(options, contents):
+    """Compresses and decompresses {path: content}, prints how fast that was, and returns the containers' bytes."""
     devices.tune_memory()
     torch.manual_seed(0)
     model = checkpoint.load_model(options.weights)[0] if options.weights else utils.ModelSizes(*options.sizes).build()
-    coder, extensions, encodings = lossless.Coder(model.eval(), options.batch), list(map(listing.extension_of, paths)), []
-    for content, extension in zip(contents, extensions):
-        starts = range(0, max(len(content), 1), lossless.STRETCH)
-        encodings.append([lossless.Encoding(None, extension, content[i : i + lossless.STRETCH]) for i in starts])
-    stretches = list(itertools.chain(*encodings))
-    seconds = [run(coder, stretches)]
-    decodings = [lossless.Decoding(None, each.extension, each.size, each.words()) for each in stretches]
-    seconds.append(run(coder, decodings))
-    assert [each.content for each in decodings] == [each.content for each in stretches]
-    codes = [[each.words() for each in parts] for parts in encodings]
-    containers = [lossless.pack(content, extension, coder, code) for content, extension, code in zip(contents, extensions, codes)]
-    total, stored = sum(map(len, contents)), sum(container[0] == lossless.STORED for container in containers)
+    coder, seconds = lossless.Coder(model.eval(), options.batch), []
+    with tempfile.TemporaryDirectory() as folder:
+        # in files of their own, since --bytes may cut them; numbered, since names may come twice
+        names = [f"{i}.{extension_of(path)}".rstrip(".") for i, path in enumerate(contents)]
+        files = {os.path.join(folder, name): content for name, content in zip(names, contents.values())}
+        for code in (lambda *arguments: lossless.compress(coder, files, False, *arguments),
+                     lambda *arguments: lossless.decompress(coder, files, *arguments)):  # fmt: skip
+            for path, content in files.items():
+                with open(path, "wb") as file:
+                    file.write(content)
+            failed, start = [], time.perf_counter()
+            done = list(code(lambda count: None, failed))
+            seconds.append(time.perf_counter() - start)
+            assert not failed
+            files = {path + lossless.SUFFIX: container for path, _, container in done}
+    assert sorted(content for _, content, _ in done) == sorted(contents.values())
+    containers = [container for _, _, container in done]
+    total, stored = sum(map(len, contents.values())), sum(container[0] == lossless.STORED for container in containers)
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; float32, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters, batches of {options.batch}; {len(contents)} files, "
@@ -79,21 +78,21 @@ def main():
     parser.add_argument("--bytes", type=int, default=None, help="of each file, at most")
     parser.add_argument("--batch", type=int, default=32, help="INFERENCE_BATCH_SIZE")
     options = parser.parse_args()
-    paths = list(listing.list_files([options.folder], "--folder"))
+    paths = list(list_files([options.folder], "--folder"))
     if options.files:
         paths = random.Random(0).sample(paths, min(options.files, len(paths)))
-    contents = []
+    contents = {}
     for path in paths:
         with open(path, "rb") as file:
-            contents.append(file.read(options.bytes))
-    total = sum(map(len, contents))
+            contents[path] = file.read(options.bytes)
+    total = sum(map(len, contents.values()))
     if not total:
         raise system.UserError(f"--folder: {options.folder!r} holds no bytes to compress")
-    sizes = {name: sum(len(compress(content)) for content in contents) for name, compress in COMPRESSORS.items()}
+    sizes = {name: sum(len(compress(content)) for content in contents.values()) for name, compress in COMPRESSORS.items()}
     if options.others:
         print(f"{len(contents)} files, {total:,} bytes")
     else:
-        sizes = {"container": time_coder(options, paths, contents)} | sizes
+        sizes = {"container": time_coder(options, contents)} | sizes
     print("bits per byte: " + ", ".join(f"{name} {8 * size / total:.3f}" for name, size in sizes.items()))
 
 

@@ -5,8 +5,7 @@
     python benchmarks/bench_generate.py --size small --against FOLDER [--weights weights.pth] [--extension abc] [--samples 1 12 64]
 
 With --against, whole generations take turns with those of another commit, whose worktree FOLDER is: `git worktree add FOLDER
-COMMIT`. Both draw the same random numbers, with TOP_P 0.9, and the bytes that they write are compared too. How fast a few
-samples are written hangs on how well the model guesses, which random weights do very well: give a trained model's --weights.
+COMMIT`. Both draw the same random numbers, with TOP_P 0.9, and the bytes that they write are compared too.
 
 One step writes one patch of S = 16 bytes for each sample: one step of the patch-level decoder, and 16 of the byte-level
 one. At paper size (12 + 3 layers, D = 768), with C patches before it, a step of one sample takes
@@ -112,7 +111,7 @@ def write_plainly(model, prefix):
 def filled_writer(model, batch_size):
     """Returns a PatchWriter whose rows hold full contexts of random symbols, keys and values."""
     writer = generation.PatchWriter(model, batch_size, generation.Sampling())
-    writer.patch_cache.held.normal_()
+    writer.patch_cache.kv.normal_()
     writer.newest.random_(256)
     writer.uniforms.uniform_()
     return writer
@@ -121,7 +120,7 @@ def filled_writer(model, batch_size):
 @torch.inference_mode()
 def step(writer, samples, context):
     writer.positions[:samples] = context - 1
-    writer.step(samples, context)
+    writer.write(samples, context)
 
 
 def measure_rate(args, device):
@@ -242,10 +241,10 @@ def serve(folder, sizes, weights, extension, pipe):
     sys.path.insert(0, folder)
     import utils
 
-    if os.path.exists(os.path.join(folder, "generation.py")):
+    if os.path.exists(os.path.join(folder, "bgpt")):
         from bgpt import generation
     else:
-        generation = utils  # as in 710d7f7
+        import generation  # as in 0609c34
     torch.manual_seed(0)
     model = utils.ModelSizes(**sizes).build().eval()
     if weights is not None:

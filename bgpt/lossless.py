@@ -317,6 +317,7 @@ def _run(coder, files, code, progress, failed):
     """
     paths, waiting = iter(files), collections.deque()  # waiting: stretches to code
     jobs = {}  # stretch -> (path, its generator, set of the stretches that it waits for)
+    coder.rows.clear()  # of a run that was stopped
 
     def resume(path, coding):
         """Continues a file up to its next stretches; yields its result if there are none."""
@@ -333,8 +334,8 @@ def _run(coder, files, code, progress, failed):
     while True:
         while len(coder.rows) + len(waiting) < coder.batch_size and (path := next(paths, None)) is not None:
             yield from resume(path, code(path))
-        num_free = coder.batch_size - len(coder.rows)
-        coder.admit([waiting.popleft().next_prompt(coder.size, coder.length) for _ in range(min(num_free, len(waiting)))])
+        count = min(len(waiting), coder.batch_size - len(coder.rows))
+        coder.admit([waiting.popleft().next_prompt(coder.size, coder.length) for _ in range(count)])
         if not coder.rows:
             return
         num_coded, ended = coder.num_coded, coder.step()

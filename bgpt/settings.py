@@ -8,117 +8,84 @@ import re
 
 from bgpt.system import UserError, check_checkpoint, check_folders, torchrun_rank
 
-_ANY = (lambda v: True), ""
-_PATH = (lambda v: v != ""), "a path"
-_EXTENSION = (lambda v: v is None or not re.search(r"[./\\\0]", v)), "an extension without dots or slashes, for example mid"
-
-
-def _at_least(low):
-    return (lambda v: v >= low), f"{low} or more"
-
-
-def _one_of(*words):
-    return (lambda v: v in words), "one of " + ", ".join(words)
-
-
-_LABELS = {list: "a list of texts", str: "text", int: "a whole number", float: "a number", bool: "True or False"}
-
-# {constant: (type, (test of a value, legal values in words))}. "?" after a name: None is legal, too.
-TRAINING = {
-    "TRAIN_FOLDERS": (list, ((lambda v: v and all(v)), "one folder or more")),
-    "EVAL_FOLDERS": (list, (all, "folders, or []")),
-    "EVAL_SPLIT": (float, ((lambda v: 0 < v < 1), "between 0 and 1")),
-    "PRE_WEIGHTS_PATH": (str, _PATH),
-    "WEIGHTS_PATH": (str, _PATH),
-    "LOGS_PATH": (str, _PATH),
-    "PATCH_SIZE": (int, _at_least(1)),
-    "PATCH_LENGTH": (int, _at_least(3)),
-    "BYTE_NUM_LAYERS": (int, _at_least(1)),
-    "PATCH_NUM_LAYERS": (int, _at_least(1)),
-    "HIDDEN_SIZE": (int, ((lambda v: v >= 64 and v % 64 == 0), "a multiple of 64")),
-    "NUM_EPOCHS": (int, _at_least(1)),
-    "LEARNING_RATE": (float, ((lambda v: v > 0), "above 0")),
-    "LR_SCHEDULE": (str, _one_of("cosine", "constant")),
-    "BATCH_SIZE": (int, _at_least(1)),
-    "ACCUMULATION_STEPS": (int, _at_least(1)),
-    "SAVE_MINUTES": (float, _at_least(0)),
-    "PATCH_SAMPLING_BATCH_SIZE": (int, _at_least(0)),
-    "EMBEDDING_START": (str, _one_of("published", "smooth")),
-    "MAX_GRAD_NORM": (float, _at_least(0)),
-    "DROPOUT": (float, ((lambda v: 0 <= v < 1), "from 0 to below 1")),
-    "PRECISION": (str, _one_of("auto", "fp32", "bf16", "fp16")),
-    "COMPILE": (bool, _ANY),
-    "LONG_FILES": (str, _one_of("windows", "crop")),
-    "NUM_WORKERS": (int, _at_least(0)),
-    "SEED": (int, ((lambda v: 0 <= v < 2**63), "from 0 to 2**63 - 1")),
-    "LOAD_FROM_CHECKPOINT": (bool, _ANY),
-    "ALLOW_CHANGED_FILES": (bool, _ANY),
-    "LOAD_FROM_PRE_CHECKPOINT": (bool, _ANY),
-    "CONVERSION_MODE?": (
-        str,
-        (
-            (lambda v: v is None or re.fullmatch(r"(?i)([^.&>/\\\s-]+)(->|&)(?!\1$)[^.&>/\\\s-]+", v)),
-            'None, or two different extensions: "abc->mid" (one direction) or "abc&mid" (both)',
-        ),
-    ),
-    "LABELS": (str, _one_of("name", "prefix", "folder")),
-    "WANDB_LOG": (bool, _ANY),
+# fmt: off
+_TYPES = {
+    list: "TRAIN_FOLDERS EVAL_FOLDERS",
+    str: "PRE_WEIGHTS_PATH WEIGHTS_PATH LOGS_PATH LR_SCHEDULE EMBEDDING_START PRECISION LONG_FILES CONVERSION_MODE LABELS "
+         "INFERENCE_WEIGHTS_PATH INPUT_EXT TARGET_EXT INPUT_FOLDER OUTPUT_FOLDER MODE",
+    int: "PATCH_SIZE PATCH_LENGTH BYTE_NUM_LAYERS PATCH_NUM_LAYERS HIDDEN_SIZE NUM_EPOCHS BATCH_SIZE ACCUMULATION_STEPS "
+         "PATCH_SAMPLING_BATCH_SIZE NUM_WORKERS SEED NUM_SAMPLES PROMPT_BYTES NUM_CANDIDATES INFERENCE_BATCH_SIZE TOP_K",
+    float: "EVAL_SPLIT LEARNING_RATE SAVE_MINUTES MAX_GRAD_NORM DROPOUT TOP_P TEMPERATURE",
+    bool: "COMPILE LOAD_FROM_CHECKPOINT ALLOW_CHANGED_FILES LOAD_FROM_PRE_CHECKPOINT WANDB_LOG VERIFY",
 }
-INFERENCE = {
-    "INFERENCE_WEIGHTS_PATH": (str, _PATH),
-    "INPUT_EXT?": (str, _EXTENSION),
-    "TARGET_EXT": (str, _EXTENSION),
-    "INPUT_FOLDER": (str, _PATH),
-    "OUTPUT_FOLDER": (str, _PATH),
-    "MODE": (str, _one_of("generate", "convert", "complete", "classify", "evaluate", "compress", "decompress")),
-    "NUM_SAMPLES": (int, _at_least(1)),
-    "PROMPT_BYTES": (int, _at_least(0)),
-    "NUM_CANDIDATES": (int, _at_least(1)),
-    "INFERENCE_BATCH_SIZE": (int, _at_least(1)),
-    "VERIFY": (bool, _ANY),
-    "TOP_K": (int, ((lambda v: 0 <= v <= 257), "from 0 (all) to 257")),
-    "TOP_P": (float, ((lambda v: 0 < v <= 1), "above 0 and at most 1")),
-    "TEMPERATURE": (float, _at_least(0)),
-}
-_OPTIONAL = {name.rstrip("?") for name in {**TRAINING, **INFERENCE} if name.endswith("?")}
-CONSTANTS = {name.rstrip("?"): rule for name, rule in {**TRAINING, **INFERENCE}.items()}
+CONSTANTS = {name: kind for kind, names in _TYPES.items() for name in names.split()}
+_INFERENCE = set("INFERENCE_WEIGHTS_PATH INPUT_EXT TARGET_EXT INPUT_FOLDER OUTPUT_FOLDER MODE NUM_SAMPLES PROMPT_BYTES "
+                 "NUM_CANDIDATES INFERENCE_BATCH_SIZE VERIFY TOP_K TOP_P TEMPERATURE".split())  # only inference.py reads these
+_OPTIONAL = {"CONVERSION_MODE", "INPUT_EXT"}  # may be None
+_KINDS = {list: "a list of texts", str: "text", int: "a whole number", float: "a number", bool: "True or False"}
 
-# {constant of the published code's later config: what replaces it here}
+_AT_LEAST = {
+    3: "PATCH_LENGTH",
+    1: "PATCH_SIZE BYTE_NUM_LAYERS PATCH_NUM_LAYERS NUM_EPOCHS BATCH_SIZE ACCUMULATION_STEPS NUM_SAMPLES NUM_CANDIDATES "
+       "INFERENCE_BATCH_SIZE",
+    0: "PATCH_SAMPLING_BATCH_SIZE SAVE_MINUTES MAX_GRAD_NORM NUM_WORKERS PROMPT_BYTES TEMPERATURE",
+}
+_ONE_OF = {
+    "LR_SCHEDULE": "cosine constant",
+    "EMBEDDING_START": "published smooth",
+    "PRECISION": "auto fp32 bf16 fp16",
+    "LONG_FILES": "windows crop",
+    "LABELS": "name prefix folder",
+    "MODE": "generate convert complete classify evaluate compress decompress",
+}
+# fmt: on
+_MODE = r"(?i)([^.&>/\\\s-]+)(->|&)(?!\1$)[^.&>/\\\s-]+"
+_RULES = {  # {constant: (test of a value, legal values in words)}
+    **{name: ((lambda v, low=low: v >= low), f"{low} or more") for low, names in _AT_LEAST.items() for name in names.split()},
+    **{name: ((lambda v, w=words: v in w.split()), "one of " + words.replace(" ", ", ")) for name, words in _ONE_OF.items()},
+    **{name: (bool, "a path") for name in CONSTANTS if name.endswith(("_PATH", "_FOLDER"))},
+    **{name: ((lambda v: not re.search(r"[./\\\0]", v)), "an extension without dots or slashes") for name in ("INPUT_EXT", "TARGET_EXT")},
+    "TRAIN_FOLDERS": ((lambda v: v and all(v)), "one folder or more"),
+    "EVAL_FOLDERS": (all, "folders, or []"),
+    "EVAL_SPLIT": ((lambda v: 0 < v < 1), "between 0 and 1"),
+    "HIDDEN_SIZE": ((lambda v: v >= 64 and v % 64 == 0), "a multiple of 64"),
+    "LEARNING_RATE": ((lambda v: v > 0), "above 0"),
+    "DROPOUT": ((lambda v: 0 <= v < 1), "from 0 to below 1"),
+    "SEED": ((lambda v: 0 <= v < 2**63), "from 0 to 2**63 - 1"),
+    "CONVERSION_MODE": ((lambda v: re.fullmatch(_MODE, v)), 'None, or two different extensions: "abc->mid", or "abc&mid" for both ways'),
+    "TOP_K": ((lambda v: 0 <= v <= 257), "from 0 (all) to 257"),
+    "TOP_P": ((lambda v: 0 < v <= 1), "above 0 and at most 1"),
+}
+
+# {constant of the published code's later config: its name here}
 PUBLISHED_NAMES = {
     "PRETRAINED_PATH": "PRE_WEIGHTS_PATH",
     "LOAD_FROM_PRETRAINED": "LOAD_FROM_PRE_CHECKPOINT",
     "INFERENCE_MODE": "MODE",
-    "DETERMINISTIC": "SEED: every run is reproducible",
-    "SHOW_WARNS": "nothing: warnings are always shown",
+    "DETERMINISTIC": "SEED, which makes every run reproducible",
+    "SHOW_WARNS": "gone, since warnings are always shown",
 }
 
-_overridden = {}  # {constant: its value in config.py}, in a notebook to be restored for the next script
+_overridden = {}  # {constant: its value in config.py}, to be restored for the next script of a notebook
 
 
 def as_dict(config, training_only=False):
-    """Returns {constant: current value} of the module config, plain types.
-
-    Args:
-        training_only: leave out the constants that only inference.py reads.
-    """
-    names = [name.rstrip("?") for name in TRAINING] if training_only else CONSTANTS
-    return {name: getattr(config, name) for name in names}
+    """Returns {constant: current value} of the module config; `training_only`: without those of inference.py."""
+    return {name: getattr(config, name) for name in CONSTANTS if not (training_only and name in _INFERENCE)}
 
 
 def check(values):
-    """Checks a dict of all constants. Raises UserError with the first one that is illegal, its value and the legal ones."""
-    for name, (kind, (is_legal, words)) in CONSTANTS.items():
-        value = values[name]
-        if value is None and name in _OPTIONAL:
+    """Raises UserError with the first of all constants that is illegal, its value and the legal ones."""
+    for name, kind in CONSTANTS.items():
+        value, is_optional = values[name], name in _OPTIONAL
+        if value is None and is_optional:
             continue
         if not _has_type(value, kind):
-            raise UserError(f"{name} is {value!r}, but must be {_LABELS[kind]}" + " or None" * (name in _OPTIONAL))
-        if not is_legal(value):
-            raise UserError(f"{name} is {value!r}, but must be {words}")
+            raise UserError(f"{name} is {value!r}, but must be {_KINDS[kind]}" + " or None" * is_optional)
+        if name in _RULES and not _RULES[name][0](value):
+            raise UserError(f"{name} is {value!r}, but must be {_RULES[name][1]}")
     if values["BATCH_SIZE"] % values["ACCUMULATION_STEPS"]:
-        raise UserError(
-            f"BATCH_SIZE is {values['BATCH_SIZE']}, but must be a multiple of ACCUMULATION_STEPS, {values['ACCUMULATION_STEPS']}"
-        )
+        raise UserError("BATCH_SIZE is {BATCH_SIZE}, but must be a multiple of ACCUMULATION_STEPS, {ACCUMULATION_STEPS}".format(**values))
 
 
 def override(config, argv=None):
@@ -136,21 +103,17 @@ def override(config, argv=None):
     """
     vars(config).update(_overridden)
     _overridden.clear()
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         usage="%(prog)s [--NAME VALUE ...]",
         description="Settings are the constants of config.py; each can be overridden here for one run.",
         allow_abbrev=False,
     )
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     comments = _comments(config.__file__)
-    for name, (kind, _) in CONSTANTS.items():
-        now = f"Now: {getattr(config, name, 'missing')!r}"
-        parser.add_argument(
-            f"--{name}",
-            nargs="*" if kind is list else None,
-            default=argparse.SUPPRESS,
-            metavar="VALUE",
-            help=f"{comments.get(name, '')} {now}".replace("%", "%%"),
-        )
+    for name, kind in CONSTANTS.items():
+        text = f"{comments.get(name, '')} Now: {getattr(config, name, 'missing')!r}".replace("%", "%%")
+        count = "*" if kind is list else None
+        parser.add_argument(f"--{name}", nargs=count, default=argparse.SUPPRESS, metavar="VALUE", help=text)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         option = unknown[0].split("=")[0]
@@ -161,13 +124,12 @@ def override(config, argv=None):
             parser.error(f"config.py: unknown constant {name}{hint}")
     if missing := [name for name in CONSTANTS if not hasattr(config, name)]:
         parser.error(f"config.py: {', '.join(missing)} is missing")
-    values = as_dict(config)
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in as_dict(config).items()}
     for name, words in vars(given).items():
         try:
-            values[name] = _parse(words, CONSTANTS[name][0], name in _OPTIONAL)
+            values[name] = _parse(words, CONSTANTS[name], name in _OPTIONAL)
         except (ValueError, KeyError):
-            parser.error(f"{name} is {words!r}, but must be {_LABELS[CONSTANTS[name][0]]}")
+            parser.error(f"{name} is {words!r}, but must be {_KINDS[CONSTANTS[name]]}")
     try:
         check(values)
     except UserError as error:
@@ -197,12 +159,8 @@ def check_training_paths(values):
         check_checkpoint(values["PRE_WEIGHTS_PATH"], "PRE_WEIGHTS_PATH")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def _hint(name, dashes=""):
+    """Returns the constant that an unknown name may stand for, as the end of a message."""
     if name in PUBLISHED_NAMES:
         return f"; here it is {dashes * (PUBLISHED_NAMES[name] in CONSTANTS)}{PUBLISHED_NAMES[name]}"
     near = difflib.get_close_matches(name, CONSTANTS, n=1, cutoff=0.8)
@@ -222,9 +180,7 @@ def _parse(words, kind, is_optional):
     if kind is list:
         return [] if words == ["None"] else words
     if words == "None":
-        if is_optional:
-            return None
-        raise ValueError("None is for optional constants")
+        return None if is_optional else float("None")  # a ValueError
     return {"true": True, "false": False}[words.lower()] if kind is bool else kind(words)
 
 

@@ -9,15 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, as_batch, fill_by_recipe, options, run_script
-from test_inference import GREEDY, continue_all, ragged_prompts
+from test_generation import GREEDY, continue_all, ragged_prompts
 from test_training_runs import SETTINGS, assert_same_end, folder, stop, train  # noqa: F401 - `folder` is a fixture
 from torch.nn.attention import SDPBackend
 
-from bgpt import attention
-from bgpt import checkpoint
-from bgpt import distributed as devices
-from bgpt import generation
 import utils
+from bgpt import checkpoint, distributed, generation
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -63,7 +60,7 @@ def test_losses_and_gradients():
 
 def test_new_shapes_need_no_preparation():
     """cuDNN's attention, which PyTorch prefers on an H100, makes a plan for each new shape of a batch."""
-    devices.pick_device()
+    distributed.pick_device()
     queries = torch.zeros(3, 2, 17, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     choice = torch._fused_sdp_choice(queries, queries, queries, is_causal=True)
     assert choice != SDPBackend.CUDNN_ATTENTION.value
@@ -75,7 +72,7 @@ def test_attention_of_very_many_sequences(dtype):
     qkv = torch.randn(70_000, 2, 3, 1, 64, device="cuda", dtype=dtype).requires_grad_()
     gradients = []
     for last in (len(qkv), 1000):  # each sequence by itself: the first thousand are as if there were no others
-        attention.attend(qkv[:last])[:1000].float().square().sum().backward()
+        utils.attend(qkv[:last])[:1000].float().square().sum().backward()
         gradients.append(qkv.grad[:1000].clone())
         qkv.grad = None
     torch.testing.assert_close(gradients[0], gradients[1])
@@ -128,7 +125,7 @@ def test_bf16_generation_writes_what_float32_does():
     for dtype in (torch.float32, torch.bfloat16):
         writer = generation.PatchWriter(model.to(dtype), 1, GREEDY)
         with torch.inference_mode():
-            writer.admit([0], [prompt])
+            writer.admit([prompt])
             outputs.append(writer.step_patch_level(1, 16).float())
     error = (outputs[0] - outputs[1]).norm() / outputs[0].norm()
     assert 0 < error < 0.03
@@ -156,7 +153,7 @@ def test_half_precisions_learn(folder, precision):  # noqa: F811
 
 
 def test_resume_bit_for_bit_and_back_to_the_cpu(folder):  # noqa: F811
-    """A run with dropout that is stopped twice, against one that is not; it then goes on on the CPU, and on the GPU again."""
+    """A run with dropout that is stopped twice, against one that is not; it then resumes on the CPU, and on the GPU again."""
     settings = {"DROPOUT": 0.1, "NUM_EPOCHS": 12}
     train(folder, "whole", **settings)
     for after in (0.05, 0.3):
@@ -173,7 +170,7 @@ def test_resume_bit_for_bit_and_back_to_the_cpu(folder):  # noqa: F811
     for number, environment in ((13, {"CUDA_VISIBLE_DEVICES": ""}), (14, {})):
         changed = {**SETTINGS, **settings, "NUM_EPOCHS": number, "WEIGHTS_PATH": "whole.pth", "LOGS_PATH": "whole.txt"}
         done = run_script("train-gen.py", *options(**changed), cwd=folder, env=environment)
-        assert done.returncode == 0 and "goes on from" in done.stdout, done.stderr
+        assert done.returncode == 0 and "resumes from" in done.stdout, done.stderr
         assert ("1 x cpu" if environment else "1 x cuda") in done.stdout
 
 
@@ -186,7 +183,7 @@ def test_memory_stays_flat():
     for number in range(220):
         lengths = [length] * 4 if number == 0 else random.integers(2, length + 1, 4)
         batch = as_batch([utils.to_patches(bytes(4 * (n - 2)), "bin", 4) for n in lengths])
-        with devices.autocast(device, torch.bfloat16):
+        with distributed.autocast(device, torch.bfloat16):
             model(batch.patches_on(device), batch.masks).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
