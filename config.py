@@ -3,9 +3,7 @@
 Each comment says meaning, unit and legal values. The scripts print what the command line changes; `--help` lists all.
 """
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Paths and data
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Paths and data -------------------------------------------------------------------------------------------------
 
 # Folders of training files, searched recursively without hidden files. One path or more.
 TRAIN_FOLDERS: list[str] = ["cpu_states/train"]
@@ -21,9 +19,7 @@ WEIGHTS_PATH: str = "weights.pth"
 # Text file that gets one line per epoch.
 LOGS_PATH: str = "logs.txt"
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model and training
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Model and training ---------------------------------------------------------------------------------------------
 
 # Symbols in a patch. 1 or more; 16 in the paper.
 PATCH_SIZE: int = 16
@@ -83,9 +79,7 @@ LABELS: str = "name"
 # Log to Weights & Biases. True or False; WANDB_MODE=offline in the environment keeps it on this machine.
 WANDB_LOG: bool = False
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Inference
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Inference ------------------------------------------------------------------------------------------------------
 
 # Checkpoint that inference.py runs. The model's sizes are read from it.
 INFERENCE_WEIGHTS_PATH: str = "weights.pth"

@@ -41,7 +41,7 @@ def check_settings():
 if __name__ == "__main__":
     system.start(lambda: settings.override(config), check_settings)  # before the seconds that PyTorch takes to load
 
-import dataclasses
+import collections
 import functools
 import time
 import zlib
@@ -61,12 +61,12 @@ INDEX_SECONDS = 60  # seconds between writes of the index, so that a killed run'
 def find_inputs():
     """Returns the input files of every MODE but generate. Raises UserError if there are none."""
     pairs = config.MODE == "evaluate" and config.CONVERSION_MODE is not None  # INPUT_EXT is then that of the pairs' inputs
-    files = list_files([config.INPUT_FOLDER], "INPUT_FOLDER", None if pairs else config.INPUT_EXT)
+    extension = None if pairs else config.INPUT_EXT
+    files = list_files([config.INPUT_FOLDER], "INPUT_FOLDER", extension)
     if not files:
-        kind = "files" if config.INPUT_EXT is None or pairs else f"files of INPUT_EXT {config.INPUT_EXT!r}"
-        others = list_files([config.INPUT_FOLDER], "INPUT_FOLDER")
-        there = f", but {describe_extensions(others)}" if others else ""
-        raise system.UserError(f"INPUT_FOLDER: no {kind} in {config.INPUT_FOLDER!r}{there}")
+        others = describe_extensions(list_files([config.INPUT_FOLDER], "INPUT_FOLDER"))
+        kind = "files" if extension is None else f"files of INPUT_EXT {extension!r}"
+        raise system.UserError(f"INPUT_FOLDER: no {kind} in {config.INPUT_FOLDER!r}" + (f", but {others}" if others else ""))
     return files
 
 
@@ -103,32 +103,22 @@ def write_output(path, content, is_ours, failed):
     return True
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Generate, convert, complete
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Generate, convert, complete ------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Output:
-    """A file to be written."""
-
-    path: str
-    source: str  # the input file, or ""
-    prefix: bytes  # the beginning, before the model's continuation
+# path of the file, of its input or "", its beginning before the model's continuation, index of the candidate
+Output = collections.namedtuple("Output", "path source prefix candidate")
 
 
 def new_prompts(model):
-    """Yields the Prompts of NUM_SAMPLES new files of TARGET_EXT, named YYYYmmdd-HHMMSS-i.ext.
-
-    A Prompt's key is (Output, index of the candidate), here 0.
-    """
+    """Yields the Prompts of NUM_SAMPLES new files of TARGET_EXT, named YYYYmmdd-HHMMSS-i.ext; their keys are Outputs."""
     taken = {name[:15] for name in os.listdir(config.OUTPUT_FOLDER)}
     while (stamp := time.strftime("%Y%m%d-%H%M%S")) in taken:  # another run of this very second
         time.sleep(0.1)
     suffix = f".{config.TARGET_EXT}" if config.TARGET_EXT else ""
     for i in range(1, config.NUM_SAMPLES + 1):
         path = os.path.join(config.OUTPUT_FOLDER, f"{stamp}-{i}{suffix}")
-        yield generation.Prompt((Output(path, "", b""), 0), model.extension_patch(config.TARGET_EXT), [config.SEED, i])
+        yield generation.Prompt(Output(path, "", b"", 0), model.extension_patch(config.TARGET_EXT), [config.SEED, i])
 
 
 def input_prompts(model, files, failed):
@@ -161,31 +151,26 @@ def input_prompts(model, files, failed):
         for candidate in range(config.NUM_CANDIDATES):
             # the random numbers of a file depend on its name, not on the other files; a 0 at the end changes nothing
             stream = [config.SEED, zlib.crc32(os.fsencode(name)), candidate]
-            yield generation.Prompt((Output(output, path, prefix), candidate), symbols, stream)
+            yield generation.Prompt(Output(output, path, prefix, candidate), symbols, stream)
 
 
 def best_candidates(continuations, count):
-    """Yields (Output, Continuation) once all `count` candidates of an Output have ended: the likeliest, the first of equals."""
-    waiting = {}  # path -> (candidates that are missing, rank of the best so far, that candidate)
+    """Yields the likeliest Continuation of each path, the first of equals, once all `count` candidates have ended."""
+    ended = collections.defaultdict(list)  # {path: continuations}
     for continuation in continuations:
-        output, candidate = continuation.key
-        rank = (continuation.mean_log_probability(), -candidate)
-        missing, best_rank, best = waiting.pop(output.path, (count, None, None))
-        if best is None or rank > best_rank:
-            best_rank, best = rank, continuation
-        if missing == 1:
-            yield output, best
-        else:
-            waiting[output.path] = (missing - 1, best_rank, best)
+        found = ended[continuation.key.path]
+        found.append(continuation)
+        if len(found) == count:
+            yield max(ended.pop(continuation.key.path), key=lambda each: (each.mean_log_probability(), -each.key.candidate))
 
 
-def write_files(model, files, stop_signal):
+def write_files(model, files, stop_signals):
     """Writes new files, or the model's conversions or continuations of the input files; returns the exit status.
 
     Args:
         model: the Generator.
         files: the input files, or None for new ones.
-        stop_signal: the `system.StopSignals`.
+        stop_signals: the `system.StopSignals`.
     """
     rows, cut_off, failed = [], [], []  # rows: of the index
     known = report.read_index(os.path.join(config.OUTPUT_FOLDER, report.INDEX_NAMES[0])) or {}
@@ -205,10 +190,11 @@ def write_files(model, files, stop_signal):
 
             def progress(num_patches):
                 bar.update(num_patches * model.net.patch_size)
-                stop_signal.check()
+                stop_signals.check()
 
             continuations = generation.generate(model.cast, prompts, batch_size, sampling, progress)
-            for output, continuation in best_candidates(continuations, num_candidates):
+            for continuation in best_candidates(continuations, num_candidates):
+                output = continuation.key
                 content = output.prefix + utils.to_content(continuation.symbols)
                 if not write_output(output.path, content, is_listed, failed):
                     continue
@@ -231,20 +217,13 @@ def write_files(model, files, stop_signal):
     return 1 if failed else 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Classify
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Classify -------------------------------------------------------------------------------------------------------
 
 
-def classify_files(model, files, stop_signal):
+def classify_files(model, files, stop_signals):
     """Writes predictions.tsv, each file's three likeliest labels with their probabilities; returns the exit status.
 
-    A run that is stopped writes predictions-partial.tsv. If the files' names have labels that the model knows, the report
-    of a classifier is printed.
-
-    Args:
-        model: the Classifier.
-        files, stop_signal: see `write_files`.
+    A run that is stopped writes predictions-partial.tsv. The arguments are as in `write_files`, the model is a Classifier.
     """
     dataset = utils.ByteDataset(utils.Examples(files), model.net.patch_size, model.net.patch_length)
     lengths = dataset.examples.lengths(model.net.patch_size)
@@ -255,7 +234,7 @@ def classify_files(model, files, stop_signal):
     try:
         with tqdm(total=len(files), unit="file", desc=config.MODE, **system.progress_options()) as bar:
             for start in range(0, len(order), config.INFERENCE_BATCH_SIZE):
-                stop_signal.check()
+                stop_signals.check()
                 chosen, sequences = order[start : start + config.INFERENCE_BATCH_SIZE], {}
                 for index in chosen:
                     try:
@@ -279,41 +258,35 @@ def classify_files(model, files, stop_signal):
 def write_predictions(model, files, found, name):
     """Writes a table into OUTPUT_FOLDER; `found` is {index of a file: (probabilities, indices of labels)}."""
     path = os.path.join(config.OUTPUT_FOLDER, name)
-    ranks = ("", " 2", " 3")[: min(3, len(model.labels))]
-    lines = [["file"] + [word for rank in ranks for word in (f"label{rank}", f"probability{rank}")]]
+    lines = [["file"]]
+    for rank in ("", " 2", " 3")[: len(model.labels)]:
+        lines[0] += [f"label{rank}", f"probability{rank}"]
     for index in sorted(found):
-        name = system.escape_name(os.path.relpath(files[index], config.INPUT_FOLDER))
-        words = [(system.escape_name(model.labels[label]), f"{probability:.4f}") for probability, label in zip(*found[index])]
-        lines.append([name, *(word for pair in words for word in pair)])
+        lines.append([system.escape_name(os.path.relpath(files[index], config.INPUT_FOLDER))])
+        for probability, label in zip(*found[index]):
+            lines[-1] += [system.escape_name(model.labels[label]), f"{probability:.4f}"]
     system.write_whole(path, "".join("\t".join(line) + "\n" for line in lines).encode())
     print(f"{len(found)} of {len(files)} files classified in {path}")
 
 
 def report_labels(model, files, found):
     """Prints how many predictions are right, among the files whose names (or folders) have a label that the model knows."""
-    indices = {label: index for index, label in enumerate(model.labels)}
     confusion = np.zeros((len(model.labels), len(model.labels)))
-    for index in found:
-        true = indices.get(examples.label_of(files[index], model.label_mode))
-        if true is not None:
-            confusion[true, found[index][1][0]] += 1
+    for index, (_, likeliest) in found.items():
+        label = examples.label_of(files[index], model.label_mode)
+        if label in model.labels:
+            confusion[model.labels.index(label), likeliest[0]] += 1
     if confusion.any():
         where = "folders" if model.label_mode == "folder" else "names"
         print(f"the {where} of {confusion.sum():.0f} of them have a label that the model knows:")
         print(evaluation.classification_report(confusion, model.labels), end="")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluate
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Evaluate -------------------------------------------------------------------------------------------------------
 
 
 def examples_to_score(files, patch_size, patch_length):
-    """Returns (Examples to evaluate, [(name, patches)] of the pairs that do not fit in `patch_length`).
-
-    Raises:
-        UserError: CONVERSION_MODE and INPUT_EXT leave no pair that fits.
-    """
+    """Returns (Examples to evaluate, [(name, patches)] of the pairs that do not fit). Raises UserError if none is left."""
     if config.CONVERSION_MODE is None:
         return utils.Examples(files), []
     pairs = examples.directed(examples.find_pairs(files, config.CONVERSION_MODE, "INPUT_FOLDER"), config.CONVERSION_MODE)
@@ -331,11 +304,8 @@ def examples_to_score(files, patch_size, patch_length):
     return pairs.select(np.flatnonzero(lengths <= patch_length)), unfit
 
 
-def evaluate_files(model, files, stop_signal):
-    """Writes evaluation.tsv, .json and .html, and prints the model's bits per byte of the input files; returns the exit status.
-
-    The arguments are those of `write_files`.
-    """
+def evaluate_files(model, files, stop_signals):
+    """Writes evaluation.tsv, .json and .html, and prints bits per byte; arguments and result are as in `write_files`."""
     net = model.net
     scored, unfit = examples_to_score(files, net.patch_size, net.patch_length)
     windows, scores, failed = evaluation_windows(scored, net.patch_size, net.patch_length), [], []
@@ -344,19 +314,17 @@ def evaluate_files(model, files, stop_signal):
 
         def progress(num_symbols):
             bar.update(num_symbols)
-            stop_signal.check()
+            stop_signals.check()
 
-        for score in evaluation.score_files(
-            net, windows, config.INPUT_FOLDER, config.INFERENCE_BATCH_SIZE, model.dtype, progress, failed
-        ):
+        batch_size = config.INFERENCE_BATCH_SIZE
+        for score in evaluation.score_files(net, windows, config.INPUT_FOLDER, batch_size, model.dtype, progress, failed):
             scores.append(score)
             bar.set_postfix_str(f"{len(scores)}/{len(scored)} files", refresh=False)
     if scores:
         scores.sort(key=lambda score: score.index)
-        constants = settings.as_dict(config)
         # the constants of training are the model's own, not config.py's, except for these
         hidden = settings.as_dict(config, training_only=True).keys() - {"PRECISION", "CONVERSION_MODE"}
-        constants = {name: value for name, value in constants.items() if name not in hidden}
+        constants = {name: value for name, value in settings.as_dict(config).items() if name not in hidden}
         print(report.write_report(config.OUTPUT_FOLDER, net, windows, scores, model.dtype, constants, unfit, failed))
     if unfit:
         print(f"{len(unfit)} pairs do not fit in the model's {net.patch_length} patches (PATCH_LENGTH) and are left out:")
@@ -364,16 +332,11 @@ def evaluate_files(model, files, stop_signal):
     return list_failed(failed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Compress, decompress
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Compress, decompress -------------------------------------------------------------------------------------------
 
 
-def code_files(model, files, stop_signal):
-    """Compresses or decompresses the input files and prints their sizes; returns the exit status.
-
-    The arguments are those of `write_files`; the model is on the CPU.
-    """
+def code_files(model, files, stop_signals):
+    """Compresses or decompresses the input files and prints their sizes; arguments and result are as in `write_files`."""
     from bgpt import lossless  # needs constriction, which no other MODE does
 
     is_compressing, failed = config.MODE == "compress", []
@@ -392,7 +355,7 @@ def code_files(model, files, stop_signal):
 
             def progress(num_bytes):
                 bar.update(num_bytes)
-                stop_signal.check()
+                stop_signals.check()
 
             if is_compressing:
                 coded = lossless.compress(coder, paths, config.VERIFY, progress, failed)
@@ -445,9 +408,9 @@ def main():
     print(f"{mode} with {config.INFERENCE_WEIGHTS_PATH}: {model.dtype} on {model.net.device}{seed}")
     # two runs at once would replace each other's files and index
     locked = system.lock(os.path.join(config.OUTPUT_FOLDER, report.INDEX_NAMES[0]), "OUTPUT_FOLDER")
-    with distributed.memory_errors(), system.delayed_signals(impatient=True) as stop_signal, locked:
+    with distributed.memory_errors(), system.delayed_signals(impatient=True) as stop_signals, locked:
         run_mode = {"classify": classify_files, "evaluate": evaluate_files, "compress": code_files, "decompress": code_files}
-        return run_mode.get(mode, write_files)(model, files, stop_signal)
+        return run_mode.get(mode, write_files)(model, files, stop_signals)
 
 
 if __name__ == "__main__":

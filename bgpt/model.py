@@ -3,7 +3,7 @@
 import copy
 import functools
 import math
-import os
+import pathlib
 import tempfile
 
 import numpy as np
@@ -45,17 +45,12 @@ class Generator:
         self.net, self.dtype, self.where, self.extensions = net, dtype, where, found.get("extensions")
         self.conversion_mode = settings.get("CONVERSION_MODE") if isinstance(settings, dict) else False
 
-    @property
-    def num_symbols(self):
-        """The most symbols of a sequence, extension patch included."""
-        return self.net.patch_size * self.net.patch_length
+        self.num_symbols = net.patch_size * net.patch_length  # the most of a sequence, extension patch included
 
     @functools.cached_property
     def cast(self):
-        """The net with its weights in `dtype`, as generation uses it."""
+        """The net with its weights in `dtype`, for generation."""
         return self.net if self.dtype == torch.float32 else copy.deepcopy(self.net).to(self.dtype)
-
-    # ---- prompts ---------------------------------------------------------------------------------------------------
 
     def extension_patch(self, extension):
         """Returns the extension patch, int16 (S,): in lower case, unless a training file had this very spelling."""
@@ -87,8 +82,6 @@ class Generator:
             if (source.lower(), target.lower()) not in [(first, second)] + [(second, first)] * both:
                 print(f"note: {self.where} was trained with CONVERSION_MODE {mode!r}, never {source} -> {target}")
 
-    # ---- generation ------------------------------------------------------------------------------------------------
-
     def generate(self, ext, count=1, *, top_k=0, top_p=1.0, temperature=1.0, seed=0, batch_size=32):
         """Returns `count` new files of an extension, a list of bytes; the sampling is that of config.py, see TOP_K."""
         prompts = [(self.extension_patch(ext), [seed, i]) for i in range(1, count + 1)]  # as inference.py seeds them
@@ -119,8 +112,6 @@ class Generator:
         done = {each.key: utils.to_content(each.symbols) for each in done}
         return [done[key] for key in range(len(prompts))]
 
-    # ---- scores ----------------------------------------------------------------------------------------------------
-
     def bits_per_byte(self, content, ext, *, batch_size=32):
         """Returns the model's bits per byte of a content, its end included; NaN for an empty one. Long ones go in windows."""
         contents, is_list = _listed(content)
@@ -140,8 +131,6 @@ class Generator:
             results.append(nats / math.log(2) / len(each) if len(each) else math.nan)
         return results if is_list else results[0]
 
-    # ---- compression -----------------------------------------------------------------------------------------------
-
     def compress(self, content, ext, *, batch_size=32):
         """Returns a content as a container, see `bgpt.lossless`; `decompress` on the same kind of machine returns it."""
         return self._code("compress", content, f".{ext}", batch_size)
@@ -159,17 +148,15 @@ class Generator:
         coder = lossless.Coder(self.net if self.net.device.type == "cpu" else copy.deepcopy(self.net).cpu(), batch_size)
         failed, done = [], {}
         with tempfile.TemporaryDirectory() as folder:
-            paths = [os.path.join(folder, f"{i}{ending}") for i in range(len(contents))]
+            paths = [pathlib.Path(folder, f"{i}{ending}") for i in range(len(contents))]
             for path, each in zip(paths, contents):
-                with open(path, "wb") as file:
-                    file.write(each)
-            if how == "compress":
-                done = {path: container for path, _, container in lossless.compress(coder, paths, True, lambda n: None, failed)}
-            else:
-                done = {path: found for path, found, _ in lossless.decompress(coder, paths, lambda n: None, failed)}
+                path.write_bytes(each)
+            arguments = (coder, map(str, paths), *[True] * (how == "compress"), lambda count: None, failed)
+            for path, found, container in getattr(lossless, how)(*arguments):
+                done[path] = container if how == "compress" else found
         if failed:
             raise ValueError(failed[0][1])
-        results = [done[path] for path in paths]
+        results = [done[str(path)] for path in paths]
         return results if is_list else results[0]
 
 
@@ -192,9 +179,7 @@ class Classifier:
         contents, is_list = _listed(content)
         patches = [utils.to_patches(each, ext, self.net.patch_size)[: self.net.patch_length] for each in contents]
         probabilities = self.probabilities(utils.Batch((each, each != utils.END, 1) for each in patches))
-        results = []
-        for row in probabilities.tolist():
-            results.append(dict(sorted(zip(self.labels, row), key=lambda item: -item[1])))
+        results = [dict(sorted(zip(self.labels, row), key=lambda item: -item[1])) for row in probabilities.tolist()]
         return results if is_list else results[0]
 
     @torch.inference_mode()

@@ -21,9 +21,7 @@ class UserError(ValueError):
     """A mistake that the user can correct; the message names the constant or file, the problem, and the remedy."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Names and folders
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Names and folders ----------------------------------------------------------------------------------------------
 
 
 def escape_name(name):
@@ -48,15 +46,13 @@ def check_folders(folders, name):
     """Raises UserError if one of the folders of the constant `name` is missing or is a file."""
     for folder in folders:
         if not os.path.isdir(folder):
-            what = "is a file" if os.path.exists(folder) else "does not exist"
-            raise UserError(f"{name}: {folder!r} {what}; it must be a folder")
+            raise UserError(f"{name}: {folder!r} {'is a file' if os.path.exists(folder) else 'does not exist'}; it must be a folder")
 
 
 def check_checkpoint(path, name):
     """Raises UserError if the constant `name` has a path where there is no file."""
     if not os.path.isfile(path):
-        what = "is a folder" if os.path.isdir(path) else "does not exist"
-        raise UserError(f"{name}: {path!r} {what}; it must be a checkpoint (.pth)")
+        raise UserError(f"{name}: {path!r} {'is a folder' if os.path.isdir(path) else 'does not exist'}; it must be a checkpoint (.pth)")
 
 
 def make_folder(folder, name):
@@ -71,19 +67,17 @@ def make_folder(folder, name):
 def check_writable(path, name):
     """Makes the folder of a file if it is missing. Raises UserError if the file cannot be written."""
     make_folder(os.path.dirname(path) or ".", name)
-    if os.path.exists(path) and not os.path.isfile(path):  # a rename would replace a device by a file
-        raise UserError(f"{name}: {path!r} is {'a folder' if os.path.isdir(path) else 'no regular file'}; it must be a file")
-    if os.path.exists(path) and not os.access(path, os.W_OK):
-        raise UserError(f"{name}: {path!r} is read-only")
+    if os.path.exists(path):
+        kind = "a folder" if os.path.isdir(path) else "no regular file"  # a rename would replace a device by a file
+        if not os.path.isfile(path) or not os.access(path, os.W_OK):
+            raise UserError(f"{name}: {path!r} is {'read-only' if os.path.isfile(path) else kind}; it must be a file that can be replaced")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole files
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Whole files ----------------------------------------------------------------------------------------------------
 
 
-def beside(path, ending):
-    """Returns the path of a hidden file next to a file, or next to its target if it is a symlink."""
+def hidden(path, ending):
+    """Returns the path of a hidden file next to a file, or next to a symlink's target: weights.pth -> .weights.pth.tmp."""
     folder, name = os.path.split(os.path.realpath(path))
     return os.path.join(folder, f".{name}.{ending}")
 
@@ -91,17 +85,14 @@ def beside(path, ending):
 def write_whole(path, content):
     """Writes a temporary file and renames it to `path`, which is at any moment the whole old file or the whole new one.
 
-    Calls fsync before the rename. A symlink stays one, its target is replaced. The caller has locked the file or its folder,
-    so the temporary name is fixed: a killed run's temporary file is overwritten by the next one.
+    Calls fsync before the rename. A symlink stays one, its target is replaced. Since the caller has locked the file or its
+    folder, the temporary name is fixed: that of a killed run is overwritten by the next one.
 
     Args:
-        path: the file.
+        path: the file, named by every OSError.
         content: bytes, or a function that writes them to an open binary file.
-
-    Raises:
-        OSError: with `path`, not the temporary file's. The temporary file is deleted.
     """
-    path, temporary = os.path.realpath(path), beside(path, "tmp")
+    path, temporary = os.path.realpath(path), hidden(path, "tmp")
     try:
         with open(temporary, "wb") as file:
             if callable(content):
@@ -142,7 +133,7 @@ def keep_backup(path, why="not made by this run"):
 @contextlib.contextmanager
 def lock(path, name):
     """Keeps other runs away from a file or folder within the block. Raises UserError if the constant `name` is in use."""
-    lock_path = beside(path, "lock")
+    lock_path = hidden(path, "lock")
     try:
         with filelock.FileLock(lock_path, timeout=0):
             try:
@@ -154,51 +145,51 @@ def lock(path, name):
         raise UserError(f"{name}: another run is using {str(path)!r}; wait for its end, or give another path") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Signals
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Signals --------------------------------------------------------------------------------------------------------
 
 
 class StopSignals:
-    """The stop signals received so far: calling it returns the number of the first one, or 0."""
-
-    def __init__(self, impatient):
-        self._received, self._impatient = [], impatient
-
-    def __call__(self):
-        return self._received[0] if self._received else 0
-
-    def receive(self, number, frame):
-        """Handles a signal."""
-        self._received.append(number)
-        if self._impatient and self._received.count(signal.SIGINT) > 1:
-            raise KeyboardInterrupt(number)
-
-    def check(self):
-        """Raises KeyboardInterrupt if a signal has been received."""
-        if self():
-            raise KeyboardInterrupt(self())
-
-
-@contextlib.contextmanager
-def delayed_signals(impatient):
-    """Lets the current step finish before a stop signal takes effect; yields the StopSignals.
-
-    Signals that a shell ignores (nohup) stay ignored.
+    """The stop signals received so far.
 
     Args:
         impatient: whether a second Ctrl-C takes effect at once.
     """
+
+    def __init__(self, impatient):
+        self._impatient, self.first = impatient, 0  # first: its number, or 0
+
+    def receive(self, number, frame):
+        """Handles a signal."""
+        if self._impatient and self.first == number == signal.SIGINT:
+            raise KeyboardInterrupt(number)
+        self.first = self.first or number
+
+    def check(self):
+        """Raises KeyboardInterrupt if a signal has been received."""
+        if self.first:
+            raise KeyboardInterrupt(self.first)
+
+
+@contextlib.contextmanager
+def delayed_signals(impatient):
+    """Lets the current step finish before a stop signal takes effect; yields the StopSignals."""
     signals = StopSignals(impatient)
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, signals.receive)
-    try:
+    with _handled_by(signals.receive):
         yield signals
+
+
+@contextlib.contextmanager
+def _handled_by(handler, restores=True):
+    """Sets a handler of the stop signals, except of those that a shell ignores (nohup)."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: each for number, each in before.items() if each != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, each in before.items() if restores else ():
+            signal.signal(number, each)
 
 
 def signal_name(number):
@@ -206,9 +197,7 @@ def signal_name(number):
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scripts
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Scripts --------------------------------------------------------------------------------------------------------
 
 
 def torchrun_rank():
@@ -247,37 +236,21 @@ def start(*checks):
             check()
 
 
-def run(main, hint=""):
-    """Runs a script's main function and exits with the status that it returns.
-
-    A user's mistake is one message and status 1. A stop signal ends with 128 plus its number.
-
-    Args:
-        main: function of no arguments.
-        hint: follows "stopped by Ctrl-C".
-    """
+def run(main):
+    """Runs a script's main function and exits with the status that it returns, or with that of `user_errors`."""
 
     def stop(number, frame):
         for each in STOP_SIGNALS:  # a second signal does not interrupt the cleaning up
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(number, stop)
-    try:
-        with user_errors(hint):
-            sys.exit(main())
-    finally:
-        if _is_notebook():
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    with _handled_by(stop, restores=_is_notebook()), user_errors():
+        sys.exit(main())
 
 
 @contextlib.contextmanager
-def user_errors(hint=""):
-    """Turns UserError, OSError and stop signals within the block into one line on stderr and an exit status."""
+def user_errors():
+    """Turns UserError and OSError into one line on stderr and exit status 1, stop signals into 128 plus their number."""
     try:
         yield
     except BrokenPipeError:  # the reader of `| head` has seen enough
@@ -287,7 +260,7 @@ def user_errors(hint=""):
         status = 1
         if isinstance(error, KeyboardInterrupt):
             number = error.args[0] if error.args else signal.SIGINT
-            message, status = f"stopped by {signal_name(number)}{hint}", 128 + number
+            message, status = f"stopped by {signal_name(number)}", 128 + number
         elif isinstance(error, OSError) and error.filename and error.strerror:
             message = f"error: {escape_name(os.fsdecode(error.filename))}: {error.strerror}"
         else:

@@ -24,9 +24,7 @@ from bgpt.system import UserError
 
 MOST_EXTENSIONS = 1000  # a checkpoint lists at most so many extensions of training files
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Steps
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Steps ----------------------------------------------------------------------------------------------------------
 
 
 class Steps:
@@ -43,8 +41,7 @@ class Steps:
     """
 
     def __init__(self, dataset, order, batch_size, ranks):
-        self.dataset, self.order, self.size = dataset, order, batch_size * ranks.count
-        self.rank, self.num_ranks = ranks.rank, ranks.count
+        self.dataset, self.order, self.ranks, self.size = dataset, order, ranks, batch_size * ranks.count
 
     def __len__(self):
         return -(-len(self.order) // self.size)
@@ -57,49 +54,23 @@ class Steps:
         if number >= len(self):
             raise IndexError(number)
         step = self.order[number * self.size : (number + 1) * self.size]
-        if self.num_ranks == 1:
+        if self.ranks.count == 1:
             return step
-        return step[utils.balanced_parts(self.dataset.lengths(step), self.num_ranks)[self.rank]]
+        return step[utils.balanced_parts(self.dataset.lengths(step), self.ranks.count)[self.ranks.rank]]
 
 
-class Clock:
-    """Tells when some time has passed since it last did."""
-
-    def __init__(self):
-        self._last = time.monotonic()
-
-    def is_due(self, seconds):
-        """Returns whether so many seconds have passed, and if so starts again."""
-        is_due = time.monotonic() - self._last >= seconds
-        if is_due:
-            self._last = time.monotonic()
-        return is_due
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Learning rate, logs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Learning rate, logs --------------------------------------------------------------------------------------------
 
 
 def parameter_groups(model, embedding_start):
-    """Returns AdamW's groups of a model's parameters, in the order of `model.parameters()`.
-
-    `lr_factor` scales the learning rate of a group: 0.1 for a patch embedding that starts "smooth".
-    """
+    """Returns AdamW's groups, in the order of `model.parameters()`; `lr_factor` scales the learning rate of each."""
     first, *others = model.parameters()
     assert first is model.patch_level_decoder.patch_embedding.weight
     return [{"params": [first], "lr_factor": 0.1 if embedding_start == "smooth" else 1.0}, {"params": others, "lr_factor": 1.0}]
 
 
 def make_scheduler(optimizer, name, learning_rate, num_steps, steps_done):
-    """Returns the learning-rate schedule of an optimizer, with a linear warm-up over the first tenth of all steps.
-
-    Args:
-        name: "cosine" (to 0) or "constant".
-        learning_rate: at its peak.
-        num_steps: in all.
-        steps_done: steps before this one.
-    """
+    """Returns LR_SCHEDULE `name` of an optimizer after `steps_done` of `num_steps`, a tenth of them linear warm-up."""
     for group in optimizer.param_groups:  # also of an optimizer from a checkpoint with another learning rate
         group["initial_lr"] = learning_rate * group.get("lr_factor", 1.0)
     if name == "cosine":
@@ -108,7 +79,7 @@ def make_scheduler(optimizer, name, learning_rate, num_steps, steps_done):
 
 
 def start_wandb(settings, run_id):
-    """Returns a Weights & Biases run: offline without a login, unless WANDB_MODE says otherwise."""
+    """Returns a Weights & Biases run, offline without a login unless WANDB_MODE is set."""
     import wandb  # here, so that nobody needs it without WANDB_LOG
 
     options = {"project": "bGPT", "id": run_id, "resume": "allow", "config": settings}
@@ -130,9 +101,7 @@ def own_paths(settings):
     return [*weights, *backups, settings["LOGS_PATH"], settings["PRE_WEIGHTS_PATH"], *folders]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- A run ----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -312,9 +281,9 @@ class Run:
             for decoder in self.model.children():
                 if isinstance(decoder, utils.ByteModel):
                     decoder.compile_blocks()
-        self._stop_signal = self._stack.enter_context(system.delayed_signals(impatient=ranks.count == 1))
-        self._saved, self._save_clock, self._show_clock = (state.epoch, state.position), Clock(), Clock()
-        self._epoch_clock = time.monotonic()
+        self._stop_signals = self._stack.enter_context(system.delayed_signals(impatient=ranks.count == 1))
+        self._saved = state.epoch, state.position
+        self._saved_at = self._shown_at = self._epoch_began = time.monotonic()
         return ranks.wrap(self.model)
 
     # ---- steps -----------------------------------------------------------------------------------------------------
@@ -351,12 +320,10 @@ class Run:
 
     def progress(self, what, steps):
         """Returns the progress bar over some Steps."""
-        total = len(steps.dataset)
-        return tqdm(
-            desc=f"epoch {self.state.epoch + 1} {what}", total=total, initial=total - len(steps.order),
-            unit="file" if total == len(steps.dataset.examples) else "window", disable=self.ranks.rank > 0, leave=what == "train",
-            **system.progress_options(),
-        )  # fmt: skip
+        total, desc = len(steps.dataset), f"epoch {self.state.epoch + 1} {what}"
+        unit = "file" if total == len(steps.dataset.examples) else "window"
+        more = {"disable": self.ranks.rank > 0, "leave": what == "train", **system.progress_options()}
+        return tqdm(desc=desc, total=total, initial=total - len(steps.order), unit=unit, **more)
 
     def autocast(self):
         """Returns the context of the model's forward pass."""
@@ -368,9 +335,9 @@ class Run:
         Raises:
             SystemExit: the run has stopped.
         """
-        number, state = self._stop_signal(), self.state
+        number, state = self._stop_signals.first, self.state
         # rank 0's clock decides, so that all save together
-        is_due = self.ranks.rank == 0 and self._save_clock.is_due(60 * self.settings["SAVE_MINUTES"])
+        is_due = self.ranks.rank == 0 and time.monotonic() - self._saved_at >= 60 * self.settings["SAVE_MINUTES"]
         count, stops, saves, broken = self.ranks.sum([count, number > 0, is_due, self._is_broken])
         if broken:
             self._leave_broken()
@@ -399,15 +366,14 @@ class Run:
         """Counts a training step of `count` examples."""
         self.state.position += count
         bar.update(count)
-        if self._show_clock.is_due(1):  # not in every step, since reading the sums waits for the device
+        if time.monotonic() - self._shown_at >= 1:  # not in every step, since reading the sums waits for the device
+            self._shown_at = time.monotonic()
             self._is_broken = not all(map(math.isfinite, self.totals.tolist()))
             bar.set_postfix(self.totals.shown(), lr=f"{self.scheduler.get_last_lr()[-1]:.1e}", refresh=False)
 
     def _leave_broken(self):
-        self.ranks.leave(
-            f"error: loss or weights became NaN or infinite in epoch {self.state.epoch + 1}. The last checkpoint is intact: run the same "
-            "command with a lower LEARNING_RATE, MAX_GRAD_NORM 1.0 or PRECISION fp32 to resume from it"
-        )
+        what = f"loss or weights became NaN or infinite in epoch {self.state.epoch + 1}. The last checkpoint is intact: run the same"
+        self.ranks.leave(f"error: {what} command with a lower LEARNING_RATE, MAX_GRAD_NORM 1.0 or PRECISION fp32 to resume from it")
 
     # ---- ends ------------------------------------------------------------------------------------------------------
 
@@ -416,9 +382,8 @@ class Run:
 
         Args:
             figures: {name: number} to log.
-            value: the figure that decides which epoch is best.
-            loss: decides between epochs of equal value, the lower one.
-            report: more lines, logged if the epoch is the best so far.
+            value, loss: the best epoch is decided by the first, and among equals by the lower loss.
+            report: more lines for the log of the best epoch.
         """
         state = self.state
         if not all(map(math.isfinite, figures.values())):
@@ -436,8 +401,8 @@ class Run:
         line = f"epoch {state.epoch}  " + "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
         if self.ranks.rank == 0:
             self.files.append_log(f"{line}\n{report * is_best}")
-        print(f"{line}{'  best' * is_best}  {time.monotonic() - self._epoch_clock:.0f} s")
-        self._epoch_clock = time.monotonic()
+        print(f"{line}{'  best' * is_best}  {time.monotonic() - self._epoch_began:.0f} s")
+        self._epoch_began = time.monotonic()
         if self.wandb:
             self.wandb.log({"epoch": state.epoch, **figures})
 
@@ -450,20 +415,15 @@ class Run:
         if state.best_epoch:
             print(f"best: epoch {state.best_epoch}, {self.best_name} {state.best:.4f}, in {self.files.best}\n{state.report}", end="")
         if not self._saved:
-            self.ranks.leave(
-                f"error: the latest state could not be saved at {self.files.latest!r}: once there is room, the same command repeats "
-                "the epochs that are missing there"
-            )
+            self.ranks.leave(f"error: {self.files.latest!r} could not be saved: once there is room, the same command repeats what is missing")
 
     def _save(self, best=False):
         """Saves the latest state, or the best model, and returns whether that succeeded; NaN and infinity are never saved."""
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             self._leave_broken()
         device, state = self.ranks.device, self.state
-        random_state = {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        }
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        random_state = {"cpu": torch.get_rng_state(), "cuda": cuda}
         totals, random_states = zip(*self.ranks.gather((self.totals.tolist(), random_state)))
         is_saved = self.ranks.rank > 0
         if self.ranks.rank == 0:
@@ -487,7 +447,7 @@ class Run:
             })  # fmt: skip
         is_saved = self.ranks.sum([is_saved])[0] == self.ranks.count
         if not best:
-            self._saved, self._save_clock = is_saved and (state.epoch, state.position), Clock()
+            self._saved, self._saved_at = is_saved and (state.epoch, state.position), time.monotonic()
         return is_saved
 
 

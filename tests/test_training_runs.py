@@ -459,10 +459,10 @@ def test_signals_that_a_shell_has_ignored_stay_ignored():
     """As by `nohup`."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with system.delayed_signals(impatient=True) as stop_signal:
+        with system.delayed_signals(impatient=True) as stop_signals:
             for number in (signal.SIGHUP, signal.SIGTERM):
                 os.kill(os.getpid(), number)
-            assert stop_signal() == signal.SIGTERM
+            assert stop_signals.first == signal.SIGTERM
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
