@@ -34,8 +34,6 @@ from bgpt import checkpoint, distributed, evaluation, examples, training
 def find_examples():
     """Returns the training Examples, their label indices int64 (n,), the same of evaluation, and {label: index}, sorted.
 
-    Prints a table of the labels, and warnings about those with few files.
-
     Raises:
         UserError: there are too few files or labels, or an evaluation file has a label that no training file has.
     """
@@ -67,14 +65,8 @@ def load_pre_trained(model, sizes, labels, path, name):
     """Loads a checkpoint's patch-level decoder into a classifier, and its head if it has the same labels; prints which.
 
     Args:
-        model: the bGPTForClassification.
-        sizes: its ModelSizes.
-        labels: its {label: index}.
-        path: the checkpoint of a generative model or a classifier.
-        name: the constant with the path, for messages.
-
-    Raises:
-        UserError: see `checkpoint.load_checkpoint`, `check_sizes` and `load_weights`.
+        model, sizes, labels: the bGPTForClassification, its ModelSizes and {label: index}.
+        path, name: the checkpoint of a generative model or a classifier, and the constant with the path, for messages.
     """
     loaded, where = checkpoint.load_checkpoint(path, name), f"{name}: {path!r}"
     found = checkpoint.model_sizes(loaded["model"], where)

@@ -154,12 +154,8 @@ def model_sizes(state, where):
         raise UserError(
             f"{where}: patch_embedding.weight is {width} x {inputs}; it should be a multiple of {HEAD_SIZE} x one of {NUM_SYMBOLS}"
         )
-    sizes = ModelSizes(
-        PATCH_SIZE=inputs // NUM_SYMBOLS,
-        PATCH_LENGTH=shape("patch_level_decoder.base.wpe.weight")[0],
-        HIDDEN_SIZE=width,
-        PATCH_NUM_LAYERS=layers("patch_level_decoder.base"),
-    )
+    length = shape("patch_level_decoder.base.wpe.weight")[0]
+    sizes = ModelSizes(inputs // NUM_SYMBOLS, length, width, layers("patch_level_decoder.base"))
     if "classifier.weight" in state:
         sizes.num_labels = shape("classifier.weight")[0]
     else:
@@ -183,12 +179,11 @@ def load_weights(model, state, where):
             raise UserError(f"{where}: {tied} differs from {source}, to which it is tied")
     wrong = [f"{key} is missing" for key in own if key not in state]
     wrong += [f"{key} is unknown" for key in state if key not in own]
-    wrong += [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    wrong += [f"{key} has NaN or infinite values" for key in own if key in state and not state[key].isfinite().all()]
+    for key in own.keys() & state.keys():
+        if state[key].shape != own[key].shape:
+            wrong.append(f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}")
+        if not state[key].isfinite().all():
+            wrong.append(f"{key} has NaN or infinite values")
     if wrong:
         raise UserError(f"{where} does not fit the model:\n  " + "\n  ".join(wrong))
     model.load_state_dict(state)
@@ -216,14 +211,10 @@ def load_optimizer(optimizer, state):
 
 
 def load_model(path, name="path"):
-    """Returns (model, checkpoint). The model has the checkpoint's sizes and weights, and is in training mode.
-
-    Args:
-        path: the file.
-        name: the constant with the path, for messages.
+    """Returns (model, checkpoint), the model with the checkpoint's sizes and weights, in training mode.
 
     Raises:
-        UserError: see `load_checkpoint`, `model_sizes` and `load_weights`.
+        UserError: see `load_checkpoint`, `model_sizes` and `load_weights`. It names the constant `name`.
     """
     checkpoint, where = load_checkpoint(path, name), f"{name}: {path!r}"
     model = model_sizes(checkpoint["model"], where).build()
@@ -240,22 +231,8 @@ def label_list(checkpoint, where):
     return [str(label) for label in sorted(labels, key=labels.get)]
 
 
-def label_mode(checkpoint):
-    """Returns the LABELS of a classifier's checkpoint. Published ones have none, and mean "name"."""
-    return checkpoint.get("label_mode", "name")
-
-
 def check_sizes(wanted, state, where):
-    """Checks that a checkpoint's model has the sizes that config.py gives.
-
-    Args:
-        wanted: the ModelSizes that config.py gives.
-        state: the checkpoint's `model` dict.
-        where: the constant and the path, for messages.
-
-    Raises:
-        UserError: names the kind of model that was expected, or the constants to change.
-    """
+    """Raises UserError if a `model` dict has other sizes than the ModelSizes `wanted`, with the constants to change."""
     found = model_sizes(state, where)
     if found.kind != wanted.kind:
         raise UserError(f"{where} is a {found.kind}; here a {wanted.kind} is needed")
@@ -264,20 +241,13 @@ def check_sizes(wanted, state, where):
             f"{where} has {found.num_labels} labels, but the files of TRAIN_FOLDERS have {wanted.num_labels}: give another path; "
             "to start from its patch-level decoder, set PRE_WEIGHTS_PATH to it and LOAD_FROM_PRE_CHECKPOINT to True"
         )
-    differing = [
-        field.name for field in dataclasses.fields(wanted) if getattr(wanted, field.name) != getattr(found, field.name)
-    ]
-    if differing:
-        changes = ", ".join(f"{name} = {getattr(found, name)} (now {getattr(wanted, name)})" for name in differing)
+    pairs = zip(dataclasses.asdict(found).items(), dataclasses.asdict(wanted).values())
+    if changes := ", ".join(f"{name} = {old} (now {new})" for (name, old), new in pairs if old != new):
         raise UserError(f"{where} is a model of other sizes: set {changes}, or give another path")
 
 
 def load_sized_weights(model, sizes, path, name):
-    """Loads a checkpoint's weights into a model of the ModelSizes that config.py gives; returns the checkpoint.
-
-    Raises:
-        UserError: see `load_checkpoint`, `check_sizes` and `load_weights`.
-    """
+    """Loads a checkpoint's weights into a model of ModelSizes `sizes` and returns the checkpoint, or raises UserError."""
     checkpoint = load_checkpoint(path, name)
     check_sizes(sizes, checkpoint["model"], f"{name}: {path!r}")
     load_weights(model, checkpoint["model"], f"{name}: {path!r}")
@@ -288,12 +258,7 @@ def load_sized_weights(model, sizes, path, name):
 
 
 class RunFiles:
-    """The files of a run, which rank 0 writes: its best model, its latest state, its log.
-
-    Args:
-        weights_path: WEIGHTS_PATH, the best model. The latest state is next to it.
-        logs_path: LOGS_PATH.
-    """
+    """The files of a run, which rank 0 writes: its best model at WEIGHTS_PATH, its latest state next to it, its log."""
 
     def __init__(self, weights_path, logs_path):
         self.best, self.latest, self.log = weights_path, latest_path(weights_path), logs_path

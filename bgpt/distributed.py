@@ -109,11 +109,7 @@ def tune_memory():
 
 @contextlib.contextmanager
 def connected_ranks():
-    """Yields the Ranks of a run, connected. Only rank 0 prints.
-
-    Raises:
-        UserError: there are more processes than GPUs.
-    """
+    """Yields the connected Ranks of a run, of which only rank 0 prints. Raises UserError for more processes than GPUs."""
     tune_memory()
     device, (rank, count) = pick_device(), torchrun_rank()
     if count == 1:

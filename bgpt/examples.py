@@ -38,15 +38,12 @@ def extensions_of(examples):
 def print_sets(train, held_out, settings, cuts_windows):
     """Prints the folders and counts of both sets, files in both, and how much of files beyond PATCH_LENGTH is seen.
 
-    Args:
-        train, held_out: the Examples.
-        settings: dict of the constants of config.py.
-        cuts_windows: whether all of a longer file is seen, in windows. Otherwise a crop in each epoch, and the head in evaluation.
+    `cuts_windows`: all of a longer file, in windows. Otherwise a crop in each epoch, and the head in evaluation.
     """
     kind = "pairs" if train.are_pairs else "files"
-    own_folders = ", ".join(settings["EVAL_FOLDERS"])
     print(f"trains on {len(train)} {kind} of {', '.join(settings['TRAIN_FOLDERS'])}")
-    print(f"evaluates on {len(held_out)} {kind} of {own_folders or 'the same folders, held out by EVAL_SPLIT'}")
+    where = ", ".join(settings["EVAL_FOLDERS"]) or "the same folders, held out by EVAL_SPLIT"
+    print(f"evaluates on {len(held_out)} {kind} of {where}")
     if held_out.files is not train.files:
         known = {train.files[file] for file in train.indices[:, 0].tolist()}
         if shared := sum(held_out.files[file] in known for file in held_out.indices[:, 0].tolist()):
@@ -58,10 +55,8 @@ def print_sets(train, held_out, settings, cuts_windows):
         longer = int((lengths > patch_length).sum())
         if longer and not examples.are_pairs:
             share = f"{lengths.clip(max=patch_length).sum() / lengths.sum():.2%} of all bytes, {how}"
-            print(
-                f"{longer} of {len(examples)} files are longer than PATCH_LENGTH ({patch_length} patches of {patch_size} bytes): "
-                f"{who} sees {'all bytes, in windows' if cuts_windows else share}"
-            )
+            seen, limit = "all bytes, in windows" if cuts_windows else share, f"{patch_length} patches of {patch_size} bytes"
+            print(f"{longer} of {len(examples)} files are longer than PATCH_LENGTH ({limit}): {who} sees {seen}")
 
 
 # ---- Pairs ----------------------------------------------------------------------------------------------------------
@@ -95,11 +90,9 @@ def find_pairs(files, mode, name):
     """
     pairs = pair_files(files, mode)
     if len(files) and not len(pairs):
-        source, target, _ = split_conversion_mode(mode)
-        raise UserError(
-            f"{name}: CONVERSION_MODE is {mode!r}, but among {len(files)} files ({describe_extensions(files)}) there are no two in one "
-            f"folder like tune.{source} and tune.{target}"
-        )
+        (source, target, _), there = split_conversion_mode(mode), f"{len(files)} files ({describe_extensions(files)})"
+        wanted = f"two in one folder like tune.{source} and tune.{target}"
+        raise UserError(f"{name}: CONVERSION_MODE is {mode!r}, but among {there} there are no {wanted}")
     if unpaired := len(files) - len(np.unique(pairs.indices)):
         print(f"{name}: {unpaired} of {len(files)} files are in no pair and are left out")
     return pairs
@@ -114,16 +107,10 @@ def directed(examples, mode):
 
 
 def find_examples(folders, name, mode, patch_size, patch_length, own=()):
-    """Returns the readable files of folders as Examples; in a CONVERSION_MODE, the pairs that fit in PATCH_LENGTH.
-
-    Args:
-        folders: list of paths.
-        name: the constant that has them, for messages.
-        mode: CONVERSION_MODE or None.
-        own: paths that a run writes, see `list_files`.
+    """Returns the readable files of folders as Examples; with a CONVERSION_MODE `mode`, the pairs that fit in PATCH_LENGTH.
 
     Raises:
-        UserError: a folder is missing, or has no pairs that fit.
+        UserError: a folder is missing, or has no pairs that fit. It names the constant `name`.
     """
     files = list_readable_files(folders, name, own)
     if mode is None:
@@ -132,10 +119,8 @@ def find_examples(folders, name, mode, patch_size, patch_length, own=()):
     lengths = pairs.lengths(patch_size)
     fitting = np.flatnonzero(lengths <= patch_length)
     if len(fitting) < len(pairs):
-        message = (
-            f"{name}: {len(pairs) - len(fitting)} of {len(pairs)} pairs do not fit in PATCH_LENGTH {patch_length} "
-            f"and are left out; PATCH_LENGTH {lengths.max()} would keep them all"
-        )
+        message = f"{name}: {len(pairs) - len(fitting)} of {len(pairs)} pairs do not fit in PATCH_LENGTH {patch_length} and are left out"
+        message += f"; PATCH_LENGTH {lengths.max()} would keep them all"
         if not len(fitting):
             raise UserError(message)
         print(message)
@@ -187,9 +172,7 @@ def hold_out_parts(examples, share, seed, patch_size, longest):
 
     Args:
         examples: Examples of single files, or of pairs with `longest` None.
-        share: EVAL_SPLIT.
-        seed: SEED.
-        patch_size: S.
+        share, seed, patch_size: EVAL_SPLIT, SEED and PATCH_SIZE.
         longest: PATCH_LENGTH. None = every file is held out whole or not at all.
 
     Raises:
@@ -231,30 +214,19 @@ def label_of(path, mode="name"):
 
 
 def find_labels(train, mode):
-    """Returns the label indices of Examples, int64 (n,), and {label: index}, sorted.
-
-    Raises:
-        UserError: there is only one label.
-    """
+    """Returns the label indices of Examples, int64 (n,), and {label: index}, sorted. Raises UserError for a single label."""
     names = [label_of(path, mode) for path, in train]
     labels = {label: index for index, label in enumerate(sorted(set(names)))}
     if len(labels) < 2:
         counts = {other: len({label_of(path, other) for path, in train}) for other in LABEL_RULES}
         others = "".join(f"; --LABELS {other} finds {count} labels" for other, count in counts.items() if count > 1)
-        raise UserError(
-            f"TRAIN_FOLDERS: the only label of its {len(train)} files is {names[0]!r}, but training needs two or more. With LABELS "
-            f"{mode!r} it is {LABEL_RULES[mode]}{others}"
-        )
+        only = f"the only label of its {len(train)} files is {names[0]!r}, but training needs two or more"
+        raise UserError(f"TRAIN_FOLDERS: {only}. With LABELS {mode!r} it is {LABEL_RULES[mode]}{others}")
     return np.array([labels[name] for name in names], dtype=np.int64), labels
 
 
 def labels_table(labels, train_counts, held_out_counts):
-    """Returns the lines of a table of labels with their files, and of warnings about labels with too few.
-
-    Args:
-        labels: list of str.
-        train_counts, held_out_counts: int (labels,), the training and evaluation files of each.
-    """
+    """Returns the lines of a table of labels with their training and evaluation files, and warnings about too few."""
     shown = [escape_name(label) for label in labels[:SHOWN_LABELS]]
     width = max(map(len, ["label", *shown]))
     lines = [f"{'label':<{width}}  training  evaluation"]

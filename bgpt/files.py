@@ -47,15 +47,13 @@ class Files:
 
 
 def list_files(folders, name, extension=None, own=()):
-    """Returns all files below the folders as Files, each once, without hidden files and folders.
-
-    Prints which folders are unreadable, and which files are left out because runs write them.
+    """Returns all files below the folders as Files, each once, without hidden files and folders; prints those left out.
 
     Args:
         folders: list of paths.
         name: the constant that has them, for messages.
         extension: only files of this one, in upper or lower case. None = all.
-        own: paths of files and folders that runs write. Folders that are listed in `folders` are searched all the same.
+        own: files and folders that runs write, to be left out unless they are in `folders`.
 
     Raises:
         UserError: one of the folders is missing, is a file, or is unreadable.

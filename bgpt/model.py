@@ -172,7 +172,8 @@ class Classifier:
 
     def __init__(self, net, found, dtype=torch.float32, where=""):
         self.net, self.dtype = net, dtype
-        self.labels, self.label_mode = checkpoint.label_list(found, where), checkpoint.label_mode(found)
+        self.labels = checkpoint.label_list(found, where)
+        self.label_mode = found.get("label_mode", "name")  # published checkpoints have none
 
     def classify(self, content, ext):
         """Returns {label: probability} of a content (bytes), the likeliest first; of a list, a list. Long ones: their heads."""
