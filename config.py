@@ -1,6 +1,6 @@
 """Every setting of bGPT: edit the values here, or override them for one run with `python train-gen.py --BATCH_SIZE 4`.
 
-Each comment says meaning, unit and legal values. The scripts print what the command line changes; `--help` lists all.
+Each comment has the meaning, unit and legal values. The scripts print what the command line changes; `--help` lists all.
 """
 
 # ---- Paths and data -------------------------------------------------------------------------------------------------

@@ -270,7 +270,7 @@ def write_predictions(model, files, found, name):
 
 
 def report_labels(model, files, found):
-    """Prints how many predictions are right, among the files whose names (or folders) have a label that the model knows."""
+    """Prints how many predictions are right, among the files whose names (or folders) have one of its labels."""
     confusion = np.zeros((len(model.labels), len(model.labels)))
     for index, (_, likeliest) in found.items():
         label = examples.label_of(files[index], model.label_mode)
@@ -278,7 +278,7 @@ def report_labels(model, files, found):
             confusion[model.labels.index(label), likeliest[0]] += 1
     if confusion.any():
         where = "folders" if model.label_mode == "folder" else "names"
-        print(f"the {where} of {confusion.sum():.0f} of them have a label that the model knows:")
+        print(f"the {where} of {confusion.sum():.0f} of them have one of the model's labels:")
         print(evaluation.classification_report(confusion, model.labels), end="")
 
 

@@ -38,14 +38,8 @@ def find_examples():
         UserError: there are too few files or labels, or an evaluation file has a label that no training file has.
     """
     constants = settings.as_dict(config)
-    own, sizes = training.own_paths(constants), (config.PATCH_SIZE, config.PATCH_LENGTH)
-    train = examples.find_examples(config.TRAIN_FOLDERS, "TRAIN_FOLDERS", None, *sizes, own)
-    if not train:
-        raise system.UserError(f"TRAIN_FOLDERS: no files to train on in {', '.join(config.TRAIN_FOLDERS)}")
+    train, held_out = examples.find_sets(constants, training.own_paths(constants))
     truth, labels = examples.find_labels(train, config.LABELS)
-    held_out = examples.find_examples(config.EVAL_FOLDERS, "EVAL_FOLDERS", None, *sizes, own) if config.EVAL_FOLDERS else None
-    if config.EVAL_FOLDERS and not held_out:
-        raise system.UserError(f"EVAL_FOLDERS: no files in {', '.join(config.EVAL_FOLDERS)}; [] holds out EVAL_SPLIT instead")
     if held_out:
         names = [examples.label_of(path, config.LABELS) for path, in held_out]
         if unknown := [(path, name) for (path,), name in zip(held_out, names) if name not in labels]:

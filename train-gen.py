@@ -35,16 +35,9 @@ from bgpt.evaluation import SymbolTotals
 def find_examples():
     """Returns the training and the held-out Examples, and prints them. Raises UserError if there are none."""
     constants = settings.as_dict(config)
-    own, sizes = training.own_paths(constants), (config.PATCH_SIZE, config.PATCH_LENGTH)
-    train = examples.find_examples(config.TRAIN_FOLDERS, "TRAIN_FOLDERS", config.CONVERSION_MODE, *sizes, own)
-    if not train:
-        raise system.UserError(f"TRAIN_FOLDERS: no files to train on in {', '.join(config.TRAIN_FOLDERS)}")
+    train, held_out = examples.find_sets(constants, training.own_paths(constants))
     cuts_windows = training.cuts_windows(constants)
-    if config.EVAL_FOLDERS:
-        held_out = examples.find_examples(config.EVAL_FOLDERS, "EVAL_FOLDERS", config.CONVERSION_MODE, *sizes, own)
-        if not held_out:
-            raise system.UserError(f"EVAL_FOLDERS: no files in {', '.join(config.EVAL_FOLDERS)}; [] holds out EVAL_SPLIT instead")
-    else:
+    if held_out is None:
         longest = config.PATCH_LENGTH if cuts_windows else None
         train, held_out = examples.hold_out_parts(train, config.EVAL_SPLIT, config.SEED, config.PATCH_SIZE, longest)
     examples.print_sets(train, held_out, constants, cuts_windows)

@@ -84,7 +84,7 @@ def read_bytes(path, start=0, stop=None, size=None):
         size: bytes that the file should have. None = any.
 
     Raises:
-        OSError: with the file's name: it is unreadable, has another size, or ends before its size says.
+        OSError: with the file's name: it is unreadable, has another size, or ends too early.
     """
     with open(path, "rb", buffering=0) as file:
         actual = os.fstat(file.fileno()).st_size

@@ -127,6 +127,21 @@ def find_examples(folders, name, mode, patch_size, patch_length, own=()):
     return pairs.select(fitting)
 
 
+def find_sets(settings, own):
+    """Returns the Examples of TRAIN_FOLDERS, and of EVAL_FOLDERS or None if that is []; `own`: see `list_files`.
+
+    Raises:
+        UserError: a set is empty, see also `find_examples`.
+    """
+    found, names = [], ("CONVERSION_MODE", "PATCH_SIZE", "PATCH_LENGTH")
+    for name in ("TRAIN_FOLDERS", "EVAL_FOLDERS"):
+        folders = settings[name]
+        found.append(find_examples(folders, name, *(settings[each] for each in names), own) if folders else None)
+        if folders and not found[-1]:
+            raise UserError(f"{name}: no files in {', '.join(folders)}" + "; [] holds out EVAL_SPLIT instead" * (len(found) - 1))
+    return found
+
+
 # ---- Held-out examples ----------------------------------------------------------------------------------------------
 
 

@@ -36,8 +36,8 @@ class Generator:
     Attributes:
         net: the bGPTLMHeadModel, in eval mode, its weights in float32.
         dtype: torch.dtype to compute in.
-        extensions: those of the training files; None if the checkpoint does not tell.
-        conversion_mode: CONVERSION_MODE of the training; False if the checkpoint does not tell.
+        extensions: of the training files; None if the checkpoint has no record of them.
+        conversion_mode: CONVERSION_MODE of the training; False if unknown.
     """
 
     def __init__(self, net, found, dtype=torch.float32, where=""):
@@ -74,7 +74,7 @@ class Generator:
                 raise UserError(f"{name} is {extension!r}, but {self.where} was trained on no such file; its extensions: {known}")
         mode = self.conversion_mode
         if mode is False:
-            print(f"note: {self.where} does not tell its training data, so it may not have learned {source} -> {target}")
+            print(f"note: {self.where} has no record of its training data, so it may not have learned {source} -> {target}")
         elif mode is None:
             print(f"note: {self.where} was trained on plain files, without CONVERSION_MODE: it has never converted anything")
         else:

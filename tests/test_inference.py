@@ -60,7 +60,7 @@ def test_convert_and_complete(tmp_path, tiny_model, tiny_checkpoint):
         assert (tmp_path / "converted" / f"{name}.mid").read_bytes() == bytes(symbols)
         assert (f"converted/{name}.mid" in done.stdout) == cut_off  # named in the summary if it was cut off
 
-    assert "note: INFERENCE_WEIGHTS_PATH: 'weights.pth' does not tell its training data" in done.stdout
+    assert "note: INFERENCE_WEIGHTS_PATH: 'weights.pth' has no record of its training data" in done.stdout
 
     done = infer(tmp_path, MODE="complete", OUTPUT_FOLDER="too-long")
     assert done.returncode == 0 and "too long" not in done.stdout, done.stderr

@@ -116,7 +116,7 @@ def test_labels_are_what_the_run_was_told(folder):
     state = load(folder, "folders")
     assert state["labels"] == {"high": 0, "low": 1, "mid": 2} and state["label_mode"] == "folder"
     done = classify(folder, "folders", INPUT_FOLDER="folders-eval")
-    assert f"the folders of 21 of them have a label that the model knows:\n{state['report']}" in done.stdout
+    assert f"the folders of 21 of them have one of the model's labels:\n{state['report']}" in done.stdout
     message = one_message(train(folder, "folders", status=1, **folders, LABELS="prefix"))
     assert "has 3 labels, but the files of TRAIN_FOLDERS have" in message
 
@@ -351,7 +351,7 @@ def test_classify_agrees_with_the_evaluation_of_training(folder):
     report = load(folder, "half")["report"]
     for batch_size in (1, 5):
         done = classify(folder, "half", INFERENCE_BATCH_SIZE=batch_size)
-        assert f"the names of 21 of them have a label that the model knows:\n{report}" in done.stdout
+        assert f"the names of 21 of them have one of the model's labels:\n{report}" in done.stdout
     header, *rows = read_predictions(folder)
     assert header == ["file", "label", "probability", "label 2", "probability 2", "label 3", "probability 3"]
     assert [row[0] for row in rows] == sorted(path.name for path in (folder / "eval").iterdir())
@@ -390,7 +390,7 @@ def test_classify_files_of_unknown_labels_and_such_as_cannot_be_read(folder, tra
     (folder / "odd" / "gone_1.bin").symlink_to("nowhere")
     done = classify(folder, trained, status=1, INPUT_FOLDER="odd")
     assert "3 of 4 files classified in output/predictions.tsv" in done.stdout
-    assert "the names of 1 of them have a label that the model knows" in done.stdout
+    assert "the names of 1 of them have one of the model's labels" in done.stdout
     assert "1 could not be done:" in done.stdout and "odd/gone_1.bin: No such file" in done.stdout
     assert [row[0] for row in read_predictions(folder)[1:]] == ["a\\tb\\n.bin", "low_1.bin", "low_2.txt"]
     done = classify(folder, trained, INPUT_FOLDER="odd", INPUT_EXT="txt")
