@@ -138,6 +138,7 @@ class Run:
         self.train, self.held_out = (directed(each, settings["CONVERSION_MODE"]) for each in (train, held_out))
         self.best_name = "min_eval_loss" if labels is None else "max_eval_acc"
         self.cuts_windows = labels is None and cuts_windows(settings)
+        self.extensions = extensions_of(self.train)
         self.digests = {"TRAIN_FOLDERS": digest(self.train), "EVAL_FOLDERS": digest(self.held_out)}
         self.files = checkpoint.RunFiles(settings["WEIGHTS_PATH"], settings["LOGS_PATH"])
         groups = parameter_groups(model, settings["EMBEDDING_START"])
@@ -430,7 +431,6 @@ class Run:
             fields = dataclasses.asdict(state)
             best_value = fields.pop("best")
             worst = math.inf if self.labels is None else -math.inf
-            extensions = extensions_of(self.train)
             is_saved = self.files.save(self.files.best if best else self.files.latest, {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -439,7 +439,7 @@ class Run:
                 self.best_name: worst if best_value is None else best_value,
                 **fields,
                 **({} if self.labels is None else {"labels": self.labels, "label_mode": self.settings["LABELS"]}),
-                **({"extensions": extensions} if len(extensions) <= MOST_EXTENSIONS else {}),
+                **({"extensions": self.extensions} if len(self.extensions) <= MOST_EXTENSIONS else {}),
                 "totals": list(totals),
                 "random_states": list(random_states),
                 "data": self.digests,
