@@ -4,8 +4,8 @@
         [--contexts 16 128 500] [--precisions fp32 bf16] [--rounds 5]
     python benchmarks/bench_generate.py --size small --against FOLDER [--weights weights.pth] [--extension abc] [--samples 1 12 64]
 
-With --against, whole generations take turns with those of another commit, whose worktree FOLDER is: `git worktree add FOLDER
-COMMIT`. Both draw the same random numbers, with TOP_P 0.9, and the bytes that they write are compared too.
+With --against, whole generations take turns with those of another commit (0609c34 or later) in the worktree FOLDER, made
+with `git worktree add FOLDER COMMIT`. Both draw the same random numbers, with TOP_P 0.9, and the bytes that they write are compared too.
 
 One step writes one patch of S = 16 bytes for each sample: one step of the patch-level decoder, and 16 of the byte-level
 one. At paper size (12 + 3 layers, D = 768), with C patches before it, a step of one sample takes
@@ -37,13 +37,13 @@ import numpy as np
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-if __name__ == "__main__":  # a process that `compare` starts imports the modules of its own folder
+if __name__ == "__main__":  # a process that `compare` starts imports the modules of its own folder, in `serve`
     sys.path.insert(0, ROOT)
 
-    from bgpt import checkpoint
-    from bgpt import distributed as devices
-    from bgpt import generation
     import utils
+    from bgpt.checkpoint import load_model
+    from bgpt.distributed import pick_device
+    from bgpt.generation import PatchWriter, Prompt, Sampling, generate
 
 SIZES = {  # 0.9, 5.1 and 110 million parameters
     "quick": {"PATCH_SIZE": 2, "PATCH_LENGTH": 32, "HIDDEN_SIZE": 128, "PATCH_NUM_LAYERS": 3, "BYTE_NUM_LAYERS": 1},
@@ -110,7 +110,7 @@ def write_plainly(model, prefix):
 
 def filled_writer(model, batch_size):
     """Returns a PatchWriter whose rows hold full contexts of random symbols, keys and values."""
-    writer = generation.PatchWriter(model, batch_size, generation.Sampling())
+    writer = PatchWriter(model, batch_size, Sampling())
     writer.patch_cache.kv.normal_()
     writer.newest.random_(256)
     writer.uniforms.uniform_()
@@ -183,8 +183,8 @@ def silence_end(model):
 def generation_rate(model, prompts, batch_size):
     """Returns (bytes/s, how many bytes each sample got) of a whole run."""
     lengths = []
-    prompts = [generation.Prompt(i, symbols, [0, i]) for i, symbols in enumerate(prompts)]
-    seconds = timed(lambda: lengths.extend(len(c.symbols) for c in generation.generate(model, prompts, batch_size, generation.Sampling())))
+    prompts = [Prompt(i, symbols, [0, i]) for i, symbols in enumerate(prompts)]
+    seconds = timed(lambda: lengths.extend(len(c.symbols) for c in generate(model, prompts, batch_size, Sampling())))
     return sum(lengths) / seconds, lengths
 
 
@@ -241,10 +241,10 @@ def serve(folder, sizes, weights, extension, pipe):
     sys.path.insert(0, folder)
     import utils
 
-    if os.path.exists(os.path.join(folder, "bgpt")):
-        from bgpt import generation
-    else:
-        import generation  # as in 0609c34
+    if os.path.isdir(os.path.join(folder, "bgpt")):
+        from bgpt.generation import Prompt, Sampling, generate
+    else:  # the flat modules of 0609c34
+        from generation import Prompt, Sampling, generate
     torch.manual_seed(0)
     model = utils.ModelSizes(**sizes).build().eval()
     if weights is not None:
@@ -253,9 +253,9 @@ def serve(folder, sizes, weights, extension, pipe):
     while (asked := pipe.recv()) is not None:
         samples, seed = asked
         start = utils.extension_patch(extension, sizes["PATCH_SIZE"])
-        prompts = [generation.Prompt(i, start, [seed, i]) for i in range(samples)]
+        prompts = [Prompt(i, start, [seed, i]) for i in range(samples)]
         begin = time.perf_counter()
-        done = list(generation.generate(model, prompts, samples, generation.Sampling(top_p=0.9)))
+        done = list(generate(model, prompts, samples, Sampling(top_p=0.9)))
         seconds = time.perf_counter() - begin
         written = b"".join(c.symbols.tobytes() for c in sorted(done, key=lambda c: c.key))
         pipe.send((seconds, sum(len(c.symbols) for c in done), hashlib.md5(written).hexdigest()))
@@ -265,7 +265,7 @@ def compare(args):
     """Prints the rates of whole generations, in float32 on the CPU, of this code and that in another folder, in turns."""
     sizes, weights = SIZES[args.size], None
     if args.weights:
-        model, _ = checkpoint.load_model(args.weights)
+        model, _ = load_model(args.weights)
         weights = model.state_dict()
         sizes = {
             "PATCH_SIZE": model.patch_size,
@@ -317,7 +317,7 @@ def main():
     args = parser.parse_args()
     length = SIZES[args.size]["PATCH_LENGTH"]
     args.contexts = args.contexts or [length // 32, length // 4, length - length // 40]
-    device = devices.pick_device()
+    device = pick_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads, {_processor()}"
     print(f"{name}; {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}; {args.size} size, "
           f"{', '.join(f'{constant} {value}' for constant, value in SIZES[args.size].items())}")

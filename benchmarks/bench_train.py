@@ -11,8 +11,8 @@ Variants: naive, fp32, bf16, fp16 (CUDA only), with -compile for COMPILE (bf16-c
 MEGABYTE-pytorch of about the same size, if it is installed (`pip install MEGABYTE-pytorch==0.3.6`), with the same dropout of
 attention weights and within its feed-forward layers; megabyte-fp32-default leaves its dropout at its default, 0.
 
-With --against, before-fp32, before-bf16 and before-fp16 are those of another commit, whose worktree FOLDER is: `git worktree
-add FOLDER COMMIT`.
+With --against, before-fp32, before-bf16 and before-fp16 are the steps of another commit (0609c34 or later) in the worktree
+FOLDER, made with `git worktree add FOLDER COMMIT`.
 
 With --files, the sequences are those of files drawn at random, the same in all variants. padded-fp32 lets the patch-level
 decoder work on their padding too, as it did before; ideal-fp32 has as many real patches in as many sequences of one length.
@@ -35,17 +35,17 @@ from torch import nn
 from transformers import GPT2LMHeadModel, GPT2Model
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# the process of a variant "before-…" imports the modules of --against
-sys.path.insert(0, os.environ.get("BENCH_TRAIN_CODE", ROOT))
+FOLDER = os.environ.get("BENCH_TRAIN_CODE", ROOT)  # of the code to measure: that of --against in a variant "before-…"
+sys.path.insert(0, FOLDER)
 
 import utils
 
-if os.path.exists(os.path.join(os.path.dirname(utils.__file__), "devices.py")):
-    from bgpt import distributed as devices
-    from bgpt import files as listing
-    from bgpt import training
-else:
-    devices = utils  # as in 710d7f7
+if os.path.isdir(os.path.join(FOLDER, "bgpt")):
+    from bgpt.distributed import autocast, pick_device, pick_dtype, tune_memory
+    from bgpt.files import list_files
+else:  # the flat modules of 0609c34
+    from devices import autocast, pick_device, pick_dtype, tune_memory
+    from listing import list_files
 
 SIZES = {  # 0.9, 5.1 and 110 million parameters
     "quick": utils.ModelSizes(PATCH_SIZE=2, PATCH_LENGTH=32, HIDDEN_SIZE=128, PATCH_NUM_LAYERS=3, BYTE_NUM_LAYERS=1),
@@ -102,11 +102,11 @@ def make_batches(sizes, batch, files, kind, count):
     """
     random = np.random.default_rng(0)
     lengths = np.full(batch, sizes.PATCH_LENGTH)
-    found = files and listing.list_files([files], "--files")
+    found = files and list_files([files], "--files")
     for _ in range(count):
         if files:
-            chosen = utils.Examples.of(found).select(random.permutation(len(found))[:batch])
-            lengths = chosen.lengths(sizes.PATCH_SIZE, sizes.PATCH_LENGTH)
+            chosen = found.sizes[random.permutation(len(found))[:batch]]
+            lengths = utils.count_patches(chosen, sizes.PATCH_SIZE).clip(max=sizes.PATCH_LENGTH)
             if kind == "ideal":
                 lengths = np.array([len(part) for part in np.array_split(np.arange(lengths.sum()), batch)])
         patches = torch.from_numpy(random.integers(0, 256, (batch, lengths.max(), sizes.PATCH_SIZE)))
@@ -143,24 +143,25 @@ def make_loss(variant, sizes, dropout, device):
             num_tokens=utils.NUM_SYMBOLS, dim=768, depth=(12, 3), max_seq_len=(512, 16), pad_id=utils.END,
             attn_dropout=0.0 if default else dropout, ff_dropout=0.0 if default else dropout,
         ).to(device).train()  # fmt: skip
-        dtype = devices.pick_dtype(precision, device)
+        dtype = pick_dtype(precision, device)
 
         def loss(patches, masks, targets):
-            with devices.autocast(device, dtype):
+            with autocast(device, dtype):
                 return model(patches.flatten(1), return_loss=True)
 
         return model, loss
     if name == "naive":
         model = Naive(sizes, dropout).to(device).train()
         return model, model
-    devices.tune_memory()
+    tune_memory()
     model = sizes.build(dropout).to(device).train()
     if option == "compile":
-        training.compile_model(model)
-    dtype = devices.pick_dtype(name, device)
+        for decoder in model.children():
+            decoder.compile_blocks()
+    dtype = pick_dtype(name, device)
 
     def loss(patches, masks, targets):
-        with devices.autocast(device, dtype):
+        with autocast(device, dtype):
             return model(patches, masks, targets).loss
 
     return model, loss
@@ -168,7 +169,7 @@ def make_loss(variant, sizes, dropout, device):
 
 def run_variant(variant, sizes, options, pipe):
     """The main function of a variant's process: answers every message with the times of a step and the peak memory."""
-    device = devices.pick_device()
+    device = pick_device()
     torch.manual_seed(0)
     model, loss_of = make_loss(variant, sizes, options.dropout, device)
     fused = None if variant == "naive" else True
@@ -208,7 +209,7 @@ def main():
     options = parser.parse_args()
     if any(variant.startswith("before-") for variant in options.variants) and not options.against:
         parser.error("the variants before-… need --against")
-    sizes, device = SIZES[options.size], devices.pick_device()
+    sizes, device = SIZES[options.size], pick_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{name}, {platform.machine()}; torch {torch.__version__}, transformers {transformers.__version__}; {options.size} size, "
