@@ -22,15 +22,14 @@ import brotli
 import torch
 import zstandard
 
-from bgpt import checkpoint
-from bgpt import distributed as devices
-from bgpt import evaluation
-from bgpt import lossless
-from bgpt import system
-from bgpt.files import extension_of, list_files
 import utils
+from bgpt import lossless, system
+from bgpt.checkpoint import load_model
+from bgpt.distributed import tune_memory
+from bgpt.evaluation import COMPRESSORS
+from bgpt.files import extension_of, list_files
 
-COMPRESSORS = evaluation.COMPRESSORS | {
+ALL_COMPRESSORS = COMPRESSORS | {
     "zstd -19": zstandard.ZstdCompressor(level=19, write_checksum=False, write_content_size=True).compress,
     "brotli -11": lambda content: brotli.compress(content, quality=11),
 }
@@ -38,9 +37,9 @@ COMPRESSORS = evaluation.COMPRESSORS | {
 
 def time_coder(options, contents):
     """Compresses and decompresses {path: content}, prints how fast that was, and returns the containers' bytes."""
-    devices.tune_memory()
+    tune_memory()
     torch.manual_seed(0)
-    model = checkpoint.load_model(options.weights)[0] if options.weights else utils.ModelSizes(*options.sizes).build()
+    model = load_model(options.weights)[0] if options.weights else utils.ModelSizes(*options.sizes).build()
     coder, seconds = lossless.Coder(model.eval(), options.batch), []
     with tempfile.TemporaryDirectory() as folder:
         # in files of their own, since --bytes may cut them; numbered, since names may come twice
@@ -88,7 +87,7 @@ def main():
     total = sum(map(len, contents.values()))
     if not total:
         raise system.UserError(f"--folder: {options.folder!r} holds no bytes to compress")
-    sizes = {name: sum(len(compress(content)) for content in contents.values()) for name, compress in COMPRESSORS.items()}
+    sizes = {name: sum(len(compress(content)) for content in contents.values()) for name, compress in ALL_COMPRESSORS.items()}
     if options.others:
         print(f"{len(contents)} files, {total:,} bytes")
     else:

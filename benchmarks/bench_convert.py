@@ -18,8 +18,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from bgpt import report as report_page
-from bgpt import system
+from bgpt.report import INDEX_COLUMNS, read_index
+from bgpt.system import unescape_name
 
 
 def read_tracks(content):
@@ -134,17 +134,17 @@ def main(arguments=None):
     parser.add_argument("--made", required=True, help="OUTPUT_FOLDER of MODE convert")
     parser.add_argument("--extension", choices=["mid", "abc"], default="mid")
     options = parser.parse_args(arguments)
-    index = report_page.read_index(os.path.join(options.made, "index.tsv"))
+    index = read_index(os.path.join(options.made, "index.tsv"))
     if index is None:
         parser.error(f"{options.made!r} holds no index.tsv of MODE convert")
     pairs, is_cut_off = [], []  # (true content, made content) of each file; whether it was cut off
     for name, fields in index.items():
         if name.endswith("." + options.extension):
             try:
-                pairs.append(read_pair(options.true, options.made, system.unescape_name(name)))
+                pairs.append(read_pair(options.true, options.made, unescape_name(name)))
             except OSError as error:
                 parser.error(f"cannot read {error.filename!r}: {error.strerror}")
-            is_cut_off.append(fields[report_page.INDEX_COLUMNS.index("cut off or ended")] == "cut off")
+            is_cut_off.append(fields[INDEX_COLUMNS.index("cut off or ended")] == "cut off")
     if not pairs:
         parser.error(f"{options.made!r} holds no .{options.extension} files")
 

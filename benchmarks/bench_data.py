@@ -17,9 +17,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import torch
 
-from bgpt import distributed as devices
-from bgpt import files as listing
 import utils
+from bgpt.distributed import autocast, pick_device, pick_dtype, tune_memory
+from bgpt.files import list_files
 
 PATCH_SIZE, PATCH_LENGTH = 16, 512
 
@@ -60,9 +60,9 @@ def plain_batch(paths):
 
 def training_step(sequences):
     """Returns the seconds of a training step at paper size, in auto precision, median of 3."""
-    device = devices.pick_device()
-    dtype = devices.pick_dtype("auto", device)
-    devices.tune_memory()
+    device = pick_device()
+    dtype = pick_dtype("auto", device)
+    tune_memory()
     model = utils.ModelSizes(PATCH_SIZE, PATCH_LENGTH, 768, 12, 3).build().to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     patches = torch.randint(0, 256, (sequences, PATCH_LENGTH, PATCH_SIZE), device=device)
@@ -70,7 +70,7 @@ def training_step(sequences):
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        with devices.autocast(device, dtype):
+        with autocast(device, dtype):
             loss = model(patches, masks).loss
         loss.backward()
         optimizer.step()
@@ -97,8 +97,8 @@ def main():
         rng = np.random.default_rng(0)
         for i in range(options.files):
             rng.integers(0, 256, options.bytes, dtype=np.uint8).tofile(os.path.join(folder, f"{i}.bin"))
-        files = listing.list_files([folder], "folder")
-        dataset = utils.ByteDataset(utils.Examples(files, np.arange(len(files))[:, None]), PATCH_SIZE, PATCH_LENGTH, [0, 1])
+        files = list_files([folder], "folder")
+        dataset = utils.ByteDataset(utils.Examples(files), PATCH_SIZE, PATCH_LENGTH, [0, 1])
         index_batches = np.array_split(np.arange(len(files)), -(-len(files) // options.batch))
 
         def ours():

@@ -17,29 +17,28 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import torch
 
-from bgpt import distributed as devices
-from bgpt import evaluation
-from bgpt import files as listing
 import utils
-from bgpt import windows as windowing
+from bgpt.distributed import pick_device, tune_memory
+from bgpt.evaluation import score_files
+from bgpt.files import list_files
+from bgpt.windows import evaluation_windows
 
 
 def measure(model, folder, options):
     """Returns the median seconds of the forward pass alone and of scoring, and the patches and bytes of the files."""
-    windows = windowing.evaluation_windows(
-        utils.Examples.of(listing.list_files([folder], "folder")), model.patch_size, model.patch_length
-    )
+    examples = utils.Examples(list_files([folder], "folder"))
+    windows = evaluation_windows(examples, model.patch_size, model.patch_length)
     order = np.argsort(-windows.totals, kind="stable")
-    dataset = utils.ByteDataset(windows.examples, model.patch_size, model.patch_length)
+    dataset = utils.ByteDataset(examples, model.patch_size, model.patch_length)
 
     @torch.inference_mode()
     def forward():
         for start in range(0, len(order), options.batch):
-            batch = utils.Batch(dataset.read(order[start : start + options.batch]))
+            batch = utils.Batch(dataset[index] for index in order[start : start + options.batch])
             model(batch.patches_on(model.device), batch.masks)
 
     def score():
-        list(evaluation.score_files(model, windows, folder, options.batch, torch.float32, lambda count: None, []))
+        list(score_files(model, windows, folder, options.batch, torch.float32, lambda count: None, []))
 
     seconds = {forward: [], score: []}
     for _ in range(options.rounds + 1):
@@ -58,8 +57,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs=5, default=[16, 64, 256, 4, 2], help="those of utils.ModelSizes")
     options = parser.parse_args()
-    devices.tune_memory()
-    model, rng = utils.ModelSizes(*options.sizes).build().to(devices.pick_device()).eval(), np.random.default_rng(0)
+    tune_memory()
+    model, rng = utils.ModelSizes(*options.sizes).build().to(pick_device()).eval(), np.random.default_rng(0)
     print(
         f"{platform.machine()}, {model.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, numpy {np.__version__}; "
         f"sizes {options.sizes}, float32, {options.files} files, batches of {options.batch}, median of {options.rounds}"

@@ -191,8 +191,8 @@ def generation_rate(model, prompts, batch_size):
 def measure_ragged(args, device):
     """Prints the rate of 200 prompts and outputs of very different lengths, against that of 32 equal ones as long on average."""
     rng = np.random.default_rng(0)
-    size = SIZES[args.size]["PATCH_SIZE"]
-    prompts = [rng.integers(256, size=n * size) for n in rng.integers(4, 61, 200)]
+    size, longest = SIZES[args.size]["PATCH_SIZE"], min(60, SIZES[args.size]["PATCH_LENGTH"] // 2)
+    prompts = [rng.integers(256, size=n * size) for n in rng.integers(4, longest + 1, 200)]
     for name in args.precisions:
         # random weights end a sequence at each symbol with a chance of about 1/257
         various = build(args, DTYPES[name], device)
@@ -207,7 +207,7 @@ def measure_ragged(args, device):
             rates.append((rate, equal_rate, rate / equal_rate))
         rate, equal_rate, share = (statistics.median(values) for values in zip(*rates))
         low, middle, high = np.percentile(lengths, [0, 50, 100])
-        print(f"{name}: 200 prompts of 4 to 60 patches, outputs of {low:.0f} to {high:.0f} bytes (median {middle:.0f}): "
+        print(f"{name}: 200 prompts of 4 to {longest} patches, outputs of {low:.0f} to {high:.0f} bytes (median {middle:.0f}): "
               f"{rate:,.0f} bytes/s; 32 prompts of 32 patches, outputs of {mean}: {equal_rate:,.0f}; "
               f"share {share:.0%} (medians of 3 rounds)", flush=True)
 
