@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Trains a generative model with the published settings: those of the published config.py, and what its train-gen.py does.
+#
+#     bash runs/published.sh FOLDER [FOLDER ...] [--CONSTANT VALUE ...]
+#     bash runs/published.sh midi/train --EVAL_FOLDERS midi/test --WEIGHTS_PATH midi.pth --LOGS_PATH midi.txt
+#
+# Constants given last override those below. The published config.py has BATCH_SIZE 1 (per process) with PATCH_LENGTH 512, and
+# 8 with 1024 in its last version. LR_SCHEDULE "constant" is what its training comes to: its cosine schedule drives an
+# optimizer that is then replaced. These differences remain:
+#
+# - The learning rate has a linear warm-up over the first tenth of all steps. Published: the full rate from the first step.
+# - PRECISION "auto" is bf16 or float32. Published: fp16 (--PRECISION fp16 on a CUDA GPU).
+# - The loss of a step is the mean over all target patches of all processes. Published: a mean of the means of micro-batches.
+# - Each epoch includes the last batch, however few files it has. Published: they are dropped.
+# - A pair longer than PATCH_LENGTH is left out. Published: it is cut off.
+# - CONVERSION_MODE "abc&mid" trains both directions. Published: abc->mid twice.
+# - The numbers drawn from SEED are others, so order, crops and dropout differ.
+set -euo pipefail
+if [[ $# == 0 || $1 == -* ]]; then
+    echo "usage: bash runs/published.sh FOLDER [FOLDER ...] [--CONSTANT VALUE ...]" >&2
+    exit 2
+fi
+root=$(cd "$(dirname "$0")/.." && pwd)
+set -x
+python "$root/train-gen.py" --PATCH_SIZE 16 --PATCH_LENGTH 512 --HIDDEN_SIZE 768 --PATCH_NUM_LAYERS 12 --BYTE_NUM_LAYERS 3 \
+    --EMBEDDING_START published --LONG_FILES crop --NUM_EPOCHS 32 --BATCH_SIZE 1 --ACCUMULATION_STEPS 1 \
+    --LEARNING_RATE 1e-5 --LR_SCHEDULE constant --MAX_GRAD_NORM 0 --DROPOUT 0.1 --PATCH_SAMPLING_BATCH_SIZE 0 \
+    --TRAIN_FOLDERS "$@"
