@@ -22,10 +22,8 @@ from bgpt.intervals import wilson_interval
 from bgpt.system import escape_name
 from utils import END
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bits per byte
-# ---------------------------------------------------------------------------------------------------------------------
 
+# ---- Bits per byte --------------------------------------------------------------------------------------------------
 
 class Totals:
     """Running sums over an epoch: two on the device, so that adding to them waits for nothing, and two on the CPU."""
@@ -81,10 +79,7 @@ class SymbolTotals(Totals):
         return {"bpb": f"{self.bits_per_byte:.3f}"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores of files
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Scores of files ------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
 def predict(model, sequences, dtype, num_likeliest=1):
@@ -278,10 +273,7 @@ def score_symbols(model, windows, index, parts, dtype, num_likeliest=3):
     return [[np.concatenate(column) for column in zip(*piece)] for piece in pieces]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Labels
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Labels ---------------------------------------------------------------------------------------------------------
 
 def classification_report(confusion, labels, most=30):
     """Returns a classifier's accuracy, precisions and recalls, as aligned lines of text.

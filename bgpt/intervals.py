@@ -1,4 +1,4 @@
-"""95 % intervals over files: the files are drawn at random, not their bytes."""
+"""95 % intervals over files. The files are drawn at random, not their bytes."""
 
 import functools
 import math
@@ -8,24 +8,22 @@ import numpy as np
 ROUNDS = 1000  # resamples of a bootstrap
 GROUPS = 500  # more files than this are resampled in groups of nearly equal size, which costs less and changes little
 
-_Z = 1.959964  # 97.5 % quantile of the normal distribution
-
 
 def wilson_interval(right, count):
     """Returns (share, low, high) of `right` out of `count` > 0 independent draws, with Wilson's score interval (1927)."""
-    share, spread = right / count, _Z**2 / count
-    middle, margin = share + spread / 2, _Z * math.sqrt(share * (1 - share) / count + spread / count / 4)
+    z = 1.959964  # 97.5 % quantile of the normal distribution
+    share, spread = right / count, z**2 / count
+    middle, margin = share + spread / 2, z * math.sqrt(share * (1 - share) / count + spread / count / 4)
     return share, max((middle - margin) / (1 + spread), 0.0), min((middle + margin) / (1 + spread), 1.0)
 
 
 def bootstrap_interval(numerators, denominators):
     """Returns (ratio of the sums, low, high) with the percentile bootstrap over files, from a fixed seed.
 
+    The ends are None for a single file, all three if the denominators add up to 0.
+
     Args:
         numerators, denominators: (n,), for example each file's bits and bytes. Denominators are 0 or more.
-
-    Returns:
-        floats. The ends are None for a single file, all three if the denominators add up to 0.
     """
     sums = np.stack((numerators, denominators)).astype(np.float64)  # (2, n)
     if sums[1].sum() == 0:

@@ -1,29 +1,22 @@
 """The layers of a GPT-2 for inference on few rows at a time, and their cache of keys and values."""
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
 from utils import HEAD_SIZE
 
-GRAIN = 2**15  # PyTorch gives each thread at least so many elements of an elementwise operation
-
 
 def apply_gelu(x):
-    """Replaces contiguous float32 x by its tanh-GELU, x·sigmoid(2u), on the CPU.
+    """Replaces x, a contiguous multiple of 64 float32 elements on the CPU, by its tanh-GELU, x·sigmoid(2u).
 
     Bit-identical for any number of rows and threads: PyTorch rounds differently in the scalar tail of each thread's chunk, so
     the chunks are sized to have no tail. Faster than by a tanh, except for a few rows.
-
-    Args:
-        x: a multiple of 64 elements.
     """
-    parts = (x,)
-    if x.numel() > GRAIN:
+    parts, grain = (x,), 2**15  # PyTorch gives each thread at least so many elements of an elementwise operation
+    if x.numel() > grain:
         elements = x.view(-1)
-        num_whole = len(elements) // GRAIN * GRAIN
-        parts = *elements[:num_whole].split(GRAIN * torch.get_num_threads()), elements[num_whole:]
+        num_whole = len(elements) // grain * grain
+        parts = *elements[:num_whole].split(grain * torch.get_num_threads()), elements[num_whole:]
     factor = x.new_tensor(1.5957691216057308)  # 2 · sqrt(2 / pi)
     for part in parts:
         # 2u = 2 · sqrt(2 / pi) · (x + 0.044715 · x³)
@@ -56,14 +49,15 @@ class PackedLinear:
             x = F.linear(x, self.weight, self.bias)
             x = F.gelu(x, approximate="tanh") if self.gelu else x
             return x if residual is None else residual + x
-        is_float32 = x.dtype == torch.float32
-        if len(x) == 1 and is_float32:  # oneDNN sums in another order for a single row
+        if len(x) == 1 and x.dtype == torch.float32:  # oneDNN sums in another order for a single row
             return self(x.expand(2, -1), None if residual is None else residual.expand(2, -1))[:1]
+        multiply = torch.ops.mkldnn._linear_pointwise
         if residual is not None:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
-        post_op = ("gelu", [], "tanh") if self.gelu and not is_float32 else ("none", [], "")
-        x = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *post_op)
-        if self.gelu and is_float32:
+            return multiply.binary(x, residual, self.weight, self.bias, "add")
+        if self.gelu and x.dtype == torch.bfloat16:
+            return multiply(x, self.weight, self.bias, "gelu", [], "tanh")
+        x = multiply(x, self.weight, self.bias, "none", [], "")
+        if self.gelu:
             apply_gelu(x)
         return x
 
@@ -78,17 +72,11 @@ class Blocks:
     def __init__(self, gpt2):
         assert gpt2.config.activation_function == "gelu_pytorch_tanh"  # see utils._fused
         self.num_heads, self.last_norm = gpt2.config.n_head, layer_norm(gpt2.ln_f)
-        self.layers = [
-            (
-                layer_norm(block.ln_1),
-                PackedLinear(block.attn.c_attn.weight.t(), block.attn.c_attn.bias),
-                PackedLinear(block.attn.c_proj.weight.t(), block.attn.c_proj.bias),
-                layer_norm(block.ln_2),
-                PackedLinear(block.mlp.c_fc.weight.t(), block.mlp.c_fc.bias, gelu=True),
-                PackedLinear(block.mlp.c_proj.weight.t(), block.mlp.c_proj.bias),
-            )
-            for block in gpt2.h
-        ]
+        self.layers = []
+        for block in gpt2.h:
+            modules = block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
+            linears = [PackedLinear(each.weight.t(), each.bias, gelu=each is block.mlp.c_fc) for each in modules]
+            self.layers.append((layer_norm(block.ln_1), layer_norm(block.ln_2), *linears))
 
     def __call__(self, x, attend):
         """Returns (N, D) for x (N, D), positions added.
@@ -96,7 +84,7 @@ class Blocks:
         Args:
             attend: function (layer, qkv) with qkv (N, 3, H, 64), the queries, keys and values; returns (N, D).
         """
-        for layer, (norm_1, qkv, attended, norm_2, inner, outer) in enumerate(self.layers):
+        for layer, (norm_1, norm_2, qkv, attended, inner, outer) in enumerate(self.layers):
             # (N, D) -> (N, 3·D) -> (N, 3, H, 64)
             x = attended(attend(layer, qkv(norm_1(x)).view(-1, 3, self.num_heads, HEAD_SIZE)), x)
             x = outer(inner(norm_2(x)), x)
@@ -105,9 +93,8 @@ class Blocks:
 
 def layer_norm(norm):
     """Returns an nn.LayerNorm as a plain function, which is called faster."""
-    return functools.partial(
-        torch.layer_norm, normalized_shape=norm.normalized_shape, weight=norm.weight, bias=norm.bias, eps=norm.eps
-    )
+    shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
 class KVCache:

@@ -50,10 +50,7 @@ def _render(template, **values):
     return environment.get_template(template).render(values).encode()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures of many files
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Figures of many files ------------------------------------------------------------------------------------------
 
 def sum_up(scores):
     """Returns the figures of FileScores as a dict.
@@ -152,10 +149,7 @@ def table_of_files(files):
     return "".join("\t".join(row) + "\n" for row in rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The page of an evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The page of an evaluation --------------------------------------------------------------------------------------
 
 def choose_files(scores):
     """Returns [(FileScore, its rank as text)] of the worst, median and best files by bits per byte, each file once.
@@ -289,10 +283,7 @@ def write_report(folder, model, windows, scores, dtype, settings, unfit, failed)
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The index of a folder of outputs
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The index of a folder of outputs -------------------------------------------------------------------------------
 
 def read_index(path):
     """Returns {file: fields of its line} of an index.tsv, or None if the file is missing or no index."""

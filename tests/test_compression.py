@@ -141,10 +141,7 @@ def test_numbers_that_change_are_noticed(tmp_path, model):
     assert [os.path.basename(path) for path, _ in failed] == ["a.abc"] and "does not give the content back" in failed[0][1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Refused containers
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Refused containers ---------------------------------------------------------------------------------------------
 
 def outcomes(coder, folder, variants, content):
     """Returns the messages of damaged containers; the others must give the right content."""
@@ -204,10 +201,7 @@ def test_other_models_names_and_files_are_refused(tmp_path, model, coder):
     assert all("is no container of MODE 'compress'" in failed[name] for name in ("c.abc", "d.abc"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# inference.py
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- inference.py ---------------------------------------------------------------------------------------------------
 
 def infer(folder, mode, **constants):
     return run_script("inference.py", *options(MODE=mode, **constants), cwd=folder)

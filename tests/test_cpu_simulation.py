@@ -350,9 +350,7 @@ def test_no_halt_ends_after_each_instruction_once(tmp_path):
     assert found["exact_files"]["share"] == 1 and found["exact_states"]["total"] == 1 and found["malformed"] == {}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Evaluate
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Evaluate -------------------------------------------------------------------------------------------------------
 
 PROGRAM = ["LOADI 9", "DIV A B", "ADD A B C", "HLT"]  # 4 states of 9 bytes after the initial one at 64..73
 

@@ -175,10 +175,7 @@ def test_exact_conversions_are_those_that_greedy_decoding_writes(tmp_path):
     assert sum(each.exact for each in scores.values()) == 4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# As a user runs it
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- As a user runs it ----------------------------------------------------------------------------------------------
 
 def evaluate(folder, **constants):
     return run_script("inference.py", *options(MODE="evaluate", PRECISION="fp32", **constants), cwd=folder)

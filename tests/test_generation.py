@@ -19,10 +19,7 @@ def continue_all(model, prompts, batch_size, sampling=GREEDY, seed=0):
     return [done[i] for i in range(len(prompts))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Sampling -------------------------------------------------------------------------------------------------------
 
 def stated_distribution(logits, top_k, top_p, temperature):
     """The specification's rule for one row, in plain NumPy."""
@@ -86,10 +83,7 @@ def test_extreme_uniforms_never_draw_an_impossible_symbol():
     assert drawn.tolist() == [5, 200]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cached generation
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Cached generation ----------------------------------------------------------------------------------------------
 
 def test_gelu_is_that_of_the_model_for_any_rows_and_threads():
     """To the bit the same for a row, however many there are, and however many threads share them."""

@@ -67,10 +67,7 @@ def test_what_the_model_beats_is_told_with_its_uncertainty():
     assert report.comparison({"gzip -9": (0.5, None, None)}) == "In bits per byte, the model beats gzip -9 by 0.50."
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The index
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The index ------------------------------------------------------------------------------------------------------
 
 @given(st.text(alphabet=st.characters(exclude_characters="/\0", exclude_categories=()), min_size=1))
 def test_names_survive_the_index(name):
