@@ -61,7 +61,7 @@ class SymbolTotals(Totals):
 
     @property
     def bytes(self):
-        """Content bytes."""
+        """Bytes of content."""
         return self._counts[1]
 
     @property
@@ -83,35 +83,28 @@ class SymbolTotals(Totals):
 
 @torch.inference_mode()
 def predict(model, sequences, dtype, num_likeliest=1):
-    """Returns how well a generative model predicts the patches of sequences that follow their contexts.
+    """Predicts the patches of sequences that follow their contexts.
 
     Args:
         model: bGPTLMHeadModel in eval mode.
         sequences: list of (patches int16 (P, S), counted bool (P, S), context), see `utils.Batch`.
         dtype: torch.dtype to compute in.
-        num_likeliest: k, of how many symbols the probabilities are wanted; 1 = only which is likeliest.
+        num_likeliest: k. 1 = without probabilities.
 
     Returns:
-        for each sequence: nats float32 (n, S); the likeliest symbols int64 (n, S, k); with k > 1 their probabilities float32
-        (n, S, k), else None.
+        for each sequence: nats float32 (n, S), the k likeliest symbols int64 (n, S, k), and with k > 1 their probabilities
+        float32 (n, S, k).
     """
     batch = utils.Batch(sequences)
     with autocast(model.device, dtype):
         output = model(batch.patches_on(model.device), batch.masks, batch.targets)
+    columns = [output.nats.float(), output.logits.argmax(-1, keepdim=True)]
     if num_likeliest > 1:
         probabilities, likeliest = output.logits.float().softmax(-1).topk(num_likeliest)  # (N, S, k) each
-    else:
-        probabilities, likeliest = None, output.logits.argmax(-1, keepdim=True)
+        columns[1:] = likeliest, probabilities
     counts = batch.targets.sum(1).tolist()
+    return list(zip(*([part.numpy() for part in column.cpu().split(counts)] for column in columns)))
 
-    def by_sequence(rows):
-        return [None] * len(counts) if rows is None else [part.numpy() for part in rows.cpu().split(counts)]
-
-    return list(zip(*map(by_sequence, (output.nats.float(), likeliest, probabilities))))
-
-
-NUM_STRETCHES, LONGEST_STRETCH = 10, 16  # of each file; bytes
-PROFILE_BINS = 200  # points of the line of bits along a file
 
 _XZ = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
 COMPRESSORS = {  # {name: function of a file's bytes}
@@ -133,11 +126,11 @@ class FileScore:
     symbols: int = 0
     index: int = 0  # of the example
     path: str = ""  # of the file that is scored
-    group: str = ""  # extension (".mid") or direction ("abc->mid") that files are summed up by
+    group: str = ""  # extension (".mid") or direction ("abc->mid")
     top1: int = 0  # symbols among its bytes and the first 256 that were the model's likeliest
     exact: bool = False  # whether greedy decoding reproduces the file
     stretches: list = dataclasses.field(default_factory=list)  # (offset, bytes, bits), see surprising_stretches
-    profile: np.ndarray | None = None  # float32 (2, bins), mean and highest bits along the file
+    profile: np.ndarray | None = None  # float32 (2, bins), mean and highest bits along the file, in at most 200 equal parts
     compressed: dict = dataclasses.field(default_factory=dict)  # {compressor: bits}
 
     @property
@@ -146,14 +139,11 @@ class FileScore:
         return self.bits / self.bytes if self.bytes else None
 
 
-def surprising_stretches(bits, count=NUM_STRETCHES, longest=LONGEST_STRETCH):
+def surprising_stretches(bits, count=10, longest=16):
     """Returns the `count` most surprising stretches of a file, as a list of (offset, symbols, bits in all).
 
-    A stretch is the most surprising symbol outside the stretches so far, and its neighbours with at least half as many bits.
-
-    Args:
-        bits: (n,), of each byte of a file and of the 256 that ends it.
-        longest: most symbols in a stretch.
+    A stretch is the most surprising symbol outside the stretches so far, and its neighbours with at least half as many bits, at
+    most `longest` symbols in all. `bits` (n,) are those of each byte of the file and of the 256 after it.
     """
     left, found = np.array(bits, dtype=np.float64), []  # left: -1 at symbols that are in a stretch
     while len(found) < count and left.max() >= 0:
@@ -167,13 +157,6 @@ def surprising_stretches(bits, count=NUM_STRETCHES, longest=LONGEST_STRETCH):
         found.append((first, last - first, float(left[first:last].sum())))
         left[first:last] = -1.0
     return found
-
-
-def _profile(bits):
-    """Returns the mean and the highest of bits (n,) in at most PROFILE_BINS equal parts, float32 (2, bins)."""
-    starts = np.unique(np.linspace(0, len(bits), min(len(bits), PROFILE_BINS), endpoint=False).astype(int))
-    lengths = np.diff(np.append(starts, len(bits)))
-    return np.stack((np.add.reduceat(bits, starts) / lengths, np.maximum.reduceat(bits, starts))).astype(np.float32)
 
 
 def score_files(model, windows, folder, batch_size, dtype, progress, failed):
@@ -190,42 +173,39 @@ def score_files(model, windows, folder, batch_size, dtype, progress, failed):
     """
     pieces, unreadable = {}, set()  # {index: [(nats (n, S), whether each symbol is the likeliest (n, S)) of a window]}
 
-    def give_up(index, error):
-        failed.append((windows.examples[index][-1], error.strerror))
-        unreadable.add(index)
-        pieces.pop(index, None)
+    def attempt(function, index, *arguments):
+        try:
+            return function(index, *arguments)
+        except OSError as error:
+            failed.append((windows.examples[index][-1], error.strerror))
+            unreadable.add(index)
+            return None
 
-    def readable_windows():
-        for index, window in windows.by_length():
-            try:
-                if index not in unreadable:
-                    yield index, window, windows.read(index, window)
-            except OSError as error:
-                give_up(index, error)
-
-    waiting = readable_windows()
-    while batch := list(itertools.islice(waiting, batch_size)):
+    readable = (  # (index, window, sequence)
+        (index, window, sequence)
+        for index, window in windows.by_length()
+        if index not in unreadable and (sequence := attempt(windows.read, index, window)) is not None
+    )
+    while batch := list(itertools.islice(readable, batch_size)):
         predicted = predict(model, [sequence for *_, sequence in batch], dtype)
-        for (index, window, (patches, _, context)), (nats, likeliest, _) in zip(batch, predicted):
+        for (index, window, (patches, _, context)), (nats, likeliest) in zip(batch, predicted):
             pieces.setdefault(index, []).append((nats, likeliest[:, :, 0] == patches[context:]))
             if window[1] == windows.totals[index]:  # the file's last window; the others came before it
                 nats, is_top1 = (np.concatenate(each).reshape(-1) for each in zip(*pieces.pop(index)))
-                try:
-                    score = _score_file(windows, index, nats, is_top1, folder)
-                except OSError as error:
-                    give_up(index, error)
-                else:
+                if (score := attempt(_score_file, index, windows, nats, is_top1, folder)) is not None:
                     yield score
         slices = [windows.predicted_symbols(index, window) for index, window, _ in batch]
         progress(sum(max(each.stop - each.start, 0) for each in slices))  # an end patch alone has no bytes that count
 
 
-def _score_file(windows, index, nats, is_top1, folder):
+def _score_file(index, windows, nats, is_top1, folder):
     """Returns the FileScore of an example from the nats (n,) and top-1 flags (n,) of all its predicted symbols."""
     paths, size = windows.examples[index], int(windows.sizes[index])
     content = utils.read_bytes(paths[-1], size=size)
     extensions = [extension_of(path) for path in paths]
     bits, is_top1 = nats[: size + 1] / math.log(2), is_top1[: size + 1]
+    starts = np.unique(np.linspace(0, size + 1, min(size + 1, 200), endpoint=False).astype(int))  # of the profile's parts
+    means = np.add.reduceat(bits, starts) / np.diff(np.append(starts, size + 1))
     return FileScore(
         name=" -> ".join(os.path.relpath(path, folder) for path in paths),
         bytes=size,
@@ -239,13 +219,13 @@ def _score_file(windows, index, nats, is_top1, folder):
         # generation stops at PATCH_LENGTH, so the patch of the first 256 must be within it
         exact=bool(is_top1.all()) and int(windows.given[index]) + size // windows.patch_size < windows.patch_length,
         stretches=surprising_stretches(bits),
-        profile=_profile(bits),
+        profile=np.stack((means, np.maximum.reduceat(bits, starts))).astype(np.float32),
         compressed={name: 8 * len(compress(content)) for name, compress in COMPRESSORS.items()},
     )
 
 
 def score_symbols(model, windows, index, parts, dtype, num_likeliest=3):
-    """Scores parts of an example again, with the symbols that the model expected there.
+    """Scores parts of an example again, with the symbols that the model expected there. Raises OSError as `Windows.read`.
 
     Args:
         parts: list of (start, stop) among the symbols of the file's content and the 256 after it.
@@ -253,9 +233,6 @@ def score_symbols(model, windows, index, parts, dtype, num_likeliest=3):
     Returns:
         for each part of n symbols: the symbols int16 (n,), their bits float32 (n,), the likeliest symbols int64 (n, k), and
         their probabilities float32 (n, k).
-
-    Raises:
-        OSError, UserError: see `Windows.read_window`.
     """
     pieces = [[] for _ in parts]
     for window in windows.of(index):
@@ -263,8 +240,8 @@ def score_symbols(model, windows, index, parts, dtype, num_likeliest=3):
         shared = [range(max(start, scored.start), min(stop, scored.stop)) for start, stop in parts]
         if not any(shared):
             continue
-        patches, counted, context = windows.read(index, window)
-        [(nats, *expected)] = predict(model, [(patches, counted, context)], dtype, num_likeliest)
+        patches, _, context = sequence = windows.read(index, window)
+        [(nats, *expected)] = predict(model, [sequence], dtype, num_likeliest)
         # (n patches, S) or (n patches, S, k) -> (n·S,) or (n·S, k)
         columns = [each.reshape(-1, *each.shape[2:]) for each in (patches[context:], nats / math.log(2), *expected)]
         for piece, places in zip(pieces, shared):
@@ -282,8 +259,7 @@ def classification_report(confusion, labels, most=30):
 
     Args:
         confusion: (labels, labels), files of each true label (row) by predicted label (column).
-        labels: list of str.
-        most: labels up to which the confusion matrix follows.
+        labels: list of str. The confusion matrix is shown if they are at most `most`.
     """
     labels = [escape_name(label) for label in labels]
     files, predicted, correct = confusion.sum(1), confusion.sum(0), confusion.diagonal()
@@ -300,9 +276,8 @@ def classification_report(confusion, labels, most=30):
     lines += aligned(table)
     if len(labels) <= most:
         lines.append("true label by row, predicted label by column:")
-        table = [["", *(str(i) for i in range(len(labels)))]]
-        table += [[f"{i} {label}", *(f"{count:.0f}" for count in row)] for i, (label, row) in enumerate(zip(labels, confusion))]
-        lines += aligned(table)
+        rows = [[f"{i} {label}", *(f"{count:.0f}" for count in row)] for i, (label, row) in enumerate(zip(labels, confusion))]
+        lines += aligned([["", *map(str, range(len(labels)))], *rows])
     return "\n".join(lines) + "\n"
 
 

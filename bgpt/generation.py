@@ -1,7 +1,6 @@
 """Generation: sampling, and many sequences of different lengths continued at once."""
 
 import dataclasses
-import functools
 import itertools
 import math
 
@@ -30,18 +29,18 @@ class Sampling:
 def filter_probabilities(logits, sampling):
     """Returns the distribution to draw from, float64 (B, V), rows summing to 1.
 
-    In this order: softmax; the top_k most likely symbols; the smallest set of them, most likely first, whose total
-    probability exceeds top_p; the power 1/temperature. Among equals the lower symbol comes first.
-
-    Args:
-        logits: (B, V), any float type.
-        sampling: a Sampling.
+    In this order: softmax of the logits (B, V); the top_k most likely symbols; the smallest set of them, most likely first,
+    whose total probability exceeds top_p; the power 1/temperature. Among equals the lower symbol comes first.
     """
     probabilities = torch.softmax(logits, dim=-1, dtype=torch.float64)
     if sampling.temperature == 0:
         return F.one_hot(probabilities.argmax(-1), probabilities.shape[-1]).double()
     if 0 < sampling.top_k < probabilities.shape[-1] or sampling.top_p < 1:
-        ranked = sort_descending(probabilities)[:, : sampling.top_k or None]  # (B, V) or (B, top_k)
+        if probabilities.device.type == "cpu":  # NumPy is up to ten times faster, since PyTorch sorts the indices, too
+            ranked = torch.from_numpy(-np.sort(-probabilities.numpy()))
+        else:
+            ranked = probabilities.sort(descending=True).values
+        ranked = ranked[:, : sampling.top_k or None]  # (B, V) or (B, top_k)
         sums = ranked.cumsum(-1)
         count = (sums - ranked <= sampling.top_p * sums[:, -1:]).sum(-1, keepdim=True)  # (B, 1), how many symbols stay
         least = ranked.gather(1, count - 1)  # (B, 1), the probability of the last one that stays
@@ -55,22 +54,8 @@ def filter_probabilities(logits, sampling):
     return probabilities / probabilities.sum(-1, keepdim=True)
 
 
-def sort_descending(values):
-    """Returns each row of values (B, V) in descending order."""
-    if values.device.type != "cpu":
-        return values.sort(dim=-1, descending=True).values
-    # NumPy is up to ten times faster, since PyTorch sorts the indices, too
-    return torch.from_numpy(-np.sort(-values.numpy(), axis=-1))
-
-
 def sample_symbols(logits, sampling, uniforms):
-    """Draws one symbol per row: int64 (B,).
-
-    Args:
-        logits: (B, V).
-        sampling: a Sampling.
-        uniforms: float64 (B,) in [0, 1); each decides its row's symbol.
-    """
+    """Draws one symbol per row of logits (B, V): int64 (B,), each decided by its uniform, float64 (B,) in [0, 1)."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     sums = filter_probabilities(logits, sampling).cumsum(-1)  # (B, V)
@@ -96,17 +81,14 @@ class Continuation:
     key: object
     symbols: np.ndarray  # int64 (n,) without the 256 that ended it
     cut_off: bool  # PATCH_LENGTH patches were full before it ended
-    nats: float  # minus the log-probability of the symbols, and of the 256 that ended them, see `mean_log_probability`
+    nats: float  # minus the log-probability of the symbols and of the 256 that ended them
 
     def mean_log_probability(self):
-        """Returns the mean log-probability in nats of the drawn symbols, the 256 that ended them included.
-
-        It is the model's own: of its softmax, before TOP_K, TOP_P and TEMPERATURE.
-        """
+        """Returns the mean log-probability in nats of the drawn symbols, by the model's own softmax, before any filter."""
         return -self.nats / (len(self.symbols) + (not self.cut_off))
 
     def bits_per_byte(self):
-        """Returns the bits of the drawn symbols and of the 256 that ended them, by drawn bytes; None if there are none."""
+        """Returns the bits of the drawn symbols and of the 256 that ended them, per drawn byte; None without bytes."""
         return self.nats / math.log(2) / len(self.symbols) if len(self.symbols) else None
 
 
@@ -119,20 +101,18 @@ class _Row:
         self.written = []  # patches, int64 (S,) each; the first begins with the given symbols
         self.nats = 0.0
 
-    def add(self, patch, nats):
-        """Adds the next patch; returns whether it ends the sequence."""
-        given = self.num_given if not self.written else 0
+    def add(self, patch, nats, length):
+        """Adds the next patch. Returns the Continuation if that ends the sequence, of at most `length` patches, else None."""
+        is_end = END in patch[0 if self.written else self.num_given :]
         self.written.append(patch)
         self.whole += 1
         self.nats += float(nats)
-        return END in patch[given:]
-
-    def finish(self, cut_off):
-        """Returns the Continuation."""
+        if not is_end and self.whole < length:
+            return None
         symbols = np.concatenate(self.written)[self.num_given :]
-        if not cut_off:
+        if is_end:
             symbols = symbols[: np.flatnonzero(symbols == END)[0]]
-        return Continuation(self.prompt.key, symbols.copy(), cut_off, self.nats)
+        return Continuation(self.prompt.key, symbols.copy(), not is_end, self.nats)
 
 
 # ---- Generation -----------------------------------------------------------------------------------------------------
@@ -148,11 +128,7 @@ def generate(model, prompts, batch_size, sampling, on_patches=None):
         model: bGPTLMHeadModel in eval mode.
         prompts: iterable of Prompts of fewer than L·S symbols, read as places become free.
         batch_size: most sequences at once.
-        sampling: a Sampling.
         on_patches: called with the number of patches written, after each step.
-
-    Yields:
-        Continuation, in the order in which they end.
     """
     prompts, writer = iter(prompts), PatchWriter(model, batch_size, sampling)
     while True:
@@ -168,14 +144,12 @@ def generate(model, prompts, batch_size, sampling, on_patches=None):
 class PatchWriter:
     """A batch of sequences, written one patch of each at a time. Every buffer is allocated once.
 
-    A row of the batch is one sequence, with its newest whole patch, cached keys and values, and random numbers.
-
     Args:
         model: bGPTLMHeadModel in eval mode.
-        batch_size: B, the most rows.
+        batch_size: B, the most rows. A row is one sequence.
         sampling: a Sampling.
-        on_device: compute each patch without reading from the device, in few different shapes, rounded up to powers of two;
-            the results are the same in float32. None = on CUDA only, where each shape is captured as a graph.
+        on_device: compute each patch without reading from the device, in few different shapes, rounded up to powers of two.
+            The results are the same in float32. None = on CUDA only, where each shape is captured as a graph.
 
     Attributes:
         rows: the sequences under way, a list of at most B `_Row`s. The first rows of every buffer are theirs.
@@ -196,11 +170,10 @@ class PatchWriter:
         self.byte_cache = KVCache(gpt2, max(batch_size, 2), self.size)
         masks = self.byte_cache.mask(torch.arange(self.size, device=self.device), self.byte_cache.length)  # (S·H, 1, T)
         self.byte_masks = masks.unflatten(0, (self.size, -1))[:, :1]  # (S, 1, 1, T), of a query at each symbol
-        zeros = functools.partial(torch.zeros, dtype=torch.int64, device=self.device)
-        self.newest = zeros(batch_size, self.size)  # (B, S), the newest whole patch of each row
-        self.positions = zeros(batch_size)  # (B,), its position in the sequence
-        self.given = zeros(batch_size, self.size)  # (B, S), the beginning of the patch after it, if a prompt ends within
-        self.num_given = zeros(batch_size)  # (B,), how many symbols of that are given
+        # (B, S) each: the newest whole patch of each row; the beginning of the patch after it, if a prompt ends within
+        self.newest, self.given = torch.zeros(2, batch_size, self.size, dtype=torch.int64, device=self.device)
+        # (B,) each: the position of the newest patch; how many symbols of the next one are given
+        self.positions, self.num_given = torch.zeros(2, batch_size, dtype=torch.int64, device=self.device)
         self.uniforms = torch.zeros(batch_size, self.length, self.size, dtype=torch.float64, device=self.device)
         self.rows = []
 
@@ -243,35 +216,24 @@ class PatchWriter:
     def step(self):
         """Writes the next patch of each row; frees the rows that end with it, and returns their Continuations."""
         patches, nats = self.write(len(self.rows), max(row.whole for row in self.rows))
-        places, ended = [], []
-        for place, row in enumerate(self.rows):
-            is_end = row.add(patches[place], nats[place])
-            if is_end or row.whole == self.length:
-                places.append(place)
-                ended.append(row.finish(cut_off=not is_end))
-        for place in reversed(places):
-            last = self.rows.pop()
-            if place < len(self.rows):
-                self._move(len(self.rows), place, last)
-        return ended
-
-    def _move(self, source, target, row):
-        """Moves a _Row to another place in the batch."""
-        self.rows[target] = row
-        for buffer in (self.newest, self.positions, self.given, self.num_given, self.uniforms):
-            buffer[target] = buffer[source]
-        kv, count = self.patch_cache.kv, row.whole - 1  # (layers, B, H, 2, T, 64); the newest patch is not in the cache yet
-        kv[:, target, :, :, :count] = kv[:, source, :, :, :count]
+        ended = [row.add(*written, self.length) for row, *written in zip(self.rows, patches, nats)]
+        for place in reversed(range(len(ended))):
+            if ended[place] is None:
+                continue
+            last, source = self.rows.pop(), len(self.rows)
+            if place < source:  # the last row takes the free place
+                self.rows[place] = last
+                for buffer in (self.newest, self.positions, self.given, self.num_given, self.uniforms):
+                    buffer[place] = buffer[source]
+                kv, count = self.patch_cache.kv, last.whole - 1  # (layers, B, H, 2, T, 64); the newest patch is not in it yet
+                kv[:, place, :, :, :count] = kv[:, source, :, :, :count]
+        return [continuation for continuation in ended if continuation is not None]
 
     def write(self, num_rows, longest):
-        """Writes the next patch of each of the first `num_rows` rows, and waits for the device once.
-
-        Args:
-            num_rows: 1 or more.
-            longest: the most whole patches that one of them has.
+        """Writes the next patch of the first `num_rows` rows, of at most `longest` whole patches each. Waits for the device once.
 
         Returns:
-            patches: int64 (num_rows, S), the given symbols, then drawn ones; those behind a drawn 256 are of no use.
+            patches: int64 (num_rows, S), the given symbols, then drawn ones. Those after a drawn 256 are meaningless.
             nats: float64 (num_rows,), minus the log-probability of the drawn symbols, the 256 that ends them included.
         """
         rows, longest = num_rows, -(-longest // 16) * 16
@@ -303,10 +265,7 @@ class PatchWriter:
         return results
 
     def _write(self, rows, longest):
-        """Computes the next patch of the first `rows` rows and its nats, see `write`, on the device alone.
-
-        It changes nothing but the caches, at the positions of its own patches, so that it may run twice.
-        """
+        """Computes the results of `write` on the device. Changes only the caches at new positions, so that it may run twice."""
         x = self.step_patch_level(rows, longest)  # (B, D)
         uniforms = self.uniforms[torch.arange(rows, device=self.device), self.positions[:rows] + 1]  # (B, S)
         is_given = torch.arange(self.size, device=self.device) < self.num_given[:rows, None]  # (B, S)
@@ -342,10 +301,5 @@ class PatchWriter:
         return self.patch_blocks(embedded + self.patch_level.base.wpe(positions), attend)
 
     def choose(self, logits, uniforms):
-        """Returns the next symbol of each row, int64 (B,), drawn at random; a subclass may choose otherwise.
-
-        Args:
-            logits: (B, V).
-            uniforms: float64 (B,) in [0, 1), each row's own.
-        """
+        """Returns the next symbol of each row, see `sample_symbols`. A subclass may choose otherwise."""
         return sample_symbols(logits, self.sampling, uniforms)

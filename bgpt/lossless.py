@@ -1,8 +1,7 @@
-"""Lossless compression of files with a trained model: entropy coding by its probabilities.
+"""Lossless compression of files with a trained model: range coding by its probabilities.
 
 A file is cut into stretches of 32 KB, which are coded separately, each as a file of the same extension, many at once. Within a
-stretch, windows of PATCH_LENGTH patches advance as in MODE evaluate. The model gives a probability to each of 256 bytes (the
-length is known, so the end needs no symbol), and a range coder turns the bytes into about as many bits as those allow.
+stretch, windows of PATCH_LENGTH patches advance as in MODE evaluate. The length is known, so the end needs no symbol.
 
 Decoding needs the same probabilities, to the last digit. So both directions use one PatchWriter, in float32 on a CPU, where a
 row's numbers depend neither on its batch nor on the number of threads.
@@ -48,7 +47,6 @@ STORED, CODED = 0xB0, 0xB2
 STRETCH = 2**15  # bytes of a stretch; the last of a file may be shorter
 
 _FAMILY = constriction.stream.model.Categorical(perfect=False)  # 24-bit fixed-point probabilities, none of them 0
-_PENDING = 64  # symbols that are encoded in one call
 
 
 class BadContainer(UserError):
@@ -58,26 +56,20 @@ class BadContainer(UserError):
 # ---- Stretches ------------------------------------------------------------------------------------------------------
 
 class Stretch:
-    """A part of a file, coded byte by byte.
-
-    Args:
-        extension: the file's.
-        size: bytes.
-        content: the bytes that are known before coding, all or none of them.
-    """
+    """A part of a file, coded byte by byte. Its `content` is whole when encoding, and grows when decoding."""
 
     def __init__(self, extension, size, content=b""):
         self.extension, self.size, self.content = extension, size, bytearray(content)
-        self.done = 0  # bytes that are coded
+        self.done = 0  # coded bytes
 
     def next_prompt(self, patch_size, patch_length):
-        """Returns the Prompt of the next window: the extension patch and the coded bytes, or the last of them."""
+        """Returns the Prompt of the next window: the last of the extension patch and the coded bytes."""
         context = (patch_length - evaluation_advance(patch_length)) * patch_size  # symbols
         coded = np.array(self.content[max(self.done - context, 0) : self.done], dtype=np.int16)
         return Prompt(self, np.concatenate((extension_patch(self.extension, patch_size), coded))[-context:], [0])
 
     def code(self, probabilities):
-        """Codes the next byte by float32 (256,) probabilities and returns it; END behind the last."""
+        """Codes the next byte by float32 (256,) probabilities and returns it; END after the last."""
         if self.done == self.size:
             return END
         symbol = self._code_byte(probabilities)
@@ -86,16 +78,16 @@ class Stretch:
 
 
 class Encoding(Stretch):
-    """A stretch that is encoded."""
+    """A stretch to encode."""
 
     def __init__(self, extension, content):
         super().__init__(extension, len(content), content)
         self.encoder = constriction.stream.queue.RangeEncoder()
-        self._pending = []  # probabilities of the last symbols, which are encoded together
+        self._pending = []  # probabilities of up to 64 symbols, which are encoded together: that is faster
 
     def _code_byte(self, probabilities):
         self._pending.append(probabilities)
-        if len(self._pending) == _PENDING or self.done + 1 == self.size:
+        if len(self._pending) == 64 or self.done + 1 == self.size:
             symbols = self.content[self.done + 1 - len(self._pending) : self.done + 1]
             self.encoder.encode(np.array(symbols, dtype=np.int32), _FAMILY, np.stack(self._pending))  # (n,), (n, 256)
             self._pending = []
@@ -103,7 +95,7 @@ class Encoding(Stretch):
 
 
 class Decoding(Stretch):
-    """A stretch that is decoded from its code, uint32 (n,); a damaged one gives other or less content."""
+    """A stretch to decode from its code, uint32 (n,). A damaged code gives wrong or less content."""
 
     def __init__(self, extension, size, words):
         super().__init__(extension, size)
@@ -145,7 +137,15 @@ class Coder(PatchWriter):
         assert model.dtype == torch.float32 and model.device.type == "cpu"
         super().__init__(model, batch_size, Sampling())
         self.num_coded = 0  # bytes
-        self.weights, self.machine = self._digest_weights()[:2], self._digest_machine()[:1]
+        weights, machine = hashlib.sha256(), hashlib.sha256(describe_machine().encode())
+        for name, tensor in sorted(model.state_dict().items()):
+            weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode() + tensor.numpy().tobytes())
+        num_given = (self.length - 1) // 2  # patches, which pass the patch-level decoder together; then up to 2 one by one
+        num_probed = min(self.length - 1 - num_given, 2)
+        self.admit([Probe(machine, num_given * self.size, num_probed * self.size).next_prompt(self.size, self.length)])
+        while self.rows:
+            self.step()
+        self.weights, self.machine = weights.digest()[:2], machine.digest()[:1]
 
     def choose(self, logits, uniforms):
         """Returns the next symbols of the stretches, int64 (B,), coded by logits (B, V)."""
@@ -154,26 +154,9 @@ class Coder(PatchWriter):
         self.num_coded += len(symbols) - symbols.count(END)
         return torch.tensor(symbols)
 
-    def _digest_weights(self):
-        """Returns the SHA-256 of the model's tensors: their names, shapes and values."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode() + tensor.numpy().tobytes())
-        return digest.digest()
-
-    def _digest_machine(self):
-        """Returns a SHA-256 of the libraries' versions and of a few numbers that they compute with the model here."""
-        digest = hashlib.sha256(describe_machine().encode())
-        num_given = (self.length - 1) // 2  # patches, which pass the patch-level decoder together; then up to 2 one by one
-        num_probed = min(self.length - 1 - num_given, 2)
-        self.admit([Probe(digest, num_given * self.size, num_probed * self.size).next_prompt(self.size, self.length)])
-        while self.rows:
-            self.step()
-        return digest.digest()
-
 
 def describe_machine():
-    """Returns the libraries and the instructions that the numbers depend on, in words."""
+    """Returns the libraries and the processor's instructions that the numbers depend on, in words."""
     packages = f"torch {torch.__version__}, constriction {importlib.metadata.version('constriction')}"
     return f"{packages}, {platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
 
@@ -181,7 +164,6 @@ def describe_machine():
 # ---- Containers -----------------------------------------------------------------------------------------------------
 
 def _varint(number):
-    """Returns a number as 7 bits a byte, the lowest first, 128 added to all but the last."""
     return bytes([number]) if number < 128 else bytes([number % 128 + 128]) + _varint(number // 128)
 
 
@@ -192,11 +174,10 @@ def _read_varint(view):
         number += view[i] % 128 << 7 * i
         if view[i] < 128:
             return number, view[i + 1 :]
-    raise IndexError("a varint of more than 9 bytes")
+    raise IndexError
 
 
 def _seal(kind, extension, body):
-    """Returns a container, with the CRC-16 before its body."""
     check = binascii.crc_hqx(extension + body, kind)
     return bytes([kind]) + check.to_bytes(2, "little") + body
 
@@ -230,10 +211,8 @@ def unpack(container, extension, coder):
     if view[:2] != coder.weights:
         raise BadContainer("was compressed with another model")
     if view[2:3] != coder.machine:
-        raise BadContainer(
-            "was compressed with other libraries or on another kind of processor, where the model's numbers differ in the last "
-            f"digits; here: {describe_machine()}"
-        )
+        other = "other libraries or on another kind of processor, where the model's numbers differ in the last digits"
+        raise BadContainer(f"was compressed with {other}; here: {describe_machine()}")
     try:
         return checksum, None, [Decoding(extension, size, words) for size, words in _split(view[3:])]
     except IndexError:
@@ -241,18 +220,18 @@ def unpack(container, extension, coder):
 
 
 def _split(view):
-    """Returns (bytes, words uint32 (n,)) of each stretch of a coded container; raises IndexError where lengths do not fit."""
+    """Returns (bytes, words uint32 (n,)) of each stretch of a coded container; raises IndexError if its lengths do not fit."""
     size, view = _read_varint(view)
     count = max(-(-size // STRETCH), 1)
     if count > len(view):  # before anything is allocated for a number that may be huge
-        raise IndexError("more stretches than bytes")
+        raise IndexError
     lengths = []
     for _ in range(count - 1):
         length, view = _read_varint(view)
         lengths.append(length)
     lengths.append(len(view) // 4 - sum(lengths))
     if len(view) % 4 or min(lengths) < 1:
-        raise IndexError("a stretch without words")
+        raise IndexError
     codes = np.split(np.frombuffer(view, dtype="<u4").astype(np.uint32), np.cumsum(lengths[:-1]))
     return list(zip([STRETCH] * (count - 1) + [size - STRETCH * (count - 1)], codes))
 
@@ -265,9 +244,9 @@ def compress(coder, files, verify, progress, failed):
     Args:
         coder: a Coder.
         files: iterable of paths.
-        verify: also decode each container; a file that does not come back is not yielded.
+        verify: also decode each container. A file that does not come back has failed.
         progress: called with the number of bytes encoded or decoded, after each step.
-        failed: gets (path, reason) of files that cannot be done.
+        failed: (path, reason) of each file that cannot be compressed is appended to it.
     """
 
     def code(path):
@@ -286,14 +265,13 @@ def compress(coder, files, verify, progress, failed):
 
 
 def decompress(coder, files, progress, failed):
-    """Yields (path, content, container) of containers, whose paths end with SUFFIX; the arguments are as in `compress`."""
+    """Yields (path, content, container) of containers, whose paths end with SUFFIX; see `compress`."""
 
     def code(path):
         container = read_bytes(path)
         checksum, content, decodings = unpack(container, extension_of(path.removesuffix(SUFFIX)), coder)
         yield decodings
-        if content is None:
-            content = b"".join(each.content for each in decodings)
+        content = b"".join(each.content for each in decodings) if content is None else content
         if zlib.crc32(content) != checksum:
             raise BadContainer("its content has another CRC-32: it is damaged, or the model's numbers differ here")
         return content, container
@@ -307,7 +285,7 @@ def _run(coder, files, code, progress, failed):
     `code(path)` is a generator that yields lists of stretches, continues when they are coded, returns (content, container).
     """
     paths, waiting = iter(files), collections.deque()  # waiting: stretches to code
-    jobs = {}  # stretch -> (path, its generator, set of the stretches that it waits for)
+    jobs = {}  # stretch -> (path, its generator, set of its stretches that are not yet coded)
     coder.rows.clear()  # of a run that was stopped
 
     def resume(path, coding):
