@@ -6,14 +6,12 @@
 """
 
 import argparse
-import functools
 import json
 import os
 import time
 
 from bgpt import system
 
-FEW = 3000  # instances or files that one process does sooner than worker processes start
 STORED = "num_registers memory_size num_min_program num_max_program num_train_instance num_test_instance random_seed".split()
 
 
@@ -21,24 +19,23 @@ def parse(argv):
     """Returns the options from the command line; a wrong one is one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(description="A toy CPU: generate, translate and evaluate its states.", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"cpu-simulation.py: {message}\n")
-    number = functools.partial(parser.add_argument, type=int, metavar="N")
-    path = functools.partial(parser.add_argument, metavar="PATH")
     parser.add_argument("--mode", required=True, choices=["generate", "translate", "evaluate"])
-    number("--num_registers", help="1 to 26 (default 10; translate and evaluate: as in cpu_states.json, if there)")
-    number("--memory_size", help="bytes, a multiple of 4 up to 1024 (default 1024; likewise)")
-    path(
-        "--dir_path",
-        default="cpu_states",
-        help="generate: data set to write; evaluate: folder of .bin files (default %(default)s)",
-    )
-    path("--states_path", default="cpu_states/cpu.bin", help="translate: the file to read (default %(default)s)")
-    path("--output_path", default="cpu_states.txt", help="translate: the text to write (default %(default)s)")
-    number("--num_min_program", default=1, help="generate: fewest instructions of a program, HLT included (default %(default)s)")
-    number("--num_max_program", default=255, help="generate: most instructions of a program (default %(default)s)")
-    number("--num_train_instance", default=2100000, help="generate: instances in DIR/train (default %(default)s)")
-    number("--num_test_instance", default=21000, help="generate: instances in DIR/test (default %(default)s)")
-    number("--random_seed", default=0, help="generate: 0 or more (default %(default)s)")
-    path("--json", help="evaluate: write everything to this file too")
+    number, path = {"type": int, "metavar": "N"}, {"metavar": "PATH"}
+    for name, kind, default, text in (
+        ("num_registers", number, None, "1 to 26 (default 10; translate and evaluate: as in cpu_states.json, if there)"),
+        ("memory_size", number, None, "bytes, a multiple of 4 up to 1024 (default 1024; likewise)"),
+        ("dir_path", path, "cpu_states", "generate: data set to write; evaluate: folder of .bin files"),
+        ("states_path", path, "cpu_states/cpu.bin", "translate: the file to read"),
+        ("output_path", path, "cpu_states.txt", "translate: the text to write"),
+        ("num_min_program", number, 1, "generate: fewest instructions of a program, HLT included"),
+        ("num_max_program", number, 255, "generate: most instructions of a program"),
+        ("num_train_instance", number, 2100000, "generate: instances in DIR/train"),
+        ("num_test_instance", number, 21000, "generate: instances in DIR/test"),
+        ("random_seed", number, 0, "generate: 0 or more"),
+        ("json", path, None, "evaluate: write everything to this file too"),
+    ):
+        text += "" if default is None else f" (default {default})"
+        parser.add_argument(f"--{name}", **kind, default=default, help=text)
     args = parser.parse_args(argv)
 
     def check(name, is_right, rule):
@@ -107,9 +104,9 @@ from bgpt.files import list_files
 
 
 def count_workers(total):
-    """Returns the number of worker processes for that many instances or files, 0 for none."""
+    """Returns the number of worker processes for that many instances or files. 0: workers would take longer to start."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores if total > FEW else 0
+    return cores if total > 3000 else 0
 
 
 def progress_bar(total, unit):
@@ -136,25 +133,23 @@ def generate(args):
     """Writes the data set of a seed. It is byte for byte that of the published generator."""
     system.make_folder(args.dir_path, "--dir_path")
     folders = [os.path.join(args.dir_path, name) for name in ("train", "test")]
-    totals = dict(zip(folders, (args.num_train_instance, args.num_test_instance)))
-    total = sum(totals.values())
+    totals = args.num_train_instance, args.num_test_instance
+    total, workers = sum(totals), count_workers(sum(totals))
     sizes = args.num_registers, args.memory_size, args.num_min_program, args.num_max_program
-    workers = count_workers(total)
+    jobs = instance_jobs(dict(zip(folders, totals)), args.random_seed, workers, *sizes)
     with system.lock(os.path.join(args.dir_path, "cpu_states.json"), "--dir_path"):
         claim(args, folders)
         remove_unfinished(folders)
         began = time.monotonic()
         try:
             with progress_bar(total, "instances") as bar:
-                run_jobs(instance_jobs(totals, args.random_seed, workers, *sizes), workers, bar.update)
+                run_jobs(jobs, workers, bar.update)
         finally:
             remove_unfinished(folders)
         seconds = time.monotonic() - began
     files = [sum(entry.name.endswith(".bin") for entry in os.scandir(folder)) for folder in folders]
-    print(
-        f"{args.dir_path}: {args.num_train_instance:,} training and {args.num_test_instance:,} test instances in "
-        f"{files[0]:,} + {files[1]:,} files (one program, one file), {seconds:.1f} s, {total / seconds:,.0f} instances/s"
-    )
+    instances = f"{args.dir_path}: {totals[0]:,} training and {totals[1]:,} test instances in {files[0]:,} + {files[1]:,} files"
+    print(f"{instances} (one program, one file), {seconds:.1f} s, {total / seconds:,.0f} instances/s")
 
 
 def translate(args):

@@ -1,9 +1,8 @@
 """A toy CPU: its instructions, its .bin files, and random programs (CPU state modelling in arXiv 2402.19155).
 
 The machine has an accumulator ACC, registers A, B, C…, a program counter PC, an instruction register IR, and a byte memory with
-the program. An instruction is 4 bytes: the opcode, then up to three operands. An operand is the number of a register, counted
-from 1. 0 means no operand. There are no jumps. A step loads the instruction at PC into IR, moves PC to the next one, writes the
-state, and only then executes IR.
+the program. An instruction is 4 bytes: the opcode, then up to three operands, numbers of registers counted from 1. 0 means no
+operand. A step loads the instruction at PC into IR, moves PC to the next one, writes the state, and only then executes IR.
 
 A .bin file:   [memory: memory_size bytes] [initial state] [state written by step 1] [by step 2] …
 A state:       [PC] [ACC] [IR: 4 bytes] [registers]
@@ -33,12 +32,10 @@ from bgpt.system import UserError
 BATCH = 512  # instances or files in one job
 UNFINISHED = ".unfinished-"  # prefix of temporary files
 
-# The wiring of an instruction by its number of operands: (destination, x, y), where 0 is ACC and 1 to 3 are its operands.
-# It does destination <- effect(x, y). SWAP also does y <- x.
+# By opcode, from 0: ({number of operands: (destination, x, y)}, effect). 0 is ACC, 1 to 3 are the operands. An instruction does
+# destination <- effect(x, y), on ints 0 to 255. SWAP also does y <- x.
 UNARY = {0: (0, 0, 0), 1: (1, 1, 0)}
 BINARY = {1: (0, 0, 1), 2: (1, 1, 2), 3: (3, 1, 2)}
-
-# In the order of the opcodes, from 0. Effects work on arrays of ints 0 to 255.
 INSTRUCTIONS = {
     "HLT": ({0: (0, 0, 0)}, lambda x, y: x),
     "CLR": (UNARY, lambda x, y: 0 * x),
@@ -70,10 +67,9 @@ HLT, LOADI, SWAP = (NAMES.index(name) for name in ("HLT", "LOADI", "SWAP"))
 def tables():
     """Returns the lookup tables of `decode` and `simulate`.
 
-    Returns:
-        effects: (21·65536,) uint8 by opcode << 16 | x << 8 | y.
-        valid: (22·8,) bool by opcode << 3 | a bit for each operand, 1 if it is not 0; 21 is any unknown opcode.
-        shifts: (3, 22·8) by the same index: the bits to shift an instruction for the number of destination, x and y.
+    effects (21·65536,) uint8 has the index opcode << 16 | x << 8 | y. valid (22·8,) bool has the index opcode << 3 | a bit for
+    each operand, 1 if it is not 0. Opcode 21 is any unknown one. shifts (3, 22·8) has the same index: the bits to shift an
+    instruction by for the number of destination, x and y.
     """
     x, y = np.arange(256)[:, None], np.arange(256)[None, :]
     effects = np.empty((len(NAMES), 256, 256), np.uint8)
@@ -89,11 +85,9 @@ def tables():
 
 
 def decode(words, num_registers):
-    """Decodes instructions (N,), little-endian uint32; a malformed one becomes HLT, which changes nothing.
+    """Returns (opcodes, valid, [numbers of destination, x, y]), each (N,), of instructions (N,), little-endian uint32.
 
-    Returns:
-        opcodes, valid: (N,) ints and bool.
-        numbers: (N,) ints for each of destination, x and y: 0 is ACC, registers count from 1.
+    Number 0 is ACC, registers count from 1. A malformed instruction becomes HLT, which changes nothing.
     """
     _, valid_by_index, shifts = tables()
     opcodes = np.minimum(words & 255, len(NAMES)).astype(np.intp)
@@ -142,12 +136,11 @@ def simulate(memory, initial, num_registers):
     swapped = np.where(opcodes == SWAP, y, len(cells) - 1)  # (N,) cells that x goes to
     effect_index = opcodes << 16
     states = np.empty((len(words), 5 + width), np.uint8)
-    states[:, 0] = np.minimum(steps + 1, T - 1)  # PC has moved on, but not past the memory
+    states[:, 0] = np.minimum(steps + 1, T - 1)  # PC
     states[:, 2:6] = words[:, None].view(np.uint8)
-    end = 0
-    for count in running.sum(axis=1).tolist():
-        now = slice(end, end + count)
-        end += count
+    counts = running.sum(axis=1)
+    for end, count in zip(np.cumsum(counts).tolist(), counts.tolist()):
+        now = slice(end - count, end)
         states[now, 1] = values[:count, 0]
         states[now, 6:] = values[:count, 1:]
         x_values = cells[x[now]]
@@ -160,10 +153,7 @@ def simulate(memory, initial, num_registers):
 
 @functools.cache
 def assembly(word):
-    """Returns the assembly line of an instruction given as a little-endian int: 0x02010D is "ADD A B".
-
-    An unknown opcode or register is written as #number, and a missing operand before another one as #0.
-    """
+    """Returns the assembly line of a little-endian int: 0x02010D is "ADD A B". An unknown opcode or register is a #number."""
     opcode, *operands = word.to_bytes(4, "little")
     name = NAMES[opcode] if opcode < len(NAMES) else f"#{opcode}"
     while operands and not operands[-1]:
@@ -177,8 +167,8 @@ def assembly(word):
 def draw(rng, count, num_registers, memory_size, shortest, longest):
     """Returns random instances: memory (count, memory_size) uint8, and ACC and registers (count, 1 + R) uint8 at the start.
 
-    The numbers are those of rng.randint and rng.choice. Both take n.bit_length() bits, again and again until the number is
-    below n. That loop is written out here, because the calls would take several times as long. A choice from one draws too.
+    rng.randint and rng.choice would draw the same numbers: both repeat n.bit_length() bits until the number is below n. The loop
+    is written out, because the calls take several times as long. A choice from one draws too.
     """
     getrandbits, R = rng.getrandbits, num_registers
     register_bits, length_bits = R.bit_length(), (longest - shortest + 1).bit_length()
@@ -217,13 +207,9 @@ def draw(rng, count, num_registers, memory_size, shortest, longest):
 
 
 def instance_jobs(totals, seed, num_workers, num_registers, *sizes):
-    """Yields jobs for `run_jobs` that draw all instances in order and write their files.
+    """Yields jobs for `run_jobs` that write the files of all instances, drawn in order; `totals` is {folder: instances}.
 
     Instances of the same program go to the same worker. So the later one is written later.
-
-    Args:
-        totals: {folder: number of instances}.
-        seed, num_registers, sizes: see `draw`.
     """
     rng, shards = random.Random(seed), max(num_workers, 1)
     for folder, total in totals.items():
@@ -236,10 +222,7 @@ def instance_jobs(totals, seed, num_workers, num_registers, *sizes):
 
 
 def write_instances(folder, memory, initial, num_registers):
-    """Runs B programs, see `simulate`, and writes their files. Returns B.
-
-    A later instance of the same program replaces the earlier one.
-    """
+    """Runs B programs, see `simulate`, and writes their files. Of the same program the last instance counts. Returns B."""
     states, offsets, _ = simulate(memory, initial, num_registers)
     initial_states = np.insert(initial, [0, 1, 1, 1, 1], 0, axis=1)  # (B, 1 + R) -> (B, S), PC and IR are 0
     words, instances = memory.view("<u4"), {}
@@ -265,10 +248,8 @@ def write_instances(folder, memory, initial, num_registers):
 
 def remove_unfinished(folders):
     """Removes the temporary files of interrupted runs."""
-    for folder in folders:
-        for entry in os.scandir(folder):
-            if entry.name.startswith(UNFINISHED):
-                os.unlink(entry.path)
+    for path in (entry.path for folder in folders for entry in os.scandir(folder) if entry.name.startswith(UNFINISHED)):
+        os.unlink(path)
 
 
 def end_with_parent():

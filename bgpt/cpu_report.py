@@ -14,29 +14,23 @@ WORST = 3  # inexact files in the report
 
 
 def run_files(contents, num_registers, memory_size):
-    """Runs the programs in the bytes of B files, whose missing bytes are taken as 0.
+    """Runs the programs in the bytes of B files. Missing bytes are taken as 0.
 
     Returns:
         memory, initial_states: (B, memory_size) and (B, S) uint8.
         states, offsets, valid: see `simulate`.
     """
     begin = memory_size + 6 + num_registers
-    heads = [
-        content[: begin if len(content) >= memory_size else len(content) // 4 * 4].ljust(begin, b"\0") for content in contents
-    ]
-    heads = np.frombuffer(b"".join(heads), np.uint8).reshape(-1, begin)
+    ends = (begin if len(content) >= memory_size else len(content) // 4 * 4 for content in contents)  # whole instructions
+    heads = b"".join(content[:end].ljust(begin, b"\0") for content, end in zip(contents, ends))
+    heads = np.frombuffer(heads, np.uint8).reshape(-1, begin)
     memory, initial_states = np.ascontiguousarray(heads[:, :memory_size]), heads[:, memory_size:]
     initial = np.delete(initial_states, [0, 2, 3, 4, 5], axis=1)  # (B, S) -> (B, 1 + R)
     return memory, initial_states, *simulate(memory, initial, num_registers)
 
 
 def find_malformed(sizes, memory, initial_states, states, offsets, valid):
-    """Returns {problem: (B,) the first byte in each file with it, or -1}.
-
-    Args:
-        sizes: (B,) bytes in each file, -1 if it is unreadable.
-        memory, initial_states, states, offsets, valid: see `run_files`.
-    """
+    """Returns {problem: (B,) its first byte in each file, or -1}; `sizes` (B,) are -1 for unreadable files, see `run_files`."""
     memory_size, starts, lengths = memory.shape[1], offsets[:-1], np.diff(offsets)
     T = memory_size // 4
     end = memory_size + (lengths + 1) * states.shape[1]  # (B,)
@@ -57,7 +51,7 @@ def find_malformed(sizes, memory, initial_states, states, offsets, valid):
 
 
 def state_line(state, other):
-    """Returns a state, or its first bytes, as a line of numbers. Those that differ from `other` are followed by *."""
+    """Returns the bytes of a state as a line of numbers. Those that differ from `other` are followed by *."""
     return "".join(f"{value:>4}{' ' if other[i : i + 1] == state[i : i + 1] else '*'}" for i, value in enumerate(state)).rstrip()
 
 
@@ -95,7 +89,7 @@ def evaluate_files(paths, num_registers, memory_size):
     Returns:
         files: (B, 6) right bytes, all bytes, right states, all states, whether it is exact, bytes after the true end. The first
             four are 0 for a file without a whole program.
-        opcodes: (22, 5) steps, right bytes, right states, executed, executed right. The last row is the malformed ones.
+        opcodes: (22, 5) steps, right bytes, right states, executed, executed right. The last row is for malformed ones.
         malformed: {problem: (number of files, path of the first)}.
         worst: the WORST inexact files. "expected" is [] after the end of the program, "predicted" after the end of the file.
     """
@@ -106,9 +100,8 @@ def evaluate_files(paths, num_registers, memory_size):
     starts, lengths, (N, state_size) = offsets[:-1], np.diff(offsets), states.shape
     begin, true_sizes = memory_size + state_size, lengths * state_size  # true_sizes: after the initial state
     # the states in the files, cut or filled with zeros to the true length
-    claimed = [content[begin : begin + size].ljust(size, b"\0") for content, size in zip(contents, true_sizes.tolist())]
-    claimed = np.frombuffer(b"".join(claimed), np.uint8).reshape(N, state_size)
-    right = claimed == states  # (N, S)
+    claimed = b"".join(content[begin : begin + size].ljust(size, b"\0") for content, size in zip(contents, true_sizes.tolist()))
+    right = np.frombuffer(claimed, np.uint8).reshape(N, state_size) == states  # (N, S)
     for b in np.flatnonzero(sizes < begin + true_sizes):  # missing bytes
         right.reshape(-1)[starts[b] * state_size + max(sizes[b] - begin, 0) : offsets[b + 1] * state_size] = False
     right_bytes = right.sum(axis=1)  # (N,)
@@ -130,10 +123,8 @@ def evaluate_files(paths, num_registers, memory_size):
     opcodes = np.where(valid, states[:, 2], len(NAMES))[known]
     opcodes = np.stack([np.bincount(opcodes, column[known], len(NAMES) + 1) for column in columns], axis=1).astype(np.int64)
 
-    malformed = {}
-    for problem, first in find_malformed(sizes, *run).items():
-        if (found := first >= 0).any():
-            malformed[problem] = int(found.sum()), paths[found.argmax()]
+    malformed = {problem: first >= 0 for problem, first in find_malformed(sizes, *run).items()}
+    malformed = {problem: (int(found.sum()), paths[found.argmax()]) for problem, found in malformed.items() if found.any()}
     accuracies = {int(b): int(files[b, 0]) / int(files[b, 1]) for b in np.flatnonzero(whole & ~exact)}
     worst = []
     for b in sorted(accuracies, key=lambda b: (accuracies[b], paths[b]))[:WORST]:
@@ -199,11 +190,8 @@ def report(found):
         f"{'opcode':<12} {'steps':>12} {'executed %':>10} {'bytes %':>10} {'states %':>10}",
     ]
     keys = "executed", "byte_accuracy", "exact_states"
-    ranks = {
-        name: [math.inf if entry[key]["share"] is None else entry[key]["share"] for key in keys]
-        for name, entry in found["opcodes"].items()
-    }
-    for name in sorted(ranks, key=ranks.get):
+    shares = {name: [entry[key]["share"] for key in keys] for name, entry in found["opcodes"].items()}
+    for name in sorted(shares, key=lambda name: [math.inf if share is None else share for share in shares[name]]):
         entry = found["opcodes"][name]
         lines.append(f"{name:<12} {entry['steps']:>12,} " + " ".join(f"{percent(entry[key]):>10}" for key in keys))
     if found["worst_files"]:

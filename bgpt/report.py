@@ -1,7 +1,7 @@
 """Tables and pages of results: the report of MODE evaluate, and the index of a folder of outputs.
 
 The pages are single HTML files without scripts, see report.html.j2 and gallery.html.j2. Their Content-Security-Policy forbids
-loading anything. Jinja's autoescape makes hostile names and contents harmless.
+loading anything, and Jinja's autoescape makes hostile names and contents harmless.
 """
 
 import base64
@@ -25,23 +25,17 @@ from bgpt.windows import ADVANCE
 from utils import END
 
 NAMES = ("evaluation.tsv", "evaluation.json", "evaluation.html")
-SHOWN_FILES = 3  # of the worst, the median and the best files each
-SHOWN_SYMBOLS = 4000  # most symbols of a file that are shown, around its most surprising ones
-MOST_GROUPS = 12  # most groups of files in the chart
 LEVELS = (0.5, 1, 2, 3, 4, 6, 8, 12)  # bits at which the colour of a byte changes
 
 INDEX_NAMES = ("index.tsv", "index.html")
 INDEX_COLUMNS = ("file", "source", "bytes", "bits per byte", "cut off or ended", "seed")
-SHOWN_TEXT, SHOWN_HEX = 2000, 256  # most bytes of a file that are shown as text or as a hex dump
 SHOWN_BYTES = 2**24  # most bytes of all files in the gallery; only figures are shown of the others
 
-_MEDIA = {"bmp": "image/bmp", "gif": "image/gif", "jpeg": "image/jpeg", "jpg": "image/jpeg", "png": "image/png"}
-_MEDIA |= {"svg": "image/svg+xml", "webp": "image/webp"}
-_MEDIA |= {"flac": "audio/flac", "mp3": "audio/mpeg", "ogg": "audio/ogg", "wav": "audio/wav"}
+_IMAGES = {"jpg": "jpeg", "svg": "svg+xml"} | {name: name for name in ("bmp", "gif", "jpeg", "png", "webp")}
+_SOUNDS = {"mp3": "mpeg", "flac": "flac", "ogg": "ogg", "wav": "wav"}
 
 
 def _render(template, **values):
-    """Returns a page as bytes."""
     import jinja2  # here, since only the end of a run needs it
 
     loader = jinja2.FileSystemLoader(os.path.dirname(__file__))
@@ -58,19 +52,16 @@ def sum_up(scores):
     `files` and `bytes` are sums. The others are (value, lower, upper end of the 95 % interval): `compressors` are the bits per
     byte of gzip, bz2 and xz, and `gains` how many fewer the model needs.
     """
-
-    def column(function):
-        return np.array([function(score) for score in scores], dtype=np.float64)
-
-    num_bytes, bits = column(lambda s: s.bytes), column(lambda s: s.bits)
-    compressed = {name: column(lambda s: s.compressed[name]) for name in COMPRESSORS}
+    columns = ((each.bytes, each.bits, each.nats, each.symbols, each.top1, each.exact) for each in scores)
+    num_bytes, bits, nats, symbols, top1, exact = np.array(list(columns), dtype=np.float64).T
+    compressed = {name: np.array([each.compressed[name] for each in scores], dtype=np.float64) for name in COMPRESSORS}
     return {
         "files": len(scores),
         "bytes": int(num_bytes.sum()),
         "bits_per_byte": bootstrap_interval(bits, num_bytes),
-        "nats_per_symbol": bootstrap_interval(column(lambda s: s.nats), column(lambda s: s.symbols)),
-        "top1": bootstrap_interval(column(lambda s: s.top1), num_bytes + 1),
-        "exact_files": wilson_interval(sum(score.exact for score in scores), len(scores)),
+        "nats_per_symbol": bootstrap_interval(nats, symbols),
+        "top1": bootstrap_interval(top1, num_bytes + 1),
+        "exact_files": wilson_interval(int(exact.sum()), len(scores)),
         "compressors": {name: bootstrap_interval(each, num_bytes) for name, each in compressed.items()},
         "gains": {name: bootstrap_interval(each - bits, num_bytes) for name, each in compressed.items()},
     }
@@ -96,24 +87,23 @@ def figures_table(groups):
     for group, figures in groups.items():
         shown = [figures[name] for name in ("bits_per_byte", "nats_per_symbol", "top1", "exact_files")]
         shown += [(value, None, None) for value, _, _ in figures["compressors"].values()]
-        shown = [with_interval(figure, 4) for figure in shown]
-        rows.append([escape_name(group), f"{figures['files']:,}", f"{figures['bytes']:,}", *shown])
+        counts = f"{figures['files']:,}", f"{figures['bytes']:,}"
+        rows.append([escape_name(group), *counts, *(with_interval(figure, 4) for figure in shown)])
     return rows
 
 
 def comparison(gains):
     """Returns a sentence on which compressors the model beats, from the `gains` of `sum_up`."""
     verdicts = {"beats": [], "does not clearly differ from": [], "is beaten by": []}
-    for name, (gain, low, high) in gains.items():
+    for name, figure in gains.items():
+        gain, low, high = figure
         if gain is None:
             return "There are no bytes to compare the compressors by."
-        size = (gain, low, high) if gain > 0 else [each and -each for each in (gain, high, low)]
-        by = f"{name} by {with_interval(size, 2)}"
-        low, high = (gain, gain) if low is None else (low, high)  # a single file has no interval
-        if low > 0:
-            verdicts["beats"].append(by)
-        elif high < 0:
-            verdicts["is beaten by"].append(by)
+        if (gain if low is None else low) > 0:  # a single file has no interval
+            verdicts["beats"].append(f"{name} by {with_interval(figure, 2)}")
+        elif (gain if high is None else high) < 0:
+            loss = [each and -each for each in (gain, high, low)]
+            verdicts["is beaten by"].append(f"{name} by {with_interval(loss, 2)}")
         else:
             verdicts["does not clearly differ from"].append(name)
     verdicts = "; it ".join(f"{verdict} {', '.join(names)}" for verdict, names in verdicts.items() if names)
@@ -152,23 +142,22 @@ def table_of_files(files):
 # ---- The page of an evaluation --------------------------------------------------------------------------------------
 
 def choose_files(scores):
-    """Returns [(FileScore, its rank as text)] of the worst, median and best files by bits per byte, each file once.
+    """Returns [(FileScore, its rank as text)] of the 3 worst, median and best files each by bits per byte, each file once.
 
     Empty files have no bits per byte. One is shown only if all are empty.
     """
     ranked = sorted((each for each in scores if each.bytes), key=lambda each: (-each.bits_per_byte, each.name)) or scores[:1]
-    count, middle = len(ranked), max((len(ranked) - SHOWN_FILES) // 2, 0)
-    titles = {}  # {rank: text}
-    for title, first in (("worst", 0), ("best", max(count - SHOWN_FILES, 0)), ("median", middle)):
-        for rank in range(first, min(first + SHOWN_FILES, count)):
+    count, titles = len(ranked), {}  # {rank: text}
+    for title, first in (("worst", 0), ("best", max(count - 3, 0)), ("median", max((count - 3) // 2, 0))):
+        for rank in range(first, min(first + 3, count)):
             titles.setdefault(rank, f"{title}, number {rank + 1} of {count} from the worst")
     return [(ranked[rank], titles[rank]) for rank in sorted(titles)]
 
 
 def shown_parts(score, most):
-    """Returns the parts [(start, stop)] of a file's symbols to show: all, or at most `most` around its worst stretches.
+    """Returns the parts of a file's symbols to show, in order: all, or at most `most` around its most surprising stretches.
 
-    Parts start at multiples of 16 and are in order.
+    Parts are (start, stop), with starts at multiples of 16.
     """
     total = score.bytes + 1
     if total <= most:
@@ -178,9 +167,8 @@ def shown_parts(score, most):
         start = max(offset - width // 2, 0) // 16 * 16
         stop = min(start + width, total)
         if parts and start <= parts[-1][1]:
-            parts[-1] = (parts[-1][0], stop)
-        else:
-            parts.append((start, stop))
+            start, _ = parts.pop()
+        parts.append((start, stop))
     return parts
 
 
@@ -189,7 +177,7 @@ def _symbol_name(symbol):
 
 
 def _characters(symbols):
-    """Returns a UTF-8 text for each symbol (n,), and whether at most one byte in twenty is odd.
+    """Returns the shown text of each symbol (n,), and whether they look like UTF-8: at most one byte in twenty is odd.
 
     The first byte of a longer character shows it, the others a dot.
     """
@@ -201,7 +189,7 @@ def _characters(symbols):
 
 
 def _cells(start, symbols, bits, likeliest, probabilities):
-    """Returns (symbol, number of its colour, hover title, text) of each symbol, and whether they look like text."""
+    """Returns (symbol, number of its colour, hover title, shown text) of each symbol, and whether they look like text."""
     characters, is_text = _characters(symbols)
     columns = (each.tolist() for each in (symbols, bits, likeliest, probabilities))
     cells = []
@@ -221,8 +209,8 @@ def build_page(notes, groups, files):
         groups: {group: figures}, see `sum_up_groups`.
         files: iterable of (FileScore, title, parts, symbols), see `choose_files`, `shown_parts` and `score_symbols`.
     """
-    with_bytes = [name for name in groups if groups[name]["bytes"]]
-    largest = sorted(with_bytes, key=lambda name: -groups[name]["bytes"])[: MOST_GROUPS + 1]  # "all" is the largest
+    with_bytes, most_groups = [name for name in groups if groups[name]["bytes"]], 12
+    largest = sorted(with_bytes, key=lambda name: -groups[name]["bytes"])[: most_groups + 1]  # "all" is the largest
     bars = []  # (group, [("model" or a compressor, bits per byte)])
     for name in sorted(largest, key=list(groups).index):
         figures = {"model": groups[name]["bits_per_byte"], **groups[name]["compressors"]}
@@ -232,7 +220,7 @@ def build_page(notes, groups, files):
         cells, are_text = zip(*(_cells(start, *columns) for (start, _), columns in zip(parts, symbols)))
         shown.append((score, title, all(are_text), [(*part, each) for part, each in zip(parts, cells)]))
     data = {"notes": notes, "table": figures_table(groups), "bars": bars, "num_groups": len(groups) - 1, "files": shown}
-    return _render("report.html.j2", most_groups=MOST_GROUPS, levels=LEVELS, END=END, **data)
+    return _render("report.html.j2", most_groups=most_groups, levels=LEVELS, END=END, **data)
 
 
 def write_report(folder, model, windows, scores, dtype, settings, unfit, failed):
@@ -241,7 +229,7 @@ def write_report(folder, model, windows, scores, dtype, settings, unfit, failed)
     Args:
         model, windows, dtype: see `bgpt.evaluation.score_files`.
         scores: list of FileScores, one or more.
-        settings: the constants of config.py that bear on inference, as a dict. The checkpoint is its INFERENCE_WEIGHTS_PATH.
+        settings: {name: value} of the constants of config.py. The checkpoint is its INFERENCE_WEIGHTS_PATH.
         unfit: (name, patches) of the pairs that were left out.
         failed: (path, reason) of the files that could not be read. Files that have become unreadable since are appended.
     """
@@ -252,7 +240,7 @@ def write_report(folder, model, windows, scores, dtype, settings, unfit, failed)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     shown = []
     for score, title in choose_files(scores):
-        parts = shown_parts(score, SHOWN_SYMBOLS)
+        parts = shown_parts(score, 4000)
         try:
             shown.append((score, title, parts, score_symbols(model, windows, score.index, parts, dtype)))
         except OSError as error:
@@ -292,9 +280,8 @@ def read_index(path):
             lines = [line.split("\t") for line in file.read().split("\n") if line]
     except (FileNotFoundError, UnicodeDecodeError):
         return None
-    if not lines or lines[0] != list(INDEX_COLUMNS):
-        return None
-    return {fields[0]: fields for fields in lines[1:] if len(fields) == len(INDEX_COLUMNS)}
+    is_index = lines and lines[0] == list(INDEX_COLUMNS)
+    return {fields[0]: fields for fields in lines[1:] if len(fields) == len(INDEX_COLUMNS)} if is_index else None
 
 
 def write_index(folder, rows):
@@ -303,7 +290,7 @@ def write_index(folder, rows):
     Files that earlier runs listed stay listed while they exist. An index.tsv that is no index is kept as a backup, with its page.
 
     Args:
-        folder: where the outputs are.
+        folder: the folder.
         rows: list of tuples of INDEX_COLUMNS: path within the folder, path of the input or "", bytes, bits per byte or
             None, "cut off" or "ended", seed.
     """
@@ -334,15 +321,15 @@ def write_index(folder, rows):
 
 def _shown_content(content, extension):
     """Returns how the gallery shows a file: ("image" or "audio", data URI), or ("text", text or hex dump)."""
-    if extension in _MEDIA:
-        kind = _MEDIA[extension]
-        return kind.split("/")[0], f"data:{kind};base64,{base64.b64encode(content).decode()}"
-    text = content[:SHOWN_TEXT].decode("utf-8", "replace").replace("\r\n", "\n")
+    for kind, media in (("image", _IMAGES), ("audio", _SOUNDS)):
+        if extension in media:
+            return kind, f"data:{kind}/{media[extension]};base64,{base64.b64encode(content).decode()}"
+    most = 2000  # bytes
+    text = content[:most].decode("utf-8", "replace").replace("\r\n", "\n")
     printable = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-    most = SHOWN_TEXT
     if extension not in ("abc", "txt") and (printable != text or "\ufffd" in text[:-1]):  # the last character may be cut through
-        rows, most = [], SHOWN_HEX
-        for start in range(0, min(len(content), SHOWN_HEX), 16):
+        rows, most = [], 256
+        for start in range(0, min(len(content), most), 16):
             row = content[start : start + 16]
             characters = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)
             rows.append(f"{start:04x}  {row.hex(' '):<47}  {characters}")
