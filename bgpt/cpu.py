@@ -103,11 +103,7 @@ def decode(words, num_registers):
 
 
 def simulate(memory, initial, num_registers):
-    """Runs B programs together, each step of all of them at once.
-
-    Args:
-        memory: (B, 4·T) uint8.
-        initial: (B, 1 + R) uint8, ACC and registers at the start.
+    """Runs B programs together, from memory (B, 4·T) uint8, and ACC and registers at the start (B, 1 + R) uint8.
 
     Returns:
         states: (N, S) uint8, the states that the steps write, program after program.

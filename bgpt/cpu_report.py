@@ -16,9 +16,7 @@ WORST = 3  # inexact files in the report
 def run_files(contents, num_registers, memory_size):
     """Runs the programs in the bytes of B files. Missing bytes are taken as 0.
 
-    Returns:
-        memory, initial_states: (B, memory_size) and (B, S) uint8.
-        states, offsets, valid: see `simulate`.
+    Returns memory (B, memory_size) and initial states (B, S), both uint8, then states, offsets and valid, see `simulate`.
     """
     begin = memory_size + 6 + num_registers
     ends = (begin if len(content) >= memory_size else len(content) // 4 * 4 for content in contents)  # whole instructions

@@ -83,17 +83,10 @@ class SymbolTotals(Totals):
 
 @torch.inference_mode()
 def predict(model, sequences, dtype, num_likeliest=1):
-    """Predicts the patches of sequences that follow their contexts.
+    """Predicts the patches of sequences that follow their contexts, see `utils.Batch`.
 
-    Args:
-        model: bGPTLMHeadModel in eval mode.
-        sequences: list of (patches int16 (P, S), counted bool (P, S), context), see `utils.Batch`.
-        dtype: torch.dtype to compute in.
-        num_likeliest: k. 1 = without probabilities.
-
-    Returns:
-        for each sequence: nats float32 (n, S), the k likeliest symbols int64 (n, S, k), and with k > 1 their probabilities
-        float32 (n, S, k).
+    Returns for each sequence: nats float32 (n, S), the k = num_likeliest symbols int64 (n, S, k), and if k > 1 their
+    probabilities float32 (n, S, k).
     """
     batch = utils.Batch(sequences)
     with autocast(model.device, dtype):
@@ -225,14 +218,10 @@ def _score_file(index, windows, nats, is_top1, folder):
 
 
 def score_symbols(model, windows, index, parts, dtype, num_likeliest=3):
-    """Scores parts of an example again, with the symbols that the model expected there. Raises OSError as `Windows.read`.
+    """Scores parts of an example again, (start, stop) of the symbols of its content and the 256 after it; raises OSError.
 
-    Args:
-        parts: list of (start, stop) among the symbols of the file's content and the 256 after it.
-
-    Returns:
-        for each part of n symbols: the symbols int16 (n,), their bits float32 (n,), the likeliest symbols int64 (n, k), and
-        their probabilities float32 (n, k).
+    Returns for each part of n symbols: the symbols int16 (n,), their bits float32 (n,), the likeliest symbols int64 (n, k), and
+    their probabilities float32 (n, k).
     """
     pieces = [[] for _ in parts]
     for window in windows.of(index):
@@ -257,9 +246,7 @@ def classification_report(confusion, labels, most=30):
 
     Balanced accuracy is the mean of the recalls. A label without files has the recall "-", one never predicted the precision "-".
 
-    Args:
-        confusion: (labels, labels), files of each true label (row) by predicted label (column).
-        labels: list of str. The confusion matrix is shown if they are at most `most`.
+    `confusion` (labels, labels) counts files by true label (row) and predicted label (column). It is shown up to `most` labels.
     """
     labels = [escape_name(label) for label in labels]
     files, predicted, correct = confusion.sum(1), confusion.sum(0), confusion.diagonal()

@@ -125,7 +125,6 @@ def generate(model, prompts, batch_size, sampling, on_patches=None):
     A sequence's random numbers are its own, so that its content depends neither on `batch_size` nor on the other prompts.
 
     Args:
-        model: bGPTLMHeadModel in eval mode.
         prompts: iterable of Prompts of fewer than L·S symbols, read as places become free.
         batch_size: most sequences at once.
         on_patches: called with the number of patches written, after each step.
@@ -147,7 +146,6 @@ class PatchWriter:
     Args:
         model: bGPTLMHeadModel in eval mode.
         batch_size: B, the most rows. A row is one sequence.
-        sampling: a Sampling.
         on_device: compute each patch without reading from the device, in few different shapes, rounded up to powers of two.
             The results are the same in float32. None = on CUDA only, where each shape is captured as a graph.
 
@@ -232,9 +230,8 @@ class PatchWriter:
     def write(self, num_rows, longest):
         """Writes the next patch of the first `num_rows` rows, of at most `longest` whole patches each. Waits for the device once.
 
-        Returns:
-            patches: int64 (num_rows, S), the given symbols, then drawn ones. Those after a drawn 256 are meaningless.
-            nats: float64 (num_rows,), minus the log-probability of the drawn symbols, the 256 that ends them included.
+        Returns the patches int64 (num_rows, S), meaningless after a drawn 256, and the nats float64 (num_rows,): minus the
+        log-probability of the drawn symbols up to the first 256.
         """
         rows, longest = num_rows, -(-longest // 16) * 16
         if self.on_device:

@@ -20,10 +20,8 @@ def wilson_interval(right, count):
 def bootstrap_interval(numerators, denominators):
     """Returns (ratio of the sums, low, high) with the percentile bootstrap over files, from a fixed seed.
 
-    The ends are None for a single file, all three if the denominators add up to 0.
-
-    Args:
-        numerators, denominators: (n,), for example each file's bits and bytes. Denominators are 0 or more.
+    Both are (n,), for example each file's bits and bytes, the denominators 0 or more. The ends are None for a single file, all
+    three if the denominators add up to 0.
     """
     sums = np.stack((numerators, denominators)).astype(np.float64)  # (2, n)
     if sums[1].sum() == 0:

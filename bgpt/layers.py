@@ -29,10 +29,7 @@ class PackedLinear:
     F.linear packs the weight in every call, which takes as long as the product of a few dozen rows. It is faster for small
     weights, but there a row's numbers depend on the number of rows and of threads.
 
-    Args:
-        weight: (out, in).
-        bias: (out,) or None.
-        gelu: whether the tanh-GELU follows.
+    `weight` is (out, in), `bias` (out,) or None. With `gelu` the tanh-GELU follows.
     """
 
     def __init__(self, weight, bias=None, gelu=False):
@@ -63,11 +60,7 @@ class PackedLinear:
 
 
 class Blocks:
-    """The blocks and the last layer norm of a GPT2Model, for inference on rows (N, D) of any sequences.
-
-    Args:
-        gpt2: a GPT2Model of `make_configs`, in eval mode.
-    """
+    """The blocks and the last layer norm of a GPT2Model in eval mode, for rows (N, D) of any sequences."""
 
     def __init__(self, gpt2):
         assert gpt2.config.activation_function == "gelu_pytorch_tanh"  # see utils._fused
@@ -79,11 +72,7 @@ class Blocks:
             self.layers.append((layer_norm(block.ln_1), layer_norm(block.ln_2), *linears))
 
     def __call__(self, x, attend):
-        """Returns (N, D) for x (N, D), positions added.
-
-        Args:
-            attend: function (layer, qkv) with qkv (N, 3, H, 64), the queries, keys and values; returns (N, D).
-        """
+        """Returns (N, D) for x (N, D), positions added; attend(layer, qkv) returns (N, D) for qkv (N, 3, H, 64)."""
         for layer, (norm_1, norm_2, qkv, attended, inner, outer) in enumerate(self.layers):
             # (N, D) -> (N, 3·D) -> (N, 3, H, 64)
             x = attended(attend(layer, qkv(norm_1(x)).view(-1, 3, self.num_heads, HEAD_SIZE)), x)
@@ -102,13 +91,7 @@ class KVCache:
 
     On a CPU they are float32 also for a bf16 model: PyTorch's attention of one query is then up to three times faster.
 
-    Args:
-        gpt2: the GPT2Model.
-        batch_size: B.
-        length: the most positions that are used. T is the next multiple of 16.
-
-    Attributes:
-        kv: (layers, B, H, 2, T, 64), the keys and the values.
+    `kv` is (layers, B, H, 2, T, 64), the keys and the values. T is the most positions, rounded up to a multiple of 16.
     """
 
     def __init__(self, gpt2, batch_size, length):
@@ -137,8 +120,7 @@ def attend_cached(qkv, view, where, mask):
 
     Args:
         qkv: (B, 3, H, 64).
-        view: one layer of `KVCache.views`.
-        where: (rows, positions), indices of the view to cache at.
+        view: one layer of `KVCache.views`, in which to cache at the indices `where`, (rows, positions).
         mask: (B·H, 1, longest), see `KVCache.mask`; or (1, 1, longest), if it is the same for all.
     """
     (kv, keys, values), (rows, positions), dtype = view, where, qkv.dtype

@@ -123,14 +123,9 @@ class Probe(Stretch):
 
 
 class Coder(PatchWriter):
-    """A PatchWriter whose rows are stretches, which choose each symbol.
+    """A PatchWriter of a float32 model on the CPU whose rows are stretches, which choose each symbol.
 
-    Args:
-        model: bGPTLMHeadModel in eval mode, float32, on the CPU.
-        batch_size: most stretches at once.
-
-    Attributes:
-        weights, machine: the digests of the model and of its numbers here, as in containers.
+    `weights` and `machine` are the digests of the model and of its numbers here, as in containers.
     """
 
     def __init__(self, model, batch_size):
@@ -239,11 +234,9 @@ def _split(view):
 # ---- Files ----------------------------------------------------------------------------------------------------------
 
 def compress(coder, files, verify, progress, failed):
-    """Yields (path, content, container) of files, each as soon as it is finished.
+    """Yields (path, content, container) of files, an iterable of paths, each as soon as it is finished.
 
     Args:
-        coder: a Coder.
-        files: iterable of paths.
         verify: also decode each container. A file that does not come back has failed.
         progress: called with the number of bytes encoded or decoded, after each step.
         failed: (path, reason) of each file that cannot be compressed is appended to it.

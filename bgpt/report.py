@@ -31,6 +31,7 @@ INDEX_NAMES = ("index.tsv", "index.html")
 INDEX_COLUMNS = ("file", "source", "bytes", "bits per byte", "cut off or ended", "seed")
 SHOWN_BYTES = 2**24  # most bytes of all files in the gallery; only figures are shown of the others
 
+_SYMBOLS = [*(chr(byte) if 32 < byte < 127 else f"x{byte:02x}" for byte in range(256)), "end"]  # names for hover titles
 _IMAGES = {"jpg": "jpeg", "svg": "svg+xml"} | {name: name for name in ("bmp", "gif", "jpeg", "png", "webp")}
 _SOUNDS = {"mp3": "mpeg", "flac": "flac", "ogg": "ogg", "wav": "wav"}
 
@@ -172,10 +173,6 @@ def shown_parts(score, most):
     return parts
 
 
-def _symbol_name(symbol):
-    return "end" if symbol == END else chr(symbol) if 32 < symbol < 127 else f"x{symbol:02x}"
-
-
 def _characters(symbols):
     """Returns the shown text of each symbol (n,), and whether they look like UTF-8: at most one byte in twenty is odd.
 
@@ -194,8 +191,8 @@ def _cells(start, symbols, bits, likeliest, probabilities):
     columns = (each.tolist() for each in (symbols, bits, likeliest, probabilities))
     cells = []
     for offset, (symbol, cost, *expected, character) in enumerate(zip(*columns, characters), start):
-        value = "end" if symbol == END else f"{symbol} ({_symbol_name(symbol)})"
-        expected = ", ".join(f"{_symbol_name(each)} {100 * probability:.1f} %" for each, probability in zip(*expected))
+        value = "end" if symbol == END else f"{symbol} ({_SYMBOLS[symbol]})"
+        expected = ", ".join(f"{_SYMBOLS[each]} {100 * probability:.1f} %" for each, probability in zip(*expected))
         title = f"{offset}: {value}, {cost:.2f} bits; likeliest {expected}"
         cells.append((symbol, bisect.bisect(LEVELS, cost), title, character))
     return cells, is_text
@@ -204,10 +201,8 @@ def _cells(start, symbols, bits, likeliest, probabilities):
 def build_page(notes, groups, files):
     """Returns the page as bytes.
 
-    Args:
-        notes: lines of text about the evaluation as a whole.
-        groups: {group: figures}, see `sum_up_groups`.
-        files: iterable of (FileScore, title, parts, symbols), see `choose_files`, `shown_parts` and `score_symbols`.
+    `notes` are lines of text, `groups` is a result of `sum_up_groups`, and `files` are (FileScore, title, parts, symbols), see
+    `choose_files`, `shown_parts` and `score_symbols`.
     """
     with_bytes, most_groups = [name for name in groups if groups[name]["bytes"]], 12
     largest = sorted(with_bytes, key=lambda name: -groups[name]["bytes"])[: most_groups + 1]  # "all" is the largest
@@ -226,12 +221,8 @@ def build_page(notes, groups, files):
 def write_report(folder, model, windows, scores, dtype, settings, unfit, failed):
     """Writes the files NAMES into a folder and returns their summary for the screen.
 
-    Args:
-        model, windows, dtype: see `bgpt.evaluation.score_files`.
-        scores: list of FileScores, one or more.
-        settings: {name: value} of the constants of config.py. The checkpoint is its INFERENCE_WEIGHTS_PATH.
-        unfit: (name, patches) of the pairs that were left out.
-        failed: (path, reason) of the files that could not be read. Files that have become unreadable since are appended.
+    `settings` are the constants of config.py as a dict. `unfit` are (name, patches) of the pairs that were left out. `failed`
+    are (path, reason) of the files that could not be read. Files that have become unreadable since are appended.
     """
     groups, weights = sum_up_groups(scores), settings["INFERENCE_WEIGHTS_PATH"]
     paths = [os.path.join(folder, name) for name in NAMES]
@@ -280,19 +271,16 @@ def read_index(path):
             lines = [line.split("\t") for line in file.read().split("\n") if line]
     except (FileNotFoundError, UnicodeDecodeError):
         return None
-    is_index = lines and lines[0] == list(INDEX_COLUMNS)
-    return {fields[0]: fields for fields in lines[1:] if len(fields) == len(INDEX_COLUMNS)} if is_index else None
+    if lines[:1] != [list(INDEX_COLUMNS)]:
+        return None
+    return {fields[0]: fields for fields in lines[1:] if len(fields) == len(INDEX_COLUMNS)}
 
 
 def write_index(folder, rows):
     """Writes index.tsv and index.html into a folder of outputs.
 
     Files that earlier runs listed stay listed while they exist. An index.tsv that is no index is kept as a backup, with its page.
-
-    Args:
-        folder: the folder.
-        rows: list of tuples of INDEX_COLUMNS: path within the folder, path of the input or "", bytes, bits per byte or
-            None, "cut off" or "ended", seed.
+    `rows` are tuples of INDEX_COLUMNS, with the path within the folder. Bits per byte may be None.
     """
     table, page = (os.path.join(folder, name) for name in INDEX_NAMES)
     listed = read_index(table)

@@ -62,7 +62,6 @@ def write(folder, contents):
 
 def compress(coder, folder, contents, verify=False, failed=None):
     """Writes {name: content} into a folder and returns {name: container}."""
-    failed = [] if failed is None else failed
     done = lossless.compress(coder, write(folder, contents), verify, lambda count: None, failed)
     return {os.path.basename(path): container for path, _, container in done}
 
@@ -92,9 +91,9 @@ def test_files_come_back_whatever_the_batch_and_the_threads(tmp_path, model, mon
     kinds = {name: container[0] for name, container in found[0].items()}
     assert kinds["noise"] == kinds["0.abc"] == lossless.STORED and kinds["300.abc"] == kinds["60.abc"] == lossless.CODED
     assert len(found[0]["noise"]) == 70 + 7 and len(found[0]["0.abc"]) == 7
-    assert decompress(lossless.Coder(model, 32), tmp_path / "out", found[0]) == (contents, {})
-    torch.set_num_threads(1)
-    assert decompress(lossless.Coder(model, 1), tmp_path / "out", found[0]) == (contents, {})
+    for threads, batch_size in ((2, 32), (1, 1)):
+        torch.set_num_threads(threads)
+        assert decompress(lossless.Coder(model, batch_size), tmp_path / "out", found[0]) == (contents, {})
 
 
 def test_files_are_finished_as_early_as_possible(tmp_path, coder):
@@ -143,7 +142,7 @@ def test_numbers_that_change_are_noticed(tmp_path, model):
 
 # ---- Refused containers ---------------------------------------------------------------------------------------------
 
-def outcomes(coder, folder, variants, content):
+def outcomes(coder, folder, variants, content=None):
     """Returns the messages of damaged containers; the others must give the right content."""
     found, failed = decompress(coder, folder, {f"{i}.abc": variant for i, variant in enumerate(variants)})
     assert len(found) + len(failed) == len(variants) and set(found.values()) <= {content}
@@ -153,12 +152,10 @@ def outcomes(coder, folder, variants, content):
 @pytest.mark.parametrize("content", [tune(60), noise(30)], ids=["coded", "stored"])
 def test_every_bit_and_every_length(tmp_path, coder, content):
     [container] = compress(coder, tmp_path / "in", {"a.abc": content}).values()
-    flipped = [bytearray(container) for _ in range(8 * len(container))]
-    for bit, variant in enumerate(flipped):
-        variant[bit // 8] ^= 1 << bit % 8
-    cut = [container[:length] for length in range(len(container))] + [container + b"\0"]
+    number, size = int.from_bytes(container, "little"), len(container)
+    flipped = [(number ^ 1 << bit).to_bytes(size, "little") for bit in range(8 * size)]
+    cut = [container[:length] for length in range(size)] + [container + b"\0"]
     for name, variants in (("flipped", flipped), ("cut", cut)):
-        variants = [bytes(variant) for variant in variants]
         messages = outcomes(coder, tmp_path / name, variants, content)
         assert messages and all("damaged or cut short" in each or "no container" in each for each in messages)
         # with a valid CRC-16: the digests, the lengths and the CRC-32 of the content remain
@@ -175,7 +172,7 @@ def test_hostile_containers_take_no_memory(tmp_path, coder):
     two = start + b"\x80\x80\x04"  # 65,536 bytes, so two stretches
     variants += [two + b"\xff\xff\x03" * 2, two + b"\0\x09" + bytes(36), start + b"\x09" + bytes(5)]
     tracemalloc.start()
-    messages = outcomes(coder, tmp_path / "out", [seal(variant) for variant in variants], None)
+    messages = outcomes(coder, tmp_path / "out", [seal(variant) for variant in variants])
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
     assert any("its lengths do not fit" in message for message in messages)
@@ -186,7 +183,7 @@ def test_hostile_containers_take_no_memory(tmp_path, coder):
 def test_no_code_is_an_error_of_ours(tmp_path_factory, coder, codes):
     head = bytes([lossless.CODED, 0, 0]) + b"1234" + coder.weights + coder.machine
     variants = [seal(head + (bytes([size]) if size < 128 else bytes([size, 1])) + code) for size, code in codes]
-    outcomes(coder, tmp_path_factory.mktemp("hostile") / "out", variants, None)
+    outcomes(coder, tmp_path_factory.mktemp("hostile") / "out", variants)
 
 
 def test_other_models_names_and_files_are_refused(tmp_path, model, coder):
@@ -202,6 +199,9 @@ def test_other_models_names_and_files_are_refused(tmp_path, model, coder):
 
 
 # ---- inference.py ---------------------------------------------------------------------------------------------------
+
+BACK = {"INPUT_FOLDER": "output", "OUTPUT_FOLDER": "back"}
+
 
 def infer(folder, mode, **constants):
     return run_script("inference.py", *options(MODE=mode, **constants), cwd=folder)
@@ -231,11 +231,11 @@ def test_there_and_back(ready):
     write(ready / "output", {"notes.txt": b"of no concern"})
     write(ready / "back", {"a.abc": b"mine"})
     (ready / "back" / "none").symlink_to(ready / "elsewhere")
-    done = infer(ready, "decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
+    done = infer(ready, "decompress", **BACK)
     assert done.returncode == 1 and "1 of 7 files do not end in .bgpt" in done.stdout and "back/none: " in done.stdout
     assert not (ready / "elsewhere").exists() and "back/a.abc.bak" in done.stdout
     (ready / "back" / "none").unlink()
-    done = infer(ready, "decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
+    done = infer(ready, "decompress", **BACK)
     assert done.returncode == 0 and ".bak" not in done.stdout  # the same content needs no backup
     assert contents_of(ready / "back") == before | {"a.abc.bak": b"mine"}
 
@@ -245,8 +245,8 @@ def test_an_output_that_cannot_be_read_ends_no_run(tmp_path, monkeypatch):
     inference, failed, opened = load_script("inference"), [], builtins.open
     [output] = write(tmp_path, {"a.abc": b"abc"})
 
-    def refuse(path, *arguments, **keywords):
-        if str(path) == output:  # root may read all
+    def refuse(path, *arguments, **keywords):  # root may read all
+        if str(path) == output:
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return opened(path, *arguments, **keywords)
 
@@ -262,7 +262,7 @@ def test_files_that_cannot_be_done_are_listed_and_the_rest_is_done(ready):
     container = bytearray((ready / "output" / "a.abc.bgpt").read_bytes())
     container[40] ^= 4
     write(ready / "output", {"a.abc.bgpt": container, "foreign.mid.bgpt": b"MThd"})
-    done = infer(ready, "decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
+    done = infer(ready, "decompress", **BACK)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "5 files written to back" in done.stdout
     assert "output/a.abc.bgpt: " in done.stdout and "foreign.mid.bgpt: " in done.stdout
     assert not (ready / "back" / "a.abc").exists() and not (ready / "back" / "foreign.mid").exists()
@@ -273,9 +273,6 @@ def test_mistakes_are_one_message(ready):
     assert "INPUT_FOLDER" in one_message(infer(ready, "decompress"))
     assert "PRECISION" in one_message(infer(ready, "compress", PRECISION="bf16"))
     assert "OUTPUT_FOLDER" in one_message(infer(ready, "compress", OUTPUT_FOLDER="input/sub"))
-
-
-def test_without_constriction_there_is_a_message(ready):
     (ready / "sitecustomize.py").write_text("import sys; sys.modules['constriction'] = None")
     done = run_fresh("inference.py", *options(MODE="compress"), cwd=ready, env={"PYTHONPATH": str(ready)})
     assert "constriction" in one_message(done)
@@ -284,6 +281,6 @@ def test_without_constriction_there_is_a_message(ready):
 def test_another_processor_is_refused(ready):
     """Other instructions, which PyTorch can be made to use, sum in another order."""
     assert infer(ready, "compress", VERIFY=False).returncode == 0
-    arguments = options(MODE="decompress", INPUT_FOLDER="output", OUTPUT_FOLDER="back")
-    done = run_fresh("inference.py", *arguments, cwd=ready, env={"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"})
+    env = {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
+    done = run_fresh("inference.py", *options(MODE="decompress", **BACK), cwd=ready, env=env)
     assert done.returncode == 1 and "numbers differ" in done.stdout

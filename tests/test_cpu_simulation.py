@@ -1,6 +1,7 @@
 """cpu-simulation.py: the data set byte for byte, the machine against a plain second one, and what users do to it."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -109,15 +110,13 @@ def test_worker_processes_write_what_one_process_writes(tmp_path):
     # One register and at most 3 instructions: nearly every instance shares its file with others.
     sizes = "--num_registers 1 --memory_size 16 --num_max_program 3 --num_train_instance 4000 --num_test_instance 20".split()
     generate(tmp_path, *sizes)
-    last = {}
-    rng = random.Random(0)
-    for i in range(4020):
+    last, rng = {}, random.Random(0)
+    for folder in ["train"] * 4000 + ["test"] * 20:
         acc, registers, lines = plain.draw(rng, 1, 1, 3)
-        folder = "train" if i < 4000 else "test"
-        last[f"{folder}/{hashlib.md5(''.join(lines).encode()).hexdigest()}.bin"] = (lines, acc, registers)
+        last[f"{folder}/{hashlib.md5(''.join(lines).encode()).hexdigest()}.bin"] = lines, acc, registers, 16
     found = snapshot(tmp_path / "cpu_states")
     found.pop("cpu_states.json")
-    assert found == {name: build(lines, acc, registers, 16) for name, (lines, acc, registers) in last.items()}
+    assert found == {name: build(*instance) for name, instance in last.items()}
 
 
 @settings(max_examples=60, deadline=None)
@@ -191,22 +190,17 @@ def begin(folder):
 def alive(group):
     """Whether a process group still has processes (other than ones that only wait to be reaped)."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
+        with contextlib.suppress(OSError):
             state, _, pgrp = stat.read_text().rsplit(")", 1)[1].split()[:3]
-        except OSError:
-            continue
-        if int(pgrp) == group and state not in "ZX":
-            return True
+            if int(pgrp) == group and state not in "ZX":
+                return True
     return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=["kill", "ctrl-c", "terminate"])
 def test_an_interrupted_run_leaves_whole_files(tmp_path, uninterrupted, number):
     process = begin(tmp_path)
-    if number == signal.SIGKILL:
-        process.kill()
-    else:
-        os.killpg(process.pid, number)  # as a terminal does
+    (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)  # a terminal stops the whole group
     _, errors = process.communicate(timeout=60)
     deadline = time.monotonic() + 60
     while alive(process.pid) and time.monotonic() < deadline:
@@ -236,12 +230,10 @@ def test_a_killed_worker_is_one_message(tmp_path):
 
 
 def test_a_full_disk_is_one_message(tmp_path):
-    def full_disk():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60, 60))  # bytes, of 73 or more in a file
-
     generate(tmp_path, *SMALL)
     for path in tmp_path.rglob("*.bin"):
         path.unlink()
+    full_disk = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (60, 60))  # bytes, of 73 or more in a file
     message = mistake(tmp_path, 1, "--mode", "generate", *SMALL, preexec_fn=full_disk)
     assert "File too large" in message and ".bin" in message
     assert list(snapshot(tmp_path)) == ["cpu_states/cpu_states.json"]
@@ -258,20 +250,16 @@ def simulate(memory, acc, registers):
 @pytest.mark.parametrize("name", plain.OPERANDS)
 def test_every_instruction_with_every_value(name):
     """Each instruction with each number of operands, on all bytes (pairs of them where two matter)."""
-    for count in plain.OPERANDS[name]:
-        programs = {" ".join([name, *letters[:count]]) for letters in ("ABC", "BBA")}
-        if name == "LOADI":
-            programs = [f"LOADI {value}" for value in range(256)]
-        for line in programs:
-            memory = b"".join(map(plain.assemble, [line, "HLT"]))
-            values = [(acc, a, b) for acc in (0, 1, 128, 255) for a in range(0, 256, 5) for b in range(0, 256, 15)]
-            values = values[:: 97 if name == "LOADI" else 1]
-            initial = np.array([[acc, a, b, 9] for acc, a, b in values], np.uint8)
-            rows = np.tile(np.frombuffer(memory, np.uint8), (len(values), 1))
-            states, offsets, valid = cpu.simulate(rows, initial, 3)
-            assert valid.all()
-            truth = b"".join(b"".join(plain.run(memory, acc, (a, b, 9))) for acc, a, b in values)
-            assert states.tobytes() == truth
+    programs = {" ".join([name, *letters[:count]]) for count in plain.OPERANDS[name] for letters in ("ABC", "BBA")}
+    values = [(acc, a, b, 9) for acc in (0, 1, 128, 255) for a in range(0, 256, 5) for b in range(0, 256, 15)]
+    if name == "LOADI":
+        programs, values = [f"LOADI {value}" for value in range(256)], values[::97]
+    for line in programs:
+        memory = b"".join(map(plain.assemble, [line, "HLT"]))
+        rows = np.tile(np.frombuffer(memory, np.uint8), (len(values), 1))
+        states, _, valid = cpu.simulate(rows, np.array(values, np.uint8), 3)
+        assert valid.all()
+        assert states.tobytes() == b"".join(b"".join(plain.run(memory, acc, registers)) for acc, *registers in values)
 
 
 def test_a_few_instructions_by_hand():
@@ -290,13 +278,17 @@ ANY_INSTRUCTION = INSTRUCTION | st.binary(min_size=4, max_size=4)
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(ANY_INSTRUCTION, min_size=1, max_size=40), st.integers(0, 255), st.binary(min_size=1, max_size=26))
-def test_any_program_runs_as_on_the_plain_machine(instructions, acc, registers):
-    memory = b"".join(instructions)
-    states, valid = simulate(memory, acc, tuple(registers))
-    assert states == b"".join(plain.run(memory, acc, registers))
-    for i, is_valid in enumerate(valid):
-        assert (plain.disassemble(memory[4 * i : 4 * i + 4], len(registers)) is not None) == is_valid
+@given(st.lists(st.lists(ANY_INSTRUCTION, max_size=40), min_size=1, max_size=9), st.integers(1, 26), st.integers(0, 2**32))
+def test_any_programs_run_together_as_on_the_plain_machine(programs, num_registers, seed):
+    slots = max(1, *map(len, programs))
+    memory = [b"".join(program).ljust(4 * slots, b"\0") for program in programs]
+    initial = np.random.default_rng(seed).integers(0, 256, (len(programs), 1 + num_registers)).astype(np.uint8)
+    rows = np.frombuffer(b"".join(memory), np.uint8).reshape(len(programs), -1)
+    states, offsets, valid = cpu.simulate(rows, initial, num_registers)
+    for program, (acc, *registers), start, end in zip(memory, initial.tolist(), offsets, offsets[1:]):
+        assert states[start:end].tobytes() == b"".join(plain.run(program, acc, registers))
+        for i, is_valid in enumerate(valid[start:end]):
+            assert (plain.disassemble(program[4 * i : 4 * i + 4], num_registers) is not None) == is_valid
 
 
 @settings(max_examples=300, deadline=None)
@@ -308,19 +300,6 @@ def test_assembly_round_trip(instruction):
     else:
         assert text == plain.disassemble(instruction, 26)
         assert plain.assemble(text) == instruction
-
-
-def test_fast_path_equals_plain_path_on_thousands_of_instances():
-    rng = random.Random(3)
-    for _ in range(60):
-        num_registers, slots, count = rng.randint(1, 26), rng.randint(1, 48), rng.randint(1, 100)
-        memory, initial = cpu.draw(rng, count, num_registers, 4 * slots, 1, slots)
-        noisy = memory.copy()
-        noisy[rng.randrange(count) :, rng.randrange(4 * slots)] = rng.randrange(256)  # malformed ones, HLTs lost and won
-        states, offsets, _ = cpu.simulate(noisy, initial, num_registers)
-        for i in range(count):
-            acc, *registers = initial[i].tolist()
-            assert states[offsets[i] : offsets[i + 1]].tobytes() == b"".join(plain.run(noisy[i].tobytes(), acc, registers))
 
 
 @pytest.mark.parametrize("instruction, is_valid", [
@@ -368,6 +347,8 @@ def test_true_data_is_right_to_the_last_byte(tmp_path):
     assert found["malformed"] == {} and found["worst_files"] == [] and found["surplus"] == {"files": 0, "bytes": 0}
     assert sum(part["steps"] for part in found["opcodes"].values()) == found["exact_states"]["total"]
     assert text.startswith("byte accuracy 100.00 %")
+    shares = (0, 0), (99999999, 100000000), (5, 5)
+    assert [cpu_report.percent(cpu_report.share(*share)) for share in shares] == ["-", "99.99", "100.00"]
     assert evaluate(tmp_path, "--dir_path", "cpu_states/test")[0]["num_registers"] == 3  # from the parent folder
     message = mistake(tmp_path, 1, "--mode", "evaluate", "--num_registers", 2)
     assert "--num_registers 2" in message and "cpu_states.json" in message and "3" in message
@@ -459,11 +440,6 @@ def test_random_bytes_are_evaluated(tmp_path):
     assert {"too long", "malformed instruction", "no HLT", "PC and IR of the initial state are not 0"} <= set(found["malformed"])
 
 
-def test_percent_is_cut_off():
-    shares = (0, 0), (99999999, 100000000), (5, 5)
-    assert [cpu_report.percent(cpu_report.share(*share)) for share in shares] == ["-", "99.99", "100.00"]
-
-
 def translate(folder, data, status=0):
     (folder / "x.bin").write_bytes(data)
     result = run(folder, "--mode", "translate", "--states_path", "x.bin", "--num_registers", 3, "--memory_size", 64)
@@ -515,27 +491,23 @@ def test_translate_leaves_other_files_alone(tmp_path):
     assert snapshot(tmp_path) == before and (tmp_path / "pipe").is_fifo()
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ("", "--mode"), ("--mode simulate", "--mode"), ("--mode generate --seed 3", "--seed"),
-    ("--mode generate --random 3", "--random"),
-    ("--mode generate --num_registers 27", "--num_registers 27"), ("--mode generate --num_registers 0", "--num_registers 0"),
-    ("--mode generate --memory_size 18", "--memory_size 18"), ("--mode generate --memory_size 0", "--memory_size 0"),
-    ("--mode evaluate --memory_size 1028", "--memory_size 1028: must be a multiple of 4, from 4 to 1024"),
-    ("--mode generate --memory_size 64 --num_max_program 17", "--num_max_program 17: must be 16 or less"),
-    ("--mode generate --num_max_program 257", "--num_max_program 257"),
-    ("--mode generate --num_min_program 9 --num_max_program 8", "--num_min_program 9"),
-    ("--mode generate --num_min_program 0", "--num_min_program 0"),
-    ("--mode generate --num_train_instance -5", "--num_train_instance -5"),
-    ("--mode generate --num_train_instance 0 --num_test_instance 0", "--num_test_instance 0"),
-    ("--mode generate --random_seed -1", "--random_seed -1"), ("--mode generate --num_train_instance 1e6", "'1e6'"),
+@pytest.mark.parametrize("mode, arguments, words", [
+    (None, "", "--mode"), ("simulate", "", "--mode"), ("generate", "--seed 3", "--seed"), ("generate", "--random 3", "--random"),
+    ("evaluate", "--memory_size 1028", "--memory_size 1028: must be a multiple of 4, from 4 to 1024"),
+    ("generate", "--memory_size 64 --num_max_program 17", "--num_max_program 17: must be 16 or less"),
+    ("generate", "--num_min_program 9 --num_max_program 8", "--num_min_program 9"),
+    ("generate", "--num_train_instance 0 --num_test_instance 0", "--num_test_instance 0"),
+    ("generate", "--num_train_instance 1e6", "'1e6'"),
+    *(("generate", wrong, wrong) for wrong in (
+        "--num_registers 27", "--num_registers 0", "--memory_size 18", "--memory_size 0", "--num_max_program 257",
+        "--num_min_program 0", "--num_train_instance -5", "--random_seed -1")),
 ])  # fmt: skip
-def test_wrong_arguments_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, words):
+def test_wrong_arguments_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, mode, arguments, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        script.main(arguments.split())
-    assert stopped.value.code == 2
+        script.main([*(["--mode", mode] if mode else []), *arguments.split()])
     [line] = capsys.readouterr().err.splitlines()
-    assert words in line and not (tmp_path / "cpu_states").exists()
+    assert stopped.value.code == 2 and words in line and not (tmp_path / "cpu_states").exists()
 
 
 def test_wrong_places_are_one_line_and_status_1(tmp_path):

@@ -5,9 +5,8 @@ import pytest
 import torch
 from conftest import fill_by_recipe
 
-from bgpt import generation
-from bgpt import layers
 import utils
+from bgpt import generation, layers
 
 GREEDY = generation.Sampling(temperature=0)
 
@@ -53,8 +52,7 @@ def test_distribution_is_the_stated_one(top_k, top_p, temperature):
     logits[8:, 100:] = -np.inf  # zeros
     logits[11] = 0.0
     drawn = generation.filter_probabilities(torch.from_numpy(logits), generation.Sampling(top_k, top_p, temperature)).numpy()
-    for row, expected in zip(drawn, (stated_distribution(row, top_k, top_p, temperature) for row in logits)):
-        np.testing.assert_allclose(row, expected, atol=1e-9)
+    np.testing.assert_allclose(drawn, [stated_distribution(row, top_k, top_p, temperature) for row in logits], atol=1e-9)
 
 
 def test_temperature_zero_is_the_most_likely():
@@ -74,11 +72,8 @@ def test_drawn_symbols_follow_the_distribution():
     kept = expected > 0
     assert int(kept.sum()) == 10 and counts[~kept].sum() == 0
     assert float(((counts - expected)[kept] ** 2 / expected[kept]).sum()) < 27.9
-
-
-def test_extreme_uniforms_never_draw_an_impossible_symbol():
-    logits = torch.full((2, 257), -torch.inf)
-    logits[:, 5], logits[:, 200] = 0.0, 0.0
+    logits = torch.full((2, 257), -torch.inf)  # the lowest and the highest uniform never draw an impossible symbol
+    logits[:, [5, 200]] = 0.0
     drawn = generation.sample_symbols(logits, generation.Sampling(), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
     assert drawn.tolist() == [5, 200]
 
@@ -142,8 +137,7 @@ def test_golden_greedy_bytes(golden, golden_model, golden_sequences):
     first = golden_sequences[0].reshape(-1)
     prompts = [utils.extension_patch("mid", 16), first[:48], first[:37]]
     for continuation, rows in zip(continue_all(golden_model, prompts, 3), golden["greedy"].values(), strict=True):
-        expected = sum(rows, [])
-        assert continuation.symbols[: len(expected)].tolist() == expected
+        assert continuation.symbols.tolist()[: sum(map(len, rows))] == sum(rows, [])
 
 
 def ragged_prompts(size):
@@ -170,10 +164,8 @@ def test_cached_batched_ragged_equals_recomputing_one_at_a_time(tiny_model, batc
 
 
 def test_golden_model_cached_equals_recomputed(golden_model):
-    prompts = ragged_prompts(16)
-    for continuation, prompt in zip(continue_all(golden_model, prompts, 4), prompts, strict=True):
-        symbols, _ = recompute_greedy(golden_model, prompt, 40)
-        assert continuation.symbols[:40].tolist() == symbols
+    for continuation, prompt in zip(continue_all(golden_model, ragged_prompts(16), 4), ragged_prompts(16), strict=True):
+        assert continuation.symbols[:40].tolist() == recompute_greedy(golden_model, prompt, 40)[0]
 
 
 def test_samples_do_not_depend_on_the_batch():
@@ -181,11 +173,9 @@ def test_samples_do_not_depend_on_the_batch():
     model = fill_by_recipe(utils.ModelSizes(4, 40, 128, 2, 1).build())
     prompts = [*ragged_prompts(4), np.concatenate(ragged_prompts(4)[5:8])]
     sampling = generation.Sampling(top_k=50, top_p=0.95, temperature=1.2)
-    runs = [continue_all(model, prompts, size, sampling) for size in (1, 3, 32)]
-    for run in runs[1:]:
-        assert [(c.symbols.tolist(), c.nats) for c in run] == [(c.symbols.tolist(), c.nats) for c in runs[0]]
-    other = continue_all(model, prompts, 3, sampling, seed=1)
-    assert [c.symbols.tolist() for c in other] != [c.symbols.tolist() for c in runs[0]]
+    runs = [continue_all(model, prompts, size, sampling, seed) for size, seed in ((1, 0), (3, 0), (32, 0), (3, 1))]
+    one, three, many, other = ([(c.symbols.tolist(), c.nats) for c in run] for run in runs)
+    assert one == three == many != other
 
 
 def test_first_symbol_is_drawn_from_the_models_own_distribution(tiny_model):
@@ -196,13 +186,11 @@ def test_first_symbol_is_drawn_from_the_models_own_distribution(tiny_model):
         logits = tiny_model.byte_level_decoder(encoded, torch.zeros(1, 4, dtype=torch.int64)).logits[0, 0]
     probabilities = torch.softmax(logits.double(), -1).numpy()
     groups = np.minimum((np.cumsum(probabilities) * 8).astype(int), 7)
-    counts = np.zeros(8)
     positions = "patch_level_decoder.base.wpe.weight"
     model = utils.ModelSizes(4, 3, 64, 2, 1).build().eval()  # room for two patches only, to be quick
     model.load_state_dict(tiny_model.state_dict() | {positions: tiny_model.state_dict()[positions][:3]})
-    for continuation in continue_all(model, [prompt] * 4000, 500, generation.Sampling()):
-        first = continuation.symbols[0] if len(continuation.symbols) else utils.END
-        counts[groups[first]] += 1
+    done = continue_all(model, [prompt] * 4000, 500, generation.Sampling())
+    counts = np.bincount([groups[c.symbols[0] if len(c.symbols) else utils.END] for c in done], minlength=8)
     expected = np.bincount(groups, probabilities, 8) * 4000
     assert ((counts - expected) ** 2 / expected).sum() < 24.3
 

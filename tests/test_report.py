@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_evaluation import LINES, score, write_files
 
-from bgpt import report
-from bgpt import system
+import utils
+from bgpt import report, system
 from bgpt.evaluation import FileScore, score_symbols
 from bgpt.windows import evaluation_windows
-import utils
+
 
 def shown_files(model, folder, contents, most):
     """Returns (FileScores of {name: bytes}, what a page shows of them)."""
