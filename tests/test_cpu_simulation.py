@@ -149,7 +149,7 @@ def test_a_folder_keeps_the_data_of_one_set_of_options(tmp_path):
     assert "random_seed 0, not 5" in message and "--dir_path cpu_states" in message
     generate(tmp_path, *SMALL)
     assert snapshot(tmp_path) == before
-    for damaged in ("{", "{}", json.dumps({**kept, "num_registers": None})):
+    for damaged in ("{", json.dumps({**kept, "num_registers": None})):
         options.write_text(damaged)
         assert "damaged" in mistake(tmp_path, 1, "--mode", "generate", *SMALL)
     options.unlink()
@@ -242,8 +242,7 @@ def test_a_full_disk_is_one_message(tmp_path):
 def simulate(memory, acc, registers):
     """One program through the fast path: (states as bytes, which steps are valid)."""
     initial = np.array([[acc, *registers]], np.uint8)
-    states, offsets, valid = cpu.simulate(np.frombuffer(memory, np.uint8)[None], initial, len(registers))
-    assert offsets.tolist() == [0, len(states)]
+    states, _, valid = cpu.simulate(np.frombuffer(memory, np.uint8)[None], initial, len(registers))
     return states.tobytes(), valid.tolist()
 
 
@@ -294,12 +293,11 @@ def test_any_programs_run_together_as_on_the_plain_machine(programs, num_registe
 @settings(max_examples=300, deadline=None)
 @given(ANY_INSTRUCTION)
 def test_assembly_round_trip(instruction):
-    text = cpu.assembly(int.from_bytes(instruction, "little"))
-    if plain.disassemble(instruction, 26) is None:
-        assert (text.split()[0] not in cpu.NAMES) or simulate(instruction, 0, [0] * 26)[1] != [True]
+    text, expected = cpu.assembly(int.from_bytes(instruction, "little")), plain.disassemble(instruction, 26)
+    if expected is None:
+        assert text.split()[0] not in cpu.NAMES or simulate(instruction, 0, [0] * 26)[1] != [True]
     else:
-        assert text == plain.disassemble(instruction, 26)
-        assert plain.assemble(text) == instruction
+        assert text == expected and plain.assemble(text) == instruction
 
 
 @pytest.mark.parametrize("instruction, is_valid", [
@@ -357,9 +355,8 @@ def test_true_data_is_right_to_the_last_byte(tmp_path):
 def test_worker_processes_find_the_same(tmp_path):
     for i in range(3500):
         data = bytearray(build(["LOADI 9", "HLT"], acc=i % 256))
-        if i % 7 == 0:
-            data[64 + 9 + 9 + 1] ^= 1  # ACC in the second state: the effect of LOADI
-        one_file(tmp_path, bytes(data), f"{i}.bin")
+        data[64 + 9 + 9 + 1] ^= i % 7 == 0  # ACC in the second state: the effect of LOADI
+        one_file(tmp_path, data, f"{i}.bin")
     options = one_file(tmp_path, build([]), "z.bin")
     found, _ = evaluate(tmp_path, *options)
     assert counts(found["exact_files"]) == (3001, 3501)
@@ -372,7 +369,7 @@ def test_worker_processes_find_the_same(tmp_path):
 def test_wrong_bytes_are_found_where_they_are(tmp_path):
     data = bytearray(build(PROGRAM))
     data[64 + 9 + 2 * 9 + 6] ^= 255  # register A in state 3: what DIV A B gave
-    found, text = evaluate(tmp_path, *one_file(tmp_path, bytes(data)))
+    found, text = evaluate(tmp_path, *one_file(tmp_path, data))
     assert counts(found["byte_accuracy"]) == (35, 36) and found["byte_accuracy"]["low"] is None  # one file
     assert counts(found["exact_states"]) == (3, 4) and counts(found["exact_files"]) == (0, 1)
     assert found["opcodes"]["DIV"]["executed"]["share"] == 0 and found["opcodes"]["LOADI"]["executed"]["share"] == 1
@@ -514,8 +511,7 @@ def test_wrong_places_are_one_line_and_status_1(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "empty").mkdir()
     for mode, folder in (("evaluate", "cpu_states"), ("evaluate", "file"), ("evaluate", "empty"), ("generate", "file")):
-        message = mistake(tmp_path, 1, "--mode", mode, "--dir_path", folder)
-        assert "--dir_path" in message and folder in message
+        assert re.search(f"--dir_path.*{folder}", mistake(tmp_path, 1, "--mode", mode, "--dir_path", folder))
     options = one_file(tmp_path, build(PROGRAM))
     for output in ("empty", "file/x"):
         assert "--json" in mistake(tmp_path, 1, "--mode", "evaluate", *options, "--json", output)
