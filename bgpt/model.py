@@ -1,5 +1,6 @@
 """A trained model as an object: `bgpt.load(path)` returns a Generator or a Classifier. inference.py works with the same."""
 
+import contextlib
 import copy
 import functools
 import math
@@ -12,7 +13,7 @@ import torch
 import utils
 from bgpt import checkpoint, distributed, evaluation, generation
 from bgpt.examples import split_conversion_mode
-from bgpt.files import Files
+from bgpt.files import list_files
 from bgpt.system import UserError, first_names
 from bgpt.windows import evaluation_windows
 
@@ -25,13 +26,29 @@ def load_model(path, device=None, precision="auto", name="path"):
     return kind(net.to(device).eval(), found, distributed.pick_dtype(precision, device), f"{name}: {path!r}")
 
 
-def _listed(content):
-    """Returns (list of contents, whether it was a list)."""
-    return (list(content), True) if isinstance(content, (list, tuple)) else ([content], False)
+def _takes_one_or_many(method):
+    """Lets a method of a list of contents also take a single one (bytes), and return its result."""
+
+    @functools.wraps(method)
+    def call(self, content, *arguments, **keywords):
+        if isinstance(content, (list, tuple)):
+            return method(self, list(content), *arguments, **keywords)
+        return method(self, [content], *arguments, **keywords)[0]
+
+    return call
+
+
+@contextlib.contextmanager
+def _files_of(contents, ending):
+    """Yields a temporary folder of files with these contents, in the order of their names."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number, content in enumerate(contents):
+            pathlib.Path(folder, f"{number:09}{ending}").write_bytes(content)
+        yield folder
 
 
 class Generator:
-    """A generative model. Where a method takes a content (bytes), it also takes a list, and returns a list.
+    """A generative model. The content (bytes) that a method takes may be a list; it then returns a list, made in one batch.
 
     Attributes:
         net: the bGPTLMHeadModel, in eval mode, its weights in float32.
@@ -87,21 +104,19 @@ class Generator:
         prompts = [(self.extension_patch(ext), [seed, i]) for i in range(1, count + 1)]  # as inference.py seeds them
         return self._continue(prompts, generation.Sampling(top_k, top_p, temperature), batch_size)
 
+    @_takes_one_or_many
     def complete(self, content, ext, *, top_k=0, top_p=1.0, temperature=1.0, seed=0, batch_size=32):
         """Returns content and its continuation, bytes. Raises ValueError if no room is left in PATCH_LENGTH."""
-        contents, is_list = _listed(content)
-        prompts = [(self.completion_prompt(each, ext), [seed, i]) for i, each in enumerate(contents)]
+        prompts = [(self.completion_prompt(each, ext), [seed, i]) for i, each in enumerate(content)]
         written = self._continue(prompts, generation.Sampling(top_k, top_p, temperature), batch_size)
-        results = [each + rest for each, rest in zip(contents, written)]
-        return results if is_list else results[0]
+        return [each + rest for each, rest in zip(content, written)]
 
+    @_takes_one_or_many
     def convert(self, content, source, target, *, top_k=0, top_p=1.0, temperature=1.0, seed=0, batch_size=32):
         """Returns the conversion of a file from extension `source` to `target`, bytes. Raises ValueError as `complete`."""
         self.check_conversion(source, target)
-        contents, is_list = _listed(content)
-        prompts = [(self.conversion_prompt(each, source, target), [seed, i]) for i, each in enumerate(contents)]
-        results = self._continue(prompts, generation.Sampling(top_k, top_p, temperature), batch_size)
-        return results if is_list else results[0]
+        prompts = [(self.conversion_prompt(each, source, target), [seed, i]) for i, each in enumerate(content)]
+        return self._continue(prompts, generation.Sampling(top_k, top_p, temperature), batch_size)
 
     def _continue(self, prompts, sampling, batch_size):
         for symbols, _ in prompts:
@@ -112,29 +127,22 @@ class Generator:
         done = {each.key: utils.to_content(each.symbols) for each in done}
         return [done[key] for key in range(len(prompts))]
 
+    @_takes_one_or_many
     def bits_per_byte(self, content, ext, *, batch_size=32):
         """Returns the model's bits per byte of a content, its end included; NaN for an empty one. Long ones go in windows."""
-        contents, is_list = _listed(content)
-        results = []
-        for each in contents:
-            files = Files([f"content.{ext}"], np.array([len(each)]), np.zeros(1, np.int64), [""])
-            windows = evaluation_windows(utils.Examples(files), self.net.patch_size, self.net.patch_length)
-            patches = utils.to_patches(each, "", self.net.patch_size)
-            patches[0] = self.extension_patch(ext)
-            counted = np.zeros(patches.shape, dtype=bool)
-            counted.reshape(-1)[self.net.patch_size : self.net.patch_size + len(each) + 1] = True
-            spans, nats = windows.of(0), 0.0
-            for start in range(0, len(spans), batch_size):
-                chosen = [(patches[i:j], counted[i:j], k - i) for i, j, k in spans[start : start + batch_size]]
-                for (_, mask, context), (costs, *_) in zip(chosen, evaluation.predict(self.net, chosen, self.dtype)):
-                    nats += float(costs[mask[context:]].sum(dtype=np.float64))
-            results.append(nats / math.log(2) / len(each) if len(each) else math.nan)
-        return results if is_list else results[0]
+        failed, scores = [], {}
+        with _files_of(content, f".{ext}") as folder:
+            windows = evaluation_windows(utils.Examples(list_files([folder], "ext")), self.net.patch_size, self.net.patch_length)
+            for score in evaluation.score_files(self.net, windows, folder, batch_size, self.dtype, lambda count: None, failed):
+                scores[score.index] = math.nan if score.bits_per_byte is None else score.bits_per_byte
+        return [scores[index] for index in range(len(content))]
 
+    @_takes_one_or_many
     def compress(self, content, ext, *, batch_size=32):
         """Returns a content as a container, see `bgpt.lossless`; `decompress` on the same kind of machine returns it."""
         return self._code("compress", content, f".{ext}", batch_size)
 
+    @_takes_one_or_many
     def decompress(self, container, ext, *, batch_size=32):
         """Returns the content of a container. Raises ValueError if it is damaged, or of another model or machine."""
         from bgpt.lossless import SUFFIX
@@ -142,22 +150,18 @@ class Generator:
         return self._code("decompress", container, f".{ext}{SUFFIX}", batch_size)
 
     def _code(self, how, content, ending, batch_size):
+        """Returns the results of `lossless.compress` or `decompress`, which take files."""
         from bgpt import lossless  # needs constriction, which nothing else does
 
-        contents, is_list = _listed(content)
         coder = lossless.Coder(self.net if self.net.device.type == "cpu" else copy.deepcopy(self.net).cpu(), batch_size)
         failed, done = [], {}
-        with tempfile.TemporaryDirectory() as folder:
-            paths = [pathlib.Path(folder, f"{i}{ending}") for i in range(len(contents))]
-            for path, each in zip(paths, contents):
-                path.write_bytes(each)
-            arguments = (coder, map(str, paths), *[True] * (how == "compress"), lambda count: None, failed)
+        with _files_of(content, ending) as folder:
+            arguments = (coder, list_files([folder], "ext"), *[True] * (how == "compress"), lambda count: None, failed)
             for path, found, container in getattr(lossless, how)(*arguments):
                 done[path] = container if how == "compress" else found
         if failed:
             raise ValueError(failed[0][1])
-        results = [done[str(path)] for path in paths]
-        return results if is_list else results[0]
+        return [done[path] for path in sorted(done)]
 
 
 class Classifier:
@@ -175,13 +179,12 @@ class Classifier:
         self.labels = checkpoint.label_list(found, where)
         self.label_mode = found.get("label_mode", "name")  # published checkpoints have none
 
+    @_takes_one_or_many
     def classify(self, content, ext):
         """Returns {label: probability} of a content (bytes), the likeliest first; of a list, a list. Long ones: their heads."""
-        contents, is_list = _listed(content)
-        patches = [utils.to_patches(each, ext, self.net.patch_size)[: self.net.patch_length] for each in contents]
+        patches = [utils.to_patches(each, ext, self.net.patch_size)[: self.net.patch_length] for each in content]
         probabilities = self.probabilities(utils.Batch((each, each != utils.END, 1) for each in patches))
-        results = [dict(sorted(zip(self.labels, row), key=lambda item: -item[1])) for row in probabilities.tolist()]
-        return results if is_list else results[0]
+        return [dict(sorted(zip(self.labels, row), key=lambda item: -item[1])) for row in probabilities.tolist()]
 
     @torch.inference_mode()
     def probabilities(self, batch):
