@@ -66,7 +66,7 @@ PUBLISHED_NAMES = {
     "SHOW_WARNS": "gone, since warnings are always shown",
 }
 
-_overridden = {}  # {constant: its value in config.py}, to be restored for the next script of a notebook
+_overridden = {}  # {constant: its value in config.py}, for the next script of a notebook
 
 
 def as_dict(config, training_only=False):
@@ -119,11 +119,11 @@ def override(config, argv=None):
         option = unknown[0].split("=")[0]
         hint = _hint(option.lstrip("-").upper(), "--") or "; --help lists them all"
         parser.error(f"{'unknown option' if option.startswith('-') else 'unexpected'} {option}{hint}")
-    for name in vars(config):
+    for name in [*vars(config), *CONSTANTS]:
         if name.isupper() and name not in CONSTANTS and (hint := _hint(name)):
             parser.error(f"config.py: unknown constant {name}{hint}")
-    if missing := [name for name in CONSTANTS if not hasattr(config, name)]:
-        parser.error(f"config.py: {', '.join(missing)} is missing")
+        if name in CONSTANTS and not hasattr(config, name):
+            parser.error(f"config.py: {name} is missing")
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in as_dict(config).items()}
     for name, words in vars(given).items():
         try:
@@ -145,8 +145,7 @@ def override(config, argv=None):
 
 def latest_path(weights_path):
     """Returns the path of a run's latest state, next to its best: weights.pth -> weights-last.pth."""
-    stem, extension = os.path.splitext(weights_path)
-    return f"{stem}-last{extension}"
+    return "-last".join(os.path.splitext(weights_path))
 
 
 def check_training_paths(values):

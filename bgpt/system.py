@@ -67,10 +67,10 @@ def make_folder(folder, name):
 def check_writable(path, name):
     """Makes the folder of a file if it is missing. Raises UserError if the file cannot be written."""
     make_folder(os.path.dirname(path) or ".", name)
-    if os.path.exists(path):
-        kind = "a folder" if os.path.isdir(path) else "no regular file"  # a rename would replace a device by a file
-        if not os.path.isfile(path) or not os.access(path, os.W_OK):
-            raise UserError(f"{name}: {path!r} is {'read-only' if os.path.isfile(path) else kind}; it must be a file that can be replaced")
+    # a rename would replace a device by a file
+    if os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK)):
+        kind = "a folder" if os.path.isdir(path) else "read-only or a device"
+        raise UserError(f"{name}: {path!r} is {kind}; it must be a file that can be replaced")
 
 
 # ---- Whole files ----------------------------------------------------------------------------------------------------
@@ -108,11 +108,10 @@ def write_whole(path, content):
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, path) from None
         raise
-    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)  # the new name is on the disk once its folder is synced
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    with contextlib.suppress(OSError):  # puts the new name on the disk, too; some file systems cannot sync a folder
+        os.fsync(folder)
+    os.close(folder)
 
 
 def keep_backup(path, why="not made by this run"):
@@ -217,8 +216,7 @@ def progress_options():
 
 
 def _is_notebook():
-    """Returns whether IPython runs the script, as with %run: streams and signals are then not the script's."""
-    return hasattr(builtins, "__IPYTHON__")
+    return hasattr(builtins, "__IPYTHON__")  # by %run: streams and signals are then not the script's
 
 
 def start(*checks):
@@ -257,14 +255,11 @@ def user_errors():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries to flush once more at its end
         sys.exit(1)
     except (UserError, OSError, KeyboardInterrupt) as error:
-        status = 1
+        (rank, _), status, message = torchrun_rank(), 1, f"error: {error}"
         if isinstance(error, KeyboardInterrupt):
             number = error.args[0] if error.args else signal.SIGINT
             message, status = f"stopped by {signal_name(number)}", 128 + number
         elif isinstance(error, OSError) and error.filename and error.strerror:
             message = f"error: {escape_name(os.fsdecode(error.filename))}: {error.strerror}"
-        else:
-            message = f"error: {error}"
-        rank, _ = torchrun_rank()
         print(f"process {rank}: {message}" if rank else message, file=sys.stderr, flush=True)
         sys.exit(status)

@@ -262,15 +262,15 @@ class Run:
         views = ranks.gather((state.epoch, state.position, state.run_id, self.digests))
         if any(view != views[0] for view in views):
             ranks.leave("error: TRAIN_FOLDERS, EVAL_FOLDERS or WEIGHTS_PATH differ between processes: put them on a disk that all share")
-        self.step_size = settings["BATCH_SIZE"] * ranks.count  # examples in a step of all ranks
+        step_size = settings["BATCH_SIZE"] * ranks.count  # examples in a step of all ranks
         num_epochs = max(settings["NUM_EPOCHS"], state.epoch + 1)
         counts = [len(self.train)] * num_epochs
         if self.cuts_windows:  # an epoch's number of windows depends on their offsets
             seeds = [self.seeds(epoch) for epoch in range(num_epochs)]
             counts = windows.count_training_windows(self.train, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH, seeds)
-        steps = [-(-count // self.step_size) for count in counts]
+        steps = [-(-count // step_size) for count in counts]
         # by epochs, since another BATCH_SIZE has another number of steps in an epoch
-        done = sum(steps[: state.epoch]) + -(-state.position // self.step_size)
+        done = sum(steps[: state.epoch]) + -(-state.position // step_size)
         num_steps = sum(steps[: settings["NUM_EPOCHS"]])
         self.scheduler = make_scheduler(self.optimizer, settings["LR_SCHEDULE"], settings["LEARNING_RATE"], num_steps, done)
         print(
