@@ -9,10 +9,9 @@ import safetensors.torch
 import torch
 from conftest import TINY, fill_by_recipe, load_script, one_message, options, run_script
 
-from bgpt import checkpoint
 import config
-from bgpt import system
 import utils
+from bgpt import checkpoint, system
 
 
 def published_checkpoint(golden, model):

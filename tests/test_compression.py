@@ -14,10 +14,10 @@ from conftest import TINY, as_batch, load_script, one_message, options, run_fres
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import utils
 from bgpt import checkpoint, evaluation, lossless
 from bgpt.files import list_files
 from bgpt.windows import evaluation_windows
-import utils
 
 LETTERS = b"ABCDabcd|:\n "
 

@@ -14,13 +14,13 @@ from conftest import TINY, as_batch, fill_by_recipe, one_message, options, run_s
 from hypothesis import given
 from hypothesis import strategies as st
 
+import utils
 from bgpt import generation, system
 from bgpt.checkpoint import save_checkpoint
 from bgpt.evaluation import COMPRESSORS, score_files, score_symbols, surprising_stretches
 from bgpt.examples import directed, pair_files
 from bgpt.files import extension_of, list_files
 from bgpt.windows import evaluation_windows
-import utils
 
 LINES = b"X:1\nK:C\nCDEF GABc|\n"
 

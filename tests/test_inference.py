@@ -1,6 +1,5 @@
 """inference.py as a user runs it, and the same from Python."""
 
-import os
 import re
 import signal
 import subprocess
@@ -202,9 +201,7 @@ def test_candidates(tmp_path, tiny_model, tiny_checkpoint):
             assert float(bits) == pytest.approx(best.bits_per_byte(), abs=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From Python
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- From Python ----------------------------------------------------------------------------------------------------
 
 
 def test_a_model_from_python_writes_what_the_script_writes(tmp_path, tiny_checkpoint):

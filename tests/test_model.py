@@ -11,9 +11,9 @@ import torch
 from conftest import FORKSERVER, TINY, as_batch, fill_by_recipe, load_script
 from transformers import GPT2Config
 
-from bgpt.distributed import autocast
-from bgpt import training
 import utils
+from bgpt import training
+from bgpt.distributed import autocast
 
 train_gen = load_script("train-gen")
 

@@ -7,11 +7,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Running, as_batch, fill_by_recipe, interrupt, load_script, one_message, options, run_script, torchrun_environments
+from conftest import TINY, Running, fill_by_recipe, interrupt, load_script
+from conftest import one_message, options, run_script, torchrun_environments
 
 import config
 import utils
-from bgpt import checkpoint, evaluation, examples, model as models, system
+from bgpt import checkpoint, evaluation, examples, system
+from bgpt import model as models
 from bgpt.examples import label_of
 from bgpt.files import list_files
 
@@ -202,17 +204,6 @@ def test_accuracy_and_loss_are_those_of_single_files(folder, trained):
             logits = model.eval()(torch.from_numpy(patches).long()[None])
         nats.append(-logits.log_softmax(-1)[0, loaded["labels"][label_of(path)]].item())
     assert loaded["figures"]["eval_loss"] == pytest.approx(np.mean(nats), rel=1e-4)
-
-
-def test_logits_do_not_depend_on_the_batch(folder, trained):
-    model, _ = checkpoint.load_model(str(folder / f"{trained}.pth"), "WEIGHTS_PATH")
-    random = np.random.default_rng(1)
-    sequences = [utils.to_patches(random.integers(0, 256, n).astype(np.uint8), "bin", 4) for n in (0, 3, 20, 56)]
-    batch = as_batch(sequences)
-    with torch.no_grad():
-        together = model.eval()(batch.patches.long(), batch.masks)
-        alone = torch.cat([model(torch.from_numpy(patches).long()[None]) for patches in sequences])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
 def test_micro_batches_change_nothing(folder):

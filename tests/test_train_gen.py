@@ -8,15 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    ROOT, TINY, Running, as_batch, fill_by_recipe, interrupt, load_script, make_files, one_message, options, run_script
-)  # fmt: skip
+from conftest import ROOT, TINY, Running, as_batch, fill_by_recipe, interrupt
+from conftest import load_script, one_message, options, run_script
 from logs import read_log
 
 import config
 import utils
 from bgpt import checkpoint, system, training
-from bgpt.examples import directed, pair_files
 from bgpt.files import list_files
 
 
@@ -122,17 +120,6 @@ def test_a_rerun_goes_on_after_the_last_epoch(folder):
     assert len(read_log(folder / "b.txt")) == 4
 
 
-def test_micro_batches_change_nothing(folder):
-    """The loss is weighted by target patches: ragged micro-batches give the gradient of the whole batch."""
-    for steps in (1, 2, 4):
-        settings = {"DROPOUT": 0, "PRECISION": "fp32"}
-        done = train(folder, ACCUMULATION_STEPS=steps, **settings, WEIGHTS_PATH=f"{steps}.pth", LOGS_PATH=f"{steps}.txt")
-        assert done.returncode == 0, done.stderr
-    entries = [read_log(folder / f"{steps}.txt") for steps in (1, 2, 4)]
-    assert entries[0] == [pytest.approx(entry, abs=2e-4) for entry in entries[1]]
-    assert entries[0] == [pytest.approx(entry, abs=2e-4) for entry in entries[2]]
-
-
 def test_overfits_eight_files_and_writes_them_again(tmp_path):
     """Eight formats, of fixed bytes; 25 epochs leave a margin: after 15, some processors still miss a byte."""
     files = {path.name: path.read_bytes() for path in sorted((ROOT / "tests/data/overfit").iterdir())}
@@ -207,12 +194,6 @@ def test_pairs_and_inputs_in_upper_case(tmp_path):
     (tmp_path / "input" / "d.x").write_bytes(b"")
     done = convert("x", "X", INFERENCE_WEIGHTS_PATH="plain.pth")
     assert done.returncode == 0 and "trained on plain files, without CONVERSION_MODE" in done.stdout
-
-
-def test_both_directions_of_a_pair_are_examples():
-    pairs = pair_files(make_files({"1.abc": 0, "1.mid": 0}), "abc->mid")
-    assert list(directed(pairs, "abc&mid")) == [("1.abc", "1.mid"), ("1.mid", "1.abc")]
-    assert list(directed(pairs, "abc->mid")) == [("1.abc", "1.mid")]
 
 
 def test_the_default_folder_never_judges_a_model_of_other_files(folder):
@@ -308,11 +289,6 @@ def test_mistakes(folder, monkeypatch, changes, words):
         script.check_settings()
         script.main()
     assert not list(folder.glob("*.pth"))
-
-
-def test_missing_data_is_one_message(tmp_path):
-    message = one_message(run_script("train-gen.py", cwd=tmp_path))
-    assert "python cpu-simulation.py --mode generate" in message and len(message.splitlines()) == 1
 
 
 def test_checkpoint_of_other_sizes_or_kind_is_left_alone(folder):

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, Running, interrupt, load_script, one_message, options, torchrun_environments
+from logs import read_log
 
 import config
 from bgpt import system
-from logs import read_log
 
 SETTINGS = {
     **TINY,

@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, one_message, options, run_script
+from conftest import TINY, make_files, one_message, options, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import utils
-from bgpt import system, windows as windowing
+from bgpt import system
+from bgpt import windows as windowing
 from bgpt.examples import hold_out, hold_out_parts, print_sets
 from bgpt.files import list_files
-from conftest import make_files
 
 
 def examples_of(sizes):
@@ -27,9 +27,7 @@ def write_examples(folder, contents):
     return utils.Examples(list_files([str(folder)], "TRAIN_FOLDERS"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Windows
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Windows --------------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
@@ -127,9 +125,7 @@ def test_windows_of_a_huge_file_take_no_memory():
     assert first[0] == 0 and last[1] == windows.totals[0] == 2**46 + 2 and index.tolist() == [0, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is held out
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What is held out -----------------------------------------------------------------------------------------------
 
 
 def test_a_lone_file_gives_its_end(capsys):
@@ -178,9 +174,7 @@ def test_the_share_of_long_files_that_is_seen_is_printed(capsys):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Runs -----------------------------------------------------------------------------------------------------------
 
 SETTINGS = {
     **TINY, "TRAIN_FOLDERS": ["train"], "EVAL_FOLDERS": [], "NUM_EPOCHS": 2, "BATCH_SIZE": 8, "LEARNING_RATE": 1e-3,

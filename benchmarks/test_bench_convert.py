@@ -1,12 +1,6 @@
 """The count of what MODE convert got right: a MIDI file made by hand, and what damage does to it."""
 
-import sys
-
 import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 from bench_convert import is_whole, main, read_notes, share_right
 
 from bgpt import report as report_page
