@@ -27,15 +27,13 @@ def check_settings():
         system.check_folders([config.INPUT_FOLDER], "INPUT_FOLDER")
         inputs, outputs = (os.path.realpath(folder) for folder in (config.INPUT_FOLDER, config.OUTPUT_FOLDER))
         if os.path.commonpath([inputs, outputs]) in (inputs, outputs):
-            raise system.UserError(
-                f"OUTPUT_FOLDER: {config.OUTPUT_FOLDER!r} and INPUT_FOLDER {config.INPUT_FOLDER!r} are within each other, so results "
-                "would mix with inputs or replace them; give another folder"
-            )
+            both = f"{config.OUTPUT_FOLDER!r} and INPUT_FOLDER {config.INPUT_FOLDER!r}"
+            raise system.UserError(f"OUTPUT_FOLDER: {both} are within each other, so results could replace inputs; give another")
     if config.MODE in CODING_MODES:
         if importlib.util.find_spec("constriction") is None:
             raise system.UserError(f"MODE {config.MODE!r} needs the package constriction: pip install -r requirements.txt")
         if config.PRECISION not in ("auto", "fp32"):
-            raise system.UserError(f"PRECISION is {config.PRECISION!r}, but MODE {config.MODE!r} computes in float32: auto or fp32")
+            raise system.UserError(f"PRECISION is {config.PRECISION!r}, but MODE {config.MODE!r} needs auto or fp32")
 
 
 if __name__ == "__main__":
@@ -228,7 +226,7 @@ def classify_files(model, files, stop_signals):
     dataset = utils.ByteDataset(utils.Examples(files), model.net.patch_size, model.net.patch_length)
     lengths = dataset.examples.lengths(model.net.patch_size)
     if longer := int((lengths > model.net.patch_length).sum()):
-        print(f"{longer} of {len(files)} files are longer than the model's {model.net.patch_length} patches: their heads are classified")
+        print(f"{longer} of {len(files)} files exceed the model's {model.net.patch_length} patches: their heads are classified")
     order = np.argsort(lengths.clip(max=model.net.patch_length), kind="stable").tolist()  # least padding
     found, failed = {}, []  # found: {index of a file: (probabilities, indices of labels), the three likeliest first}
     try:
@@ -242,7 +240,8 @@ def classify_files(model, files, stop_signals):
                     except OSError as error:
                         failed.append((files[index], error.strerror))
                 if sequences:
-                    likeliest = model.probabilities(utils.Batch(sequences.values())).topk(min(3, len(model.labels)))  # (B, 3) each
+                    probabilities = model.probabilities(utils.Batch(sequences.values()))  # (B, labels)
+                    likeliest = probabilities.topk(min(3, len(model.labels)))  # (B, 3) each
                     found |= dict(zip(sequences, zip(likeliest.values.tolist(), likeliest.indices.tolist())))
                 bar.update(len(chosen))
     finally:  # also after Ctrl-C: an earlier run's predictions are not replaced by a part
@@ -294,7 +293,7 @@ def examples_to_score(files, patch_size, patch_length):
         wanted = config.INPUT_EXT.lower()
         pairs = pairs.select([i for i, (source, _) in enumerate(pairs) if extension_of(source).lower() == wanted])
         if not pairs:
-            raise system.UserError(f"INPUT_EXT: CONVERSION_MODE {config.CONVERSION_MODE!r} does not convert from {config.INPUT_EXT!r}")
+            raise system.UserError(f"INPUT_EXT: CONVERSION_MODE {config.CONVERSION_MODE!r} converts no {config.INPUT_EXT!r}")
     lengths = pairs.lengths(patch_size)
     unfit = [(" -> ".join(pairs[i]), int(lengths[i])) for i in np.flatnonzero(lengths > patch_length)]
     if len(unfit) == len(pairs):
@@ -348,7 +347,7 @@ def code_files(model, files, stop_signals):
         if len(paths) < len(files):
             print(f"{len(files) - len(paths)} of {len(files)} files do not end in {lossless.SUFFIX} and are left out")
     coder = lossless.Coder(model.net, config.INFERENCE_BATCH_SIZE)
-    total = int(files.sizes.clip(min=0).sum()) * (1 + config.VERIFY) if is_compressing else None  # unknown before containers are read
+    total = int(files.sizes.clip(min=0).sum()) * (1 + config.VERIFY) if is_compressing else None
     sizes, start = [], time.monotonic()  # sizes: (bytes of the file, of its container, with xz) of each
     try:
         with tqdm(total=total, unit="B", unit_scale=True, desc=config.MODE, **system.progress_options()) as bar:

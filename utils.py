@@ -80,11 +80,8 @@ def count_patches(size, patch_size):
 def read_bytes(path, start=0, stop=None, size=None):
     """Returns the bytes of a file from `start` to `stop`, or to its end.
 
-    Args:
-        size: bytes that the file should have. None = any.
-
     Raises:
-        OSError: with the file's name: it is unreadable, has another size, or ends too early.
+        OSError: with the file's name: it is unreadable, ends too early, or has another size than `size` unless that is None.
     """
     with open(path, "rb", buffering=0) as file:
         actual = os.fstat(file.fileno()).st_size
@@ -103,13 +100,10 @@ def read_bytes(path, start=0, stop=None, size=None):
 
 
 def read_patches(path, patch_size, first=0, last=None, size=None, lower_case=False):
-    """Reads the patches `first` to `last` - 1 of a file, and no other bytes of it.
+    """Reads the patches `first` to `last` - 1 of a file (None = to the end patch), and no other bytes of it.
 
     Args:
-        path: the file.
-        patch_size: S.
-        first, last: range of patches. A `last` of None or beyond the end patch is the end.
-        size: bytes that the file should have. None = any.
+        size: see `read_bytes`.
         lower_case: spell the extension in lower case in the extension patch.
 
     Returns:
@@ -249,12 +243,8 @@ class ByteDataset:
 def balanced_parts(lengths, count):
     """Splits sequences into parts with nearly the same number of patches: the longest first, each to the smallest part.
 
-    Args:
-        lengths: int (n,), patches of each sequence, 1 or more.
-        count: number of parts.
-
-    Returns:
-        list of `count` int64 arrays, the ascending indices of each part's sequences. With n < count, the last are empty.
+    `lengths`, int (n,), are the patches of each sequence. Returns a list of `count` int64 arrays, the ascending indices of
+    each part's sequences. With n < count, the last are empty.
     """
     parts, sums = [[] for _ in range(count)], [0] * count
     for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
@@ -383,11 +373,9 @@ def dropout(x, rate):
 
 
 def attend(qkv, rate=0.0):
-    """Returns causal attention with dropout of its weights, (B, T, H, 64), as PyTorch's scaled_dot_product_attention does.
+    """Returns causal attention (B, T, H, 64) of queries, keys and values (B, T, 3, H, 64), with dropout of its weights.
 
-    Args:
-        qkv: (B, T, 3, H, 64), queries, keys and values of B sequences.
-        rate: of dropout.
+    It is PyTorch's scaled_dot_product_attention where that is fast.
     """
     if qkv.device.type == "cuda" and len(qkv) > MOST_SEQUENCES:
         return torch.cat([attend(part, rate) for part in qkv.split(MOST_SEQUENCES)])
@@ -454,12 +442,7 @@ class Ragged:
         self._groups = [(*group, each) for group, each in zip(groups, cells)]  # (rows, (sequences, padded length), cells)
 
     def attend(self, qkv, rate=0.0):
-        """Returns each row's attention (N, H, 64) to the rows of its sequence up to itself, see `attend`.
-
-        Args:
-            qkv: (N, 3, H, 64), queries, keys and values.
-            rate: of dropout of the attention's weights.
-        """
+        """Returns each row's attention (N, H, 64) to the rows of its sequence up to itself; qkv: (N, 3, H, 64)."""
         attended = []
         for rows, shape, cells in self._groups:
             group = qkv[rows]  # (n, 3, H, 64)
@@ -633,12 +616,7 @@ class ByteLevelDecoder(ByteModel):
         self.base = GPT2LMHeadModel(config)
 
     def forward(self, encoded_patches, target_patches):
-        """Returns the BytePrediction of target patches.
-
-        Args:
-            encoded_patches: (N, D), the patch-level output just before each target.
-            target_patches: int64 (N, S).
-        """
+        """Returns the BytePrediction of targets, int64 (N, S); encoded_patches: (N, D), the patch-level output before each."""
         symbols = self.base.transformer.wte(target_patches[:, :-1])  # (N, S-1, D)
         inputs = torch.cat((encoded_patches.unsqueeze(1).to(symbols.dtype), symbols), dim=1)  # (N, S, D)
         inputs = inputs + self.base.transformer.wpe.weight[: inputs.shape[1]]

@@ -74,9 +74,8 @@ def load_checkpoint(path, name, mmap=False):
     """Returns the dict in a checkpoint, its tensors on the CPU. No code in the file is ever run.
 
     Args:
-        path: the file.
-        name: the constant with the path, for messages.
-        mmap: leave the tensors in the file until they are used. Only for files that torch.save has written since 1.6.
+        path, name: the file, and the constant with its path for messages.
+        mmap: leave the tensors in the file until they are used.
 
     Raises:
         UserError: the file is missing or unreadable.
@@ -132,11 +131,7 @@ def _is_plain_tensor(value):
 
 
 def model_sizes(state, where):
-    """Returns the ModelSizes of a checkpoint's `model` dict.
-
-    Raises:
-        UserError: the tensors that decide the sizes are missing or contradict each other.
-    """
+    """Returns the ModelSizes of a `model` dict; UserError if the tensors that decide are missing or contradict each other."""
 
     def shape(key):
         if key not in state or state[key].dim() != 2:
@@ -151,9 +146,8 @@ def model_sizes(state, where):
 
     width, inputs = shape("patch_level_decoder.patch_embedding.weight")
     if inputs % NUM_SYMBOLS or inputs == 0 or width % HEAD_SIZE or width == 0:
-        raise UserError(
-            f"{where}: patch_embedding.weight is {width} x {inputs}; it should be a multiple of {HEAD_SIZE} x one of {NUM_SYMBOLS}"
-        )
+        wanted = f"a multiple of {HEAD_SIZE} x one of {NUM_SYMBOLS}"
+        raise UserError(f"{where}: patch_embedding.weight is {width} x {inputs}; it should be {wanted}")
     length = shape("patch_level_decoder.base.wpe.weight")[0]
     sizes = ModelSizes(inputs // NUM_SYMBOLS, length, width, layers("patch_level_decoder.base"))
     if "classifier.weight" in state:
@@ -166,11 +160,7 @@ def model_sizes(state, where):
 
 
 def load_weights(model, state, where):
-    """Copies a checkpoint's `model` dict into a model.
-
-    Raises:
-        UserError: lists every tensor that is missing, unknown or of another shape; the model is then unchanged.
-    """
+    """Copies a `model` dict into a model; UserError lists every tensor that is missing, unknown or of another shape."""
     own = model.state_dict()
     tied, source = "byte_level_decoder.base.lm_head.weight", "byte_level_decoder.base.transformer.wte.weight"
     if tied in own and source in state:

@@ -50,7 +50,7 @@ def memory_errors():
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError("the GPU's memory is full: lower BATCH_SIZE or INFERENCE_BATCH_SIZE, or raise ACCUMULATION_STEPS") from None
+        raise UserError("the GPU is full: lower BATCH_SIZE or INFERENCE_BATCH_SIZE, or raise ACCUMULATION_STEPS") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,11 +83,7 @@ def pair_files(files, mode):
 
 
 def find_pairs(files, mode, name):
-    """Returns the pairs among Files, see `pair_files`, and prints how many files are in none.
-
-    Raises:
-        UserError: there are files, but no pairs. It names the constant `name`.
-    """
+    """Returns the pairs among Files, and prints how many files are in none; UserError with `name` if there are no pairs."""
     pairs = pair_files(files, mode)
     if len(files) and not len(pairs):
         (source, target, _), there = split_conversion_mode(mode), f"{len(files)} files ({describe_extensions(files)})"
@@ -119,8 +115,8 @@ def find_examples(folders, name, mode, patch_size, patch_length, own=()):
     lengths = pairs.lengths(patch_size)
     fitting = np.flatnonzero(lengths <= patch_length)
     if len(fitting) < len(pairs):
-        message = f"{name}: {len(pairs) - len(fitting)} of {len(pairs)} pairs do not fit in PATCH_LENGTH {patch_length} and are left out"
-        message += f"; PATCH_LENGTH {lengths.max()} would keep them all"
+        message = f"{name}: {len(pairs) - len(fitting)} of {len(pairs)} pairs do not fit in PATCH_LENGTH {patch_length}"
+        message += f" and are left out; PATCH_LENGTH {lengths.max()} would keep them all"
         if not len(fitting):
             raise UserError(message)
         print(message)
@@ -128,11 +124,7 @@ def find_examples(folders, name, mode, patch_size, patch_length, own=()):
 
 
 def find_sets(settings, own):
-    """Returns the Examples of TRAIN_FOLDERS, and of EVAL_FOLDERS or None if that is []; `own`: see `list_files`.
-
-    Raises:
-        UserError: a set is empty, see also `find_examples`.
-    """
+    """Returns the Examples of TRAIN_FOLDERS, and of EVAL_FOLDERS or None if that is []; UserError if a set is empty."""
     found, names = [], ("CONVERSION_MODE", "PATCH_SIZE", "PATCH_LENGTH")
     for name in ("TRAIN_FOLDERS", "EVAL_FOLDERS"):
         folders = settings[name]
@@ -149,17 +141,11 @@ def hold_out(count, share, seed, candidates=None, groups=None):
     """Splits `count` examples at random into the rest and the held-out set: `share` of them, at least one.
 
     Args:
-        count: number of examples.
-        share: EVAL_SPLIT.
-        seed: SEED.
         candidates: int64 (m,), the indices that may be held out. None = all.
         groups: int64 (m,), each candidate's group: the split is stratified by them. None = it is not.
 
     Returns:
-        int64 (rest,) and (held out,), ascending indices.
-
-    Raises:
-        UserError: there are too few examples.
+        int64 (rest,) and (held out,), ascending indices; UserError if there are too few examples.
     """
     candidates = np.arange(count) if candidates is None else candidates
     if count < 2 or not len(candidates):
@@ -185,13 +171,7 @@ def hold_out_parts(examples, share, seed, patch_size, longest):
     end is of use. A lone file need only be longer than `longest`. The other files are held out whole at random, at least one
     unless a large file gives its end.
 
-    Args:
-        examples: Examples of single files, or of pairs with `longest` None.
-        share, seed, patch_size: EVAL_SPLIT, SEED and PATCH_SIZE.
-        longest: PATCH_LENGTH. None = every file is held out whole or not at all.
-
-    Raises:
-        UserError: there are too few examples.
+    `longest` is PATCH_LENGTH. None = every file is held out whole or not at all, as pairs are.
     """
     lengths = examples.lengths(patch_size)
     least = math.inf if longest is None else longest if len(examples) == 1 else 8 * longest  # patches of a large file

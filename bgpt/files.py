@@ -50,8 +50,7 @@ def list_files(folders, name, extension=None, own=()):
     """Returns all files below the folders as Files, each once, without hidden files and folders; prints those left out.
 
     Args:
-        folders: list of paths.
-        name: the constant that has them, for messages.
+        folders, name: list of paths, and the constant that has them for messages.
         extension: only files of this one, in upper or lower case. None = all.
         own: files and folders that runs write, to be left out unless they are in `folders`.
 

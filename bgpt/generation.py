@@ -289,7 +289,7 @@ class PatchWriter:
         """Runs the newest patches of the first `rows` rows through the patch-level decoder: (B, D)."""
         positions, views = self.positions[:rows], self.patch_cache.views(rows, longest)
         where = torch.arange(rows, device=self.device), positions
-        mask = self.patch_cache.mask(positions, longest)  # (B·H, 1, longest): a row sees its own patches, however long others are
+        mask = self.patch_cache.mask(positions, longest)  # (B·H, 1, longest): a row sees its own patches
 
         def attend(layer, qkv):
             return attend_cached(qkv, views[layer], where, mask)

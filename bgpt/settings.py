@@ -44,7 +44,7 @@ _RULES = {  # {constant: (test of a value, legal values in words)}
     **{name: ((lambda v, low=low: v >= low), f"{low} or more") for low, names in _AT_LEAST.items() for name in names.split()},
     **{name: ((lambda v, w=words: v in w.split()), "one of " + words.replace(" ", ", ")) for name, words in _ONE_OF.items()},
     **{name: (bool, "a path") for name in CONSTANTS if name.endswith(("_PATH", "_FOLDER"))},
-    **{name: ((lambda v: not re.search(r"[./\\\0]", v)), "an extension without dots or slashes") for name in ("INPUT_EXT", "TARGET_EXT")},
+    **dict.fromkeys(("INPUT_EXT", "TARGET_EXT"), ((lambda v: not re.search(r"[./\\\0]", v)), "without dots or slashes")),
     "TRAIN_FOLDERS": ((lambda v: v and all(v)), "one folder or more"),
     "EVAL_FOLDERS": (all, "folders, or []"),
     "EVAL_SPLIT": ((lambda v: 0 < v < 1), "between 0 and 1"),
@@ -52,7 +52,7 @@ _RULES = {  # {constant: (test of a value, legal values in words)}
     "LEARNING_RATE": ((lambda v: v > 0), "above 0"),
     "DROPOUT": ((lambda v: 0 <= v < 1), "from 0 to below 1"),
     "SEED": ((lambda v: 0 <= v < 2**63), "from 0 to 2**63 - 1"),
-    "CONVERSION_MODE": ((lambda v: re.fullmatch(_MODE, v)), 'None, or two different extensions: "abc->mid", or "abc&mid" for both ways'),
+    "CONVERSION_MODE": ((lambda v: re.fullmatch(_MODE, v)), 'None, or two extensions: "abc->mid", or both ways "abc&mid"'),
     "TOP_K": ((lambda v: 0 <= v <= 257), "from 0 (all) to 257"),
     "TOP_P": ((lambda v: 0 < v <= 1), "above 0 and at most 1"),
 }
@@ -85,7 +85,8 @@ def check(values):
         if name in _RULES and not _RULES[name][0](value):
             raise UserError(f"{name} is {value!r}, but must be {_RULES[name][1]}")
     if values["BATCH_SIZE"] % values["ACCUMULATION_STEPS"]:
-        raise UserError("BATCH_SIZE is {BATCH_SIZE}, but must be a multiple of ACCUMULATION_STEPS, {ACCUMULATION_STEPS}".format(**values))
+        text = "BATCH_SIZE is {BATCH_SIZE}, but must be a multiple of ACCUMULATION_STEPS, {ACCUMULATION_STEPS}"
+        raise UserError(text.format(**values))
 
 
 def override(config, argv=None):

@@ -46,13 +46,15 @@ def check_folders(folders, name):
     """Raises UserError if one of the folders of the constant `name` is missing or is a file."""
     for folder in folders:
         if not os.path.isdir(folder):
-            raise UserError(f"{name}: {folder!r} {'is a file' if os.path.exists(folder) else 'does not exist'}; it must be a folder")
+            problem = "is a file" if os.path.exists(folder) else "does not exist"
+            raise UserError(f"{name}: {folder!r} {problem}; it must be a folder")
 
 
 def check_checkpoint(path, name):
     """Raises UserError if the constant `name` has a path where there is no file."""
     if not os.path.isfile(path):
-        raise UserError(f"{name}: {path!r} {'is a folder' if os.path.isdir(path) else 'does not exist'}; it must be a checkpoint (.pth)")
+        problem = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise UserError(f"{name}: {path!r} {problem}; it must be a checkpoint (.pth)")
 
 
 def make_folder(folder, name):

@@ -30,14 +30,8 @@ MOST_EXTENSIONS = 1000  # a checkpoint lists at most so many extensions of train
 class Steps:
     """The index arrays that this rank reads, step by step; together the ranks read every index of `order` once.
 
-    The ranks get nearly as many patches in each step. If a step has fewer examples than ranks, some arrays are empty:
-    those ranks compute a dummy batch with weight 0, since DDP needs every rank in the backward pass.
-
-    Args:
-        dataset: a ByteDataset or Windows.
-        order: int64 (n,), indices into it.
-        batch_size: sequences per rank and step, on average.
-        ranks: the Ranks.
+    The ranks get nearly as many patches in each step, and `batch_size` examples on average. If a step has fewer examples
+    than ranks, some arrays are empty: those ranks compute a dummy batch with weight 0, since DDP needs every rank in backward.
     """
 
     def __init__(self, dataset, order, batch_size, ranks):
@@ -159,16 +153,12 @@ class Run:
     def __exit__(self, kind, error, traceback):
         with self._stack:
             if isinstance(error, OSError) and self.ranks.count == 1 and self._saved is not None and self._save():
-                print(f"saved epoch {self.state.epoch + 1} after {self.state.position} examples: the same command resumes from there")
+                print(f"saved {self._where()}: the same command resumes from there")
 
     # ---- beginning -------------------------------------------------------------------------------------------------
 
     def resume(self):
-        """Loads the run's latest state, or else its best model; returns whether there was one.
-
-        Raises:
-            UserError: the file does not fit: another kind of model, other sizes, labels, files or CONVERSION_MODE.
-        """
+        """Loads the latest state, or else the best model, and returns whether there was one; UserError if it does not fit."""
         path, settings, state = self.files.newest(), self.settings, self.state
         if path is None or not settings["LOAD_FROM_CHECKPOINT"]:
             return False
@@ -195,10 +185,9 @@ class Run:
         except UserError:
             raise
         except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-            raise UserError(
-                f"WEIGHTS_PATH: {path!r} has a model, but not the state of a run to resume ({error!r}). To start from its weights, "
-                "set PRE_WEIGHTS_PATH to it, LOAD_FROM_PRE_CHECKPOINT to True and LOAD_FROM_CHECKPOINT to False"
-            ) from None
+            what = f"WEIGHTS_PATH: {path!r} has a model, but not the state of a run to resume ({error!r})"
+            hint = "set PRE_WEIGHTS_PATH to it, LOAD_FROM_PRE_CHECKPOINT to True and LOAD_FROM_CHECKPOINT to False"
+            raise UserError(f"{what}. To start from its weights, {hint}") from None
         within = f" and {state.position} examples of the next" if state.position else ""
         so_far = f"; {self.best_name} so far {state.best:.4f}" if state.best_epoch else ""
         print(f"resumes from {path} after epoch {state.epoch}{within}{so_far}")
@@ -211,10 +200,8 @@ class Run:
 
     def _check_same_task(self, path, found, before, changed, other_files):
         """Raises UserError if a checkpoint's run had another conversion, other labels, or files other than now."""
-        new_run = (
-            f"To start a new run, give another WEIGHTS_PATH (to start it from these weights, set PRE_WEIGHTS_PATH to {path!r} and "
-            "LOAD_FROM_PRE_CHECKPOINT to True)"
-        )
+        from_here = f"from these weights, with PRE_WEIGHTS_PATH {path!r} and LOAD_FROM_PRE_CHECKPOINT True"
+        new_run = f"To start a new run, give another WEIGHTS_PATH ({from_here})"
         mode, old_mode = self.settings["CONVERSION_MODE"], before.get("CONVERSION_MODE", self.settings["CONVERSION_MODE"])
         if (old_mode or "").lower() != (mode or "").lower():
             raise UserError(f"CONVERSION_MODE is {mode!r}, but the run at {path!r} trains with {old_mode!r}. {new_run}")
@@ -224,10 +211,9 @@ class Run:
         if other_files and not self.settings["ALLOW_CHANGED_FILES"]:
             choices = {name: changed[name] for name in ("SEED", "EVAL_SPLIT", "LONG_FILES") if name in changed}
             why = "".join(f"; {name} was {value!r} and is now {self.settings[name]!r}" for name, value in choices.items())
-            raise UserError(
-                f"{', '.join(other_files)}: other files than in the run at {path!r}, by their names and sizes{why}. {new_run}. To "
-                "resume with the files of now (the current epoch restarts), add --ALLOW_CHANGED_FILES True"
-            )
+            what = f"{', '.join(other_files)}: other files than in the run at {path!r}, by their names and sizes{why}"
+            hint = "To resume with the files of now (the current epoch restarts), add --ALLOW_CHANGED_FILES True"
+            raise UserError(f"{what}. {new_run}. {hint}")
 
     def _load_state(self, found):
         state = self.state
@@ -246,22 +232,18 @@ class Run:
         """Resets the best score if the best checkpoint is missing or was scored on another evaluation set."""
         has_best = self.files.find_own(self.state.run_id)
         if (is_other_set or not has_best) and self.state.best_epoch:
-            why = "it was scored on another evaluation set" if has_best else f"the best model of this run is not at {self.files.best}"
+            why = "scored on another evaluation set" if has_best else f"the best model of this run is not at {self.files.best}"
             print(f"best score reset: {why}")
             if has_best and self.ranks.rank == 0:
                 system.keep_backup(self.files.best, "scored on another evaluation set")
             self.state.best_epoch, self.state.best = 0, None
 
     def begin(self):
-        """Creates the learning-rate schedule. Returns the model, wrapped in DDP if there are several ranks.
-
-        Raises:
-            UserError: the ranks see different files or checkpoints.
-        """
+        """Creates the learning-rate schedule. Returns the model, wrapped in DDP if there are several ranks."""
         settings, ranks, state = self.settings, self.ranks, self.state
         views = ranks.gather((state.epoch, state.position, state.run_id, self.digests))
         if any(view != views[0] for view in views):
-            ranks.leave("error: TRAIN_FOLDERS, EVAL_FOLDERS or WEIGHTS_PATH differ between processes: put them on a disk that all share")
+            ranks.leave("error: TRAIN_FOLDERS, EVAL_FOLDERS or WEIGHTS_PATH differ between processes: use a disk that all share")
         step_size = settings["BATCH_SIZE"] * ranks.count  # examples in a step of all ranks
         num_epochs = max(settings["NUM_EPOCHS"], state.epoch + 1)
         counts = [len(self.train)] * num_epochs
@@ -273,10 +255,9 @@ class Run:
         done = sum(steps[: state.epoch]) + -(-state.position // step_size)
         num_steps = sum(steps[: settings["NUM_EPOCHS"]])
         self.scheduler = make_scheduler(self.optimizer, settings["LR_SCHEDULE"], settings["LEARNING_RATE"], num_steps, done)
-        print(
-            f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.dtype} on {ranks.count} x {ranks.device.type}, "
-            f"seed {settings['SEED']}, {steps[state.epoch]} steps an epoch"
-        )
+        where = f"{self.dtype} on {ranks.count} x {ranks.device.type}"
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        print(f"{parameters:,} parameters, {where}, seed {settings['SEED']}, {steps[state.epoch]} steps an epoch")
         self.wandb = start_wandb(settings, state.run_id) if settings["WANDB_LOG"] and ranks.rank == 0 else None
         if settings["COMPILE"]:
             for decoder in self.model.children():
@@ -331,11 +312,7 @@ class Run:
         return autocast(self.ranks.device, self.dtype)
 
     def begin_step(self, count=0):
-        """Returns a number's sum over all ranks. Saves the latest state or ends the run, after the last step, when that is due.
-
-        Raises:
-            SystemExit: the run has stopped.
-        """
+        """Returns a number's sum over all ranks. First saves the state after the last step, or ends the run, if that is due."""
         number, state = self._stop_signals.first, self.state
         # rank 0's clock decides, so that all save together
         is_due = self.ranks.rank == 0 and time.monotonic() - self._saved_at >= 60 * self.settings["SAVE_MINUTES"]
@@ -348,9 +325,11 @@ class Run:
             resumes = "the same command" + " with LOAD_FROM_CHECKPOINT True" * (not self.settings["LOAD_FROM_CHECKPOINT"])
             rest = f"{resumes} resumes from there" if self._saved else "the latest state could not be saved"
             number = max(self.ranks.gather(number))
-            where = f"epoch {state.epoch + 1} after {state.position} examples"
-            self.ranks.leave(f"stopped by {system.signal_name(number)} in {where}: {rest}", 128 + number)
+            self.ranks.leave(f"stopped by {system.signal_name(number)} in {self._where()}: {rest}", 128 + number)
         return count
+
+    def _where(self):
+        return f"epoch {self.state.epoch + 1} after {self.state.position} examples"
 
     def update_weights(self):
         """Clips the gradients, takes an optimizer step, clears the gradients, and sets the next learning rate."""
@@ -373,8 +352,9 @@ class Run:
             bar.set_postfix(self.totals.shown(), lr=f"{self.scheduler.get_last_lr()[-1]:.1e}", refresh=False)
 
     def _leave_broken(self):
-        what = f"loss or weights became NaN or infinite in epoch {self.state.epoch + 1}. The last checkpoint is intact: run the same"
-        self.ranks.leave(f"error: {what} command with a lower LEARNING_RATE, MAX_GRAD_NORM 1.0 or PRECISION fp32 to resume from it")
+        what = f"loss or weights became NaN or infinite in epoch {self.state.epoch + 1}. The last checkpoint is intact"
+        hint = "resume from it with a lower LEARNING_RATE, MAX_GRAD_NORM 1.0 or PRECISION fp32"
+        self.ranks.leave(f"error: {what}: {hint}")
 
     # ---- ends ------------------------------------------------------------------------------------------------------
 
@@ -414,9 +394,10 @@ class Run:
             self.wandb.finish()
         print(f"finished {state.epoch} of NUM_EPOCHS {self.settings['NUM_EPOCHS']} (raise NUM_EPOCHS to continue)")
         if state.best_epoch:
-            print(f"best: epoch {state.best_epoch}, {self.best_name} {state.best:.4f}, in {self.files.best}\n{state.report}", end="")
+            best = f"best: epoch {state.best_epoch}, {self.best_name} {state.best:.4f}, in {self.files.best}"
+            print(f"{best}\n{state.report}", end="")
         if not self._saved:
-            self.ranks.leave(f"error: {self.files.latest!r} could not be saved: once there is room, the same command repeats what is missing")
+            self.ranks.leave(f"error: {self.files.latest!r} could not be saved: with room, the same command repeats the rest")
 
     def _save(self, best=False):
         """Saves the latest state, or the best model, and returns whether that succeeded; NaN and infinity are never saved."""

@@ -46,13 +46,11 @@ def count_training_windows(examples, patch_size, patch_length, seeds):
 class Windows:
     """A data set of windows, numbered example by example; a pair is one window that predicts its target.
 
-    A window is (first patch, last patch + 1, first predicted patch) within the example's whole sequence. Memory is that of
-    the examples, however many windows they have.
+    A window is (first patch, last patch + 1, first predicted patch) within the example's whole sequence.
 
     Args:
         examples: Examples. Pairs must fit in `patch_length`.
-        patch_size: S.
-        patch_length: L.
+        patch_size, patch_length: S and L.
         advance: patches by which a window advances, from 1 to L - 1.
         rng: numpy Generator that draws the end of a longer file's first window. None = it is as long as possible.
 
@@ -114,11 +112,7 @@ class Windows:
         return slice(start, min(stop, int(self.sizes[index]) + 1))
 
     def read(self, index, window):
-        """Returns a window of an example as (patches, counted, context), reading no other bytes.
-
-        Raises:
-            OSError: a file is unreadable or has changed since it was listed.
-        """
+        """Returns a window of an example as (patches, counted, context), reading no other bytes; see `read_patches`."""
         first, last, predicted = window
         if self.examples.are_pairs:
             patches, counted, _ = utils.ByteDataset(self.examples, self.patch_size, self.patch_length)[index]

@@ -59,7 +59,7 @@ def test_values_of_every_type(capsys):
         ("--TEMPERATURE -1", "TEMPERATURE"),
         ("--SEED -1", "SEED"),
         ("--SEED 99999999999999999999", "SEED"),
-        ("--CONVERSION_MODE abc->abc", "CONVERSION_MODE.*different"),
+        ("--CONVERSION_MODE abc->abc", "CONVERSION_MODE.*two extensions"),
         ("--MODE invent", "MODE is 'invent'.*generate, convert, complete"),
         ("--PRECISION fp8", "PRECISION.*bf16"),
         ("--LR_SCHEDULE linear", "LR_SCHEDULE.*cosine"),

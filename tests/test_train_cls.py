@@ -388,7 +388,7 @@ def test_classify_files_of_unknown_labels_and_such_as_cannot_be_read(folder, tra
     assert "1 of 1 files classified" in done.stdout and "carry a label" not in done.stdout and "longer" not in done.stdout
     (folder / "odd" / "long.txt").write_bytes(bytes(1000))
     done = classify(folder, trained, INPUT_FOLDER="odd", INPUT_EXT="txt")
-    assert "1 of 2 files are longer than the model's 16 patches: their heads are classified" in done.stdout
+    assert "1 of 2 files exceed the model's 16 patches: their heads are classified" in done.stdout
 
 
 STRINGS = {"low.bin": "0", "mid.bin": "1", "high.bin": "2"}

@@ -175,7 +175,7 @@ def test_a_file_that_vanishes_ends_a_run(own_folder, num_processes, num_workers)
     state = load(own_folder, "gone-last")
     if num_processes == 1:
         one_message(done[0])
-        assert f"saved epoch {state['epoch'] + 1} after {state['position']} examples" in done[0].stdout
+        assert f"saved epoch {state['epoch'] + 1} after {state['position']} examples:" in done[0].stdout
     rest = {**settings, "NUM_EPOCHS": state["epoch"] + 1}
     refused = "".join(process.wait().stderr for process in start(own_folder, "gone", num_processes, **rest))
     assert "TRAIN_FOLDERS: other files than" in refused and "--ALLOW_CHANGED_FILES True" in refused
