@@ -49,6 +49,8 @@ HEAD_SIZE = 64  # width of an attention head
 
 def extension_patch(extension, patch_size):
     """Returns the extension patch, int16 (S,): the UTF-8 bytes of `extension`, cut at S, padded with 256."""
+    if "." in extension:
+        raise ValueError(f"the extension {extension!r} has a dot: give it without, as in 'mid'")
     patch = np.full(patch_size, END, dtype=np.int16)
     # surrogateescape: a file name may contain bytes that are not UTF-8, which Python keeps as surrogates
     symbols = extension.encode("utf-8", "surrogateescape")[:patch_size]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import utils
-from bgpt import checkpoint, distributed, evaluation, generation
+from bgpt import checkpoint, distributed, evaluation, generation, settings
 from bgpt.examples import split_conversion_mode
 from bgpt.files import list_files
 from bgpt.system import UserError, first_names
@@ -20,6 +20,7 @@ from bgpt.windows import evaluation_windows
 
 def load_model(path, device=None, precision="auto", name="path"):
     """Returns the Generator or Classifier of a checkpoint, see `bgpt.load`; `name` is the constant with the path."""
+    settings.check_value("PRECISION", precision)
     net, found = checkpoint.load_model(path, name)
     device = distributed.pick_device() if device is None else torch.device(device)
     kind = Classifier if isinstance(net, utils.bGPTForClassification) else Generator
@@ -32,7 +33,7 @@ def _takes_one_or_many(method):
     @functools.wraps(method)
     def call(self, content, *arguments, **keywords):
         if isinstance(content, (list, tuple)):
-            return method(self, list(content), *arguments, **keywords)
+            return method(self, list(content), *arguments, **keywords) if content else []
         return method(self, [content], *arguments, **keywords)[0]
 
     return call
@@ -58,10 +59,9 @@ class Generator:
     """
 
     def __init__(self, net, found, dtype=torch.float32, where=""):
-        settings = found.get("config")
+        constants = found.get("config")
         self.net, self.dtype, self.where, self.extensions = net, dtype, where, found.get("extensions")
-        self.conversion_mode = settings.get("CONVERSION_MODE") if isinstance(settings, dict) else False
-
+        self.conversion_mode = constants.get("CONVERSION_MODE") if isinstance(constants, dict) else False
         self.num_symbols = net.patch_size * net.patch_length  # the most of a sequence, extension patch included
 
     @functools.cached_property
@@ -102,13 +102,13 @@ class Generator:
     def generate(self, ext, count=1, *, top_k=0, top_p=1.0, temperature=1.0, seed=0, batch_size=32):
         """Returns `count` new files of an extension, a list of bytes; the sampling is that of config.py, see TOP_K."""
         prompts = [(self.extension_patch(ext), [seed, i]) for i in range(1, count + 1)]  # as inference.py seeds them
-        return self._continue(prompts, generation.Sampling(top_k, top_p, temperature), batch_size)
+        return self._continue(prompts, (top_k, top_p, temperature), batch_size)
 
     @_takes_one_or_many
     def complete(self, content, ext, *, top_k=0, top_p=1.0, temperature=1.0, seed=0, batch_size=32):
         """Returns content and its continuation, bytes. Raises ValueError if no room is left in PATCH_LENGTH."""
         prompts = [(self.completion_prompt(each, ext), [seed, i]) for i, each in enumerate(content)]
-        written = self._continue(prompts, generation.Sampling(top_k, top_p, temperature), batch_size)
+        written = self._continue(prompts, (top_k, top_p, temperature), batch_size)
         return [each + rest for each, rest in zip(content, written)]
 
     @_takes_one_or_many
@@ -116,14 +116,16 @@ class Generator:
         """Returns the conversion of a file from extension `source` to `target`, bytes. Raises ValueError as `complete`."""
         self.check_conversion(source, target)
         prompts = [(self.conversion_prompt(each, source, target), [seed, i]) for i, each in enumerate(content)]
-        return self._continue(prompts, generation.Sampling(top_k, top_p, temperature), batch_size)
+        return self._continue(prompts, (top_k, top_p, temperature), batch_size)
 
     def _continue(self, prompts, sampling, batch_size):
+        for name, value in zip(("TOP_K", "TOP_P", "TEMPERATURE", "INFERENCE_BATCH_SIZE"), (*sampling, batch_size)):
+            settings.check_value(name, value)
         for symbols, _ in prompts:
             if len(symbols) >= self.num_symbols:
                 raise ValueError(f"no room is left: {len(symbols)} of the model's {self.num_symbols} symbols are given")
         prompts = [generation.Prompt(key, symbols, stream) for key, (symbols, stream) in enumerate(prompts)]
-        done = generation.generate(self.cast, prompts, min(batch_size, len(prompts)), sampling)
+        done = generation.generate(self.cast, prompts, min(batch_size, len(prompts)), generation.Sampling(*sampling))
         done = {each.key: utils.to_content(each.symbols) for each in done}
         return [done[key] for key in range(len(prompts))]
 

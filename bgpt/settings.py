@@ -76,17 +76,22 @@ def as_dict(config, training_only=False):
 
 def check(values):
     """Raises UserError with the first of all constants that is illegal, its value and the legal ones."""
-    for name, kind in CONSTANTS.items():
-        value, is_optional = values[name], name in _OPTIONAL
-        if value is None and is_optional:
-            continue
-        if not _has_type(value, kind):
-            raise UserError(f"{name} is {value!r}, but must be {_KINDS[kind]}" + " or None" * is_optional)
-        if name in _RULES and not _RULES[name][0](value):
-            raise UserError(f"{name} is {value!r}, but must be {_RULES[name][1]}")
+    for name in CONSTANTS:
+        check_value(name, values[name])
     if values["BATCH_SIZE"] % values["ACCUMULATION_STEPS"]:
         text = "BATCH_SIZE is {BATCH_SIZE}, but must be a multiple of ACCUMULATION_STEPS, {ACCUMULATION_STEPS}"
         raise UserError(text.format(**values))
+
+
+def check_value(name, value):
+    """Raises UserError if `value` is illegal for the constant `name`."""
+    kind, is_optional = CONSTANTS[name], name in _OPTIONAL
+    if value is None and is_optional:
+        return
+    if not _has_type(value, kind):
+        raise UserError(f"{name} is {value!r}, but must be {_KINDS[kind]}" + " or None" * is_optional)
+    if name in _RULES and not _RULES[name][0](value):
+        raise UserError(f"{name} is {value!r}, but must be {_RULES[name][1]}")
 
 
 def override(config, argv=None):

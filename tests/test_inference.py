@@ -224,6 +224,9 @@ def test_a_model_from_python_writes_what_the_script_writes(tmp_path, tiny_checkp
     assert model.generate("mid", count=4, top_p=0.9, seed=3) == written
     with pytest.raises(ValueError, match="no room"):
         model.complete(bytes(60), "abc")
+    for match, ext, wrong in (("dot", ".mid", {}), ("TOP_P", "mid", {"top_p": 0}), ("TEMPERATURE", "mid", {"temperature": -1})):
+        with pytest.raises(ValueError, match=match):
+            model.generate(ext, **wrong)
     with pytest.raises(ValueError, match="does not exist"):
         bgpt.load(str(tmp_path / "gone.pth"))
 
