@@ -152,8 +152,10 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         with self._stack:
-            if isinstance(error, OSError) and self.ranks.count == 1 and self._saved is not None and self._save():
-                print(f"saved {self._where()}: the same command resumes from there")
+            is_behind = self._saved is not None and self._saved != (self.state.epoch, self.state.position)
+            if isinstance(error, OSError) and self.ranks.count == 1 and is_behind and self._save():
+                hint = "once every file is back, or with --ALLOW_CHANGED_FILES True"
+                print(f"saved {self._where()}: the same command resumes from there {hint}")
 
     # ---- beginning -------------------------------------------------------------------------------------------------
 
