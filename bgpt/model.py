@@ -1,4 +1,7 @@
-"""A trained model as an object: `bgpt.load(path)` returns a Generator or a Classifier. inference.py works with the same."""
+"""A trained model as an object: `bgpt.load(path)` returns a Generator or a Classifier. inference.py works with the same.
+
+The network is in utils.py.
+"""
 
 import contextlib
 import copy

@@ -314,7 +314,7 @@ class Run:
         return autocast(self.ranks.device, self.dtype)
 
     def begin_step(self, count=0):
-        """Returns a number's sum over all ranks. First saves the state after the last step, or ends the run, if that is due."""
+        """Sums a number over all ranks. First saves the state after the last finished step, or ends the run, if that is due."""
         number, state = self._stop_signals.first, self.state
         # rank 0's clock decides, so that all save together
         is_due = self.ranks.rank == 0 and time.monotonic() - self._saved_at >= 60 * self.settings["SAVE_MINUTES"]
