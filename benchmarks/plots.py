@@ -1,4 +1,4 @@
-"""Draws the pictures of README.md and RESULTS.md from what runs leave: logs and outputs. Needs matplotlib.
+"""Draws the pictures of README.md and docs/results.md from what runs leave: logs and outputs. Needs matplotlib.
 
     python benchmarks/plots.py curves docs/learning.svg "random batches=new0.txt,new1.txt,new2.txt" "one length=old0.txt,old1.txt"
     python benchmarks/plots.py rolls docs/conversion.svg --true abc_midi/test --made output --files a.abc.mid b.abc.mid
