@@ -123,14 +123,30 @@ def find_examples(folders, name, mode, patch_size, patch_length, own=()):
     return pairs.select(fitting)
 
 
+def check_extensions(extensions, patch_size):
+    """Raises UserError if PATCH_SIZE cuts different extensions to one extension patch. Upper and lower case do not differ."""
+    encoded = sorted({(each.encode("utf-8", "surrogateescape"), each) for each in extensions})
+    # of two extensions with n first bytes in common, the extension patches differ from PATCH_SIZE n + 1 on
+    alike = [(len(os.path.commonprefix([a, b])), {x, y}) for (a, x), (b, y) in zip(encoded, encoded[1:]) if x.lower() != y.lower()]
+    if cut := [(length, pair) for length, pair in alike if length >= patch_size]:
+        names, size = first_names(sorted(set().union(*(pair for _, pair in cut)))), max(length for length, _ in cut) + 1
+        what = f"PATCH_SIZE is {patch_size}, which cuts different extensions to the same extension patch: {names}"
+        raise UserError(f"{what}. Set PATCH_SIZE to {size} or more, or rename the files")
+
+
 def find_sets(settings, own):
-    """Returns the Examples of TRAIN_FOLDERS, and of EVAL_FOLDERS or None if that is []; UserError if a set is empty."""
+    """Returns the Examples of TRAIN_FOLDERS, and of EVAL_FOLDERS or None if that is [].
+
+    Raises:
+        UserError: a set is empty, or PATCH_SIZE cuts different extensions to one extension patch.
+    """
     found, names = [], ("CONVERSION_MODE", "PATCH_SIZE", "PATCH_LENGTH")
     for name in ("TRAIN_FOLDERS", "EVAL_FOLDERS"):
         folders = settings[name]
         found.append(find_examples(folders, name, *(settings[each] for each in names), own) if folders else None)
         if folders and not found[-1]:
             raise UserError(f"{name}: no files in {', '.join(folders)}" + "; [] holds out EVAL_SPLIT instead" * (len(found) - 1))
+    check_extensions(sum((extensions_of(each) for each in found if each is not None), []), settings["PATCH_SIZE"])
     return found
 
 

@@ -271,6 +271,8 @@ def test_wandb(folder, tmp_path, monkeypatch):
         ({"TRAIN_FOLDERS": ["empty"]}, "TRAIN_FOLDERS: no files"),
         ({"EVAL_FOLDERS": ["gone"]}, "EVAL_FOLDERS: 'gone' does not exist"),
         ({"CONVERSION_MODE": "abd->mid"}, "CONVERSION_MODE is 'abd->mid'"),
+        ({"TRAIN_FOLDERS": ["empty", "alike"], "EVAL_FOLDERS": []}, "PATCH_SIZE is 4"),
+        ({"TRAIN_FOLDERS": ["alike"], "EVAL_FOLDERS": [], "CONVERSION_MODE": "midi1->midi2"}, "PATCH_SIZE is 4"),
         ({"PRECISION": "fp16"}, "PRECISION is 'fp16'"),
         ({"LOGS_PATH": "train"}, "LOGS_PATH: 'train' is a folder"),
         ({"LOGS_PATH": "train/0.bin/x/logs.txt"}, "LOGS_PATH: cannot write"),
@@ -280,6 +282,7 @@ def test_wandb(folder, tmp_path, monkeypatch):
 def test_mistakes(folder, monkeypatch, changes, words):
     monkeypatch.chdir(folder)
     (folder / "empty").mkdir()
+    make_empty(folder / "alike", "a.midi1", "a.midi2")
     for name, value in {**SETTINGS, **changes}.items():
         monkeypatch.setattr(config, name, value)
     if changes.get("PRECISION") == "fp16" and torch.cuda.is_available():
