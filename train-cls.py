@@ -45,9 +45,8 @@ def find_examples():
         if unknown := [(path, name) for (path,), name in zip(held_out, names) if name not in labels]:
             raise system.UserError("EVAL_FOLDERS: {!r} has the label {!r}, which no training file has".format(*unknown[0]))
         held_out_truth = np.array([labels[name] for name in names])
-    else:  # the first file of each label stays in training
-        others = np.setdiff1d(np.arange(len(train)), np.unique(truth, return_index=True)[1])
-        kept, chosen = examples.hold_out(len(train), config.EVAL_SPLIT, config.SEED, others, truth[others])
+    else:
+        kept, chosen = examples.hold_out(train, config.EVAL_SPLIT, config.SEED, truth)
         train, held_out, truth, held_out_truth = train.select(kept), train.select(chosen), truth[kept], truth[chosen]
     examples.print_sets(train, held_out, constants, cuts_windows=False)
     counts = (np.bincount(each, minlength=len(labels)).tolist() for each in (truth, held_out_truth))

@@ -4,7 +4,6 @@ import hashlib
 import math
 import os
 import re
-import zlib
 
 import numpy as np
 
@@ -126,12 +125,14 @@ def find_examples(folders, name, mode, patch_size, patch_length, own=()):
 def check_extensions(extensions, patch_size):
     """Raises UserError if PATCH_SIZE cuts different extensions to one extension patch. Upper and lower case do not differ."""
     encoded = sorted({(each.encode("utf-8", "surrogateescape"), each) for each in extensions})
-    # of two extensions with n first bytes in common, the extension patches differ from PATCH_SIZE n + 1 on
-    alike = [(len(os.path.commonprefix([a, b])), {x, y}) for (a, x), (b, y) in zip(encoded, encoded[1:]) if x.lower() != y.lower()]
-    if cut := [(length, pair) for length, pair in alike if length >= patch_size]:
-        names, size = first_names(sorted(set().union(*(pair for _, pair in cut)))), max(length for length, _ in cut) + 1
-        what = f"PATCH_SIZE is {patch_size}, which cuts different extensions to the same extension patch: {names}"
-        raise UserError(f"{what}. Set PATCH_SIZE to {size} or more, or rename the files")
+    alike, length = set(), 0
+    for (first, a), (second, b) in zip(encoded, encoded[1:]):
+        common = len(os.path.commonprefix([first, second]))  # bytes
+        if common >= patch_size and a.lower() != b.lower():
+            alike, length = alike | {a, b}, max(length, common)
+    if alike:
+        what = f"PATCH_SIZE is {patch_size}, which cuts different extensions to the same extension patch"
+        raise UserError(f"{what}: {first_names(sorted(alike))}. Set PATCH_SIZE to {length + 1} or more, or rename the files")
 
 
 def find_sets(settings, own):
@@ -153,49 +154,64 @@ def find_sets(settings, own):
 # ---- Held-out examples ----------------------------------------------------------------------------------------------
 
 
-def hold_out(count, share, seed, candidates=None, groups=None):
-    """Splits `count` examples at random into the rest and the held-out set: `share` of them, at least one.
+def hash_texts(texts):
+    """Returns a 64-bit hash of each text, uint64 (n,)."""
+    hashes = (hashlib.blake2b(os.fsencode(text), digest_size=8).digest() for text in texts)
+    return np.frombuffer(b"".join(hashes), "<u8")
 
-    Args:
-        candidates: int64 (m,), the indices that may be held out. None = all.
-        groups: int64 (m,), each candidate's group: the split is stratified by them. None = it is not.
+
+def draw_by_name(examples, seed):
+    """Returns a number from 0 to 1 for each example, float64 (n,), by its path below its folder; that of a pair has no extension.
+
+    It does not depend on other files, so that a file stays held out, or in training, when others come or go.
+    """
+    names = map(examples.files.below, examples.indices[:, 0].tolist())
+    return hash_texts(f"{seed}/{os.path.splitext(name)[0] if examples.are_pairs else name}" for name in names) / 2.0**64
+
+
+def hold_out(examples, share, seed, groups=None):
+    """Splits Examples by `draw_by_name` into the rest and the held-out set, about `share` of them and at least one.
+
+    `groups`, int64 (n,), are the labels of a classifier. Each label gives one example or more if its share is one or more, and
+    keeps one or more. None = all examples are one group.
 
     Returns:
         int64 (rest,) and (held out,), ascending indices; UserError if there are too few examples.
     """
-    candidates = np.arange(count) if candidates is None else candidates
-    if count < 2 or not len(candidates):
-        raise UserError(f"EVAL_FOLDERS has no files, and EVAL_SPLIT cannot hold out a part of {count}: add files")
-    num_chosen = min(max(1, round(share * count)), len(candidates), count - 1)
-    drawn = np.random.default_rng([seed, zlib.crc32(b"hold out")]).permutation(len(candidates))
-    if groups is not None:
-        # the k-th of a group's m shuffled examples gets rank (k + 1/2) / m; the lowest ranks over all groups are held out
-        groups = groups[drawn]
-        by_group = np.argsort(groups, kind="stable")
-        sizes = np.bincount(groups)
-        ranks = np.empty(len(drawn), np.int64)
-        ranks[by_group] = np.arange(len(drawn)) - (np.cumsum(sizes) - sizes)[groups[by_group]]
-        drawn = drawn[np.argsort((ranks + 0.5) / sizes[groups], kind="stable")]
-    chosen = np.sort(candidates[drawn[:num_chosen]])
-    return np.setdiff1d(np.arange(count), chosen), chosen
+    draws = draw_by_name(examples, seed)
+    groups = np.zeros(len(draws), np.int64) if groups is None else groups
+    order, sizes = np.lexsort((draws, groups)), np.bincount(groups)  # order: group by group, from its lowest to its highest draw
+    ends = sizes.cumsum()
+    lowest, highest = order[ends - sizes], order[ends - 1]
+    is_chosen = draws < share
+    is_chosen[lowest[share * sizes >= 1]] = True
+    is_chosen[highest] = False
+    if not is_chosen.any():
+        lowest = lowest[sizes > 1]
+        if not len(lowest):
+            raise UserError(f"EVAL_FOLDERS has no files, and EVAL_SPLIT cannot hold out a part of {len(draws)}: add files")
+        is_chosen[lowest[draws[lowest].argmin()]] = True
+    return np.flatnonzero(~is_chosen), np.flatnonzero(is_chosen)
 
 
 def hold_out_parts(examples, share, seed, patch_size, longest):
     """Splits Examples into training and held-out Examples; of a file too large to be held out whole, the end is held out.
 
     Such a file has more than ten times `share` of all patches (or half of them), and more than 8 times `longest`, so that its
-    end is of use. A lone file need only be longer than `longest`. The other files are held out whole at random, at least one
-    unless a large file gives its end.
+    end is of use. A lone file need only be longer than `longest`. The other files are held out whole by `draw_by_name`, at
+    least one unless a large file gives its end.
 
     `longest` is PATCH_LENGTH. None = every file is held out whole or not at all, as pairs are.
     """
     lengths = examples.lengths(patch_size)
     least = math.inf if longest is None else longest if len(examples) == 1 else 8 * longest  # patches of a large file
     is_large = (lengths > min(10 * share, 0.5) * lengths.sum()) & (lengths > least)
-    large, others = np.flatnonzero(is_large), np.flatnonzero(~is_large)
-    kept, chosen = np.arange(len(examples)), np.array([], dtype=np.int64)
-    if not len(large) or round(share * len(others)):
-        kept, chosen = hold_out(len(examples), share, seed, others)
+    large = np.flatnonzero(is_large)
+    if len(large):
+        is_chosen = (draw_by_name(examples, seed) < share) & ~is_large
+        kept, chosen = np.flatnonzero(~is_chosen), np.flatnonzero(is_chosen)
+    else:
+        kept, chosen = hold_out(examples, share, seed)
     # two patches at least, since no window predicts the first patch of a part
     cuts = lengths - np.clip((share * lengths).round().astype(np.int64), 2, lengths - 2)
     train_parts = {i: (0, int(cuts[index])) for i, index in enumerate(kept.tolist()) if is_large[index]}

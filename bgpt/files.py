@@ -36,10 +36,13 @@ class Files:
     def __getitem__(self, index):
         return self.paths[index]
 
+    def below(self, index):
+        """Returns a file's path below its folder."""
+        return self.paths[index].removeprefix(os.path.join(self.folders[self.places[index]], ""))
+
     def name(self, index):
         """Returns the index of a file's folder and its path below it: it stays the same when the folder moves."""
-        place = int(self.places[index])
-        return f"{place}/{self.paths[index].removeprefix(os.path.join(self.folders[place], ''))}"
+        return f"{self.places[index]}/{self.below(index)}"
 
     def select(self, indices):
         """Returns the Files at `indices`, integers."""

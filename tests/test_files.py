@@ -160,16 +160,39 @@ def test_files_are_a_sequence_of_paths_with_sizes(tmp_path):
         dataset[0]
 
 
-def test_hold_out():
-    def split(count, share, seed):
-        return [part.tolist() for part in examples.hold_out(count, share, seed)]
+def held_out_names(names, share, seed=0, mode=None, labels=None):
+    """Returns the files of the held-out examples."""
+    found = utils.Examples(make_files(dict.fromkeys(names, 1)))
+    found = found if mode is None else examples.pair_files(found.files, mode)
+    rest, held = examples.hold_out(found, share, seed, labels and np.array([labels.index(path[0]) for path, *_ in found]))
+    assert sorted([*rest, *held]) == list(range(len(found))) and len(rest) and len(held) and (np.diff(held) > 0).all()
+    return {path for index in held for path in found[index]}
 
-    rest, held = split(200, 0.01, seed=0)
-    assert len(held) == 2 and sorted(rest + held) == list(range(200)) and rest == sorted(rest)
-    assert split(200, 0.01, seed=0) == [rest, held] != split(200, 0.01, seed=1)
-    assert [len(part) for part in split(2, 0.01, seed=0)] == [1, 1] == [len(part) for part in split(2, 0.99, seed=0)]
+
+def test_hold_out():
+    names = [f"sub/{i}.x" for i in range(2000)]
+    held = held_out_names(names, 0.2)
+    assert 330 < len(held) < 470 and held == held_out_names(names, 0.2) != held_out_names(names, 0.2, seed=1)
+    for some in (names[:300], names[500:] + ["new.x"]):  # a file keeps its side when others come or go
+        assert held_out_names(some, 0.2) - {"new.x"} == held & set(some)
+    for count in range(2, 30):  # both sides have a file
+        assert len(held_out_names(names[:count], 0.001)) == 1 and len(held_out_names(names[:count], 0.999)) == count - 1
     with pytest.raises(system.UserError, match="EVAL_SPLIT"):
-        split(1, 0.5, seed=0)
+        held_out_names(names[:1], 0.5)
+    pairs = [f"{i}.{extension}" for i in range(300) for extension in ("abc", "ABC", "mid")]
+    held = held_out_names(pairs, 0.2, mode="abc->mid")  # of a stem with two inputs, both are held out, or none is
+    assert len(held) % 3 == 0 and held == held_out_names(pairs, 0.2, mode="mid->abc") | {name for name in held if "ABC" in name}
+
+
+def test_files_are_held_out_by_label():
+    names = [f"{label}/{i}.x" for label, count in zip("abcde", (2000, 400, 60, 2, 1)) for i in range(count)]
+    for seed in range(5):
+        held = held_out_names(names, 0.1, seed, labels="abcde")
+        counts = [sum(name[0] == label for name in held) for label in "abcde"]
+        assert 140 < counts[0] < 260 and 15 < counts[1] < 65 and 1 <= counts[2] < 20 and counts[3] <= 1 and not counts[4]
+        fewer = names[:1000] + names[2000:]
+        assert held_out_names(fewer, 0.1, seed, labels="abcde") == held & set(fewer)
+    assert len(held_out_names(["a/1.x", "b/1.x", "b/2.x"], 0.01, labels="ab") & {"b/1.x", "b/2.x"}) == 1
 
 
 def test_lengths_are_those_of_the_sequences(tmp_path):

@@ -132,18 +132,6 @@ def test_other_labels_of_the_same_number_stop_a_rerun(folder):
     assert "TRAIN_FOLDERS: the labels" in message and "LABELS was 'name'" in message
 
 
-def test_files_are_held_out_by_label():
-    groups = np.repeat([0, 1, 2, 3], [100, 50, 10, 2])
-    candidates = np.arange(len(groups)) + 4
-    for share, expected in ((0.1, [10, 5, 1, 0]), (0.5, [50, 25, 5, 1])):
-        for seed in range(5):
-            rest, held = examples.hold_out(len(groups) + 4, share, seed, candidates, groups)
-            found = np.bincount(groups[held - 4], minlength=4)
-            assert abs(found - expected).max() <= 1 and held.min() >= 4 and len(held) == round(share * 166)
-            assert sorted([*rest, *held]) == list(range(166))
-    assert (examples.hold_out(166, 0.1, 0, candidates, groups)[1] != examples.hold_out(166, 0.1, 1, candidates, groups)[1]).any()
-
-
 def test_equal_accuracies_go_to_the_lower_loss(folder):
     """All right from early on: the best epoch is the one of the lowest loss, also for a run that was stopped in between."""
     (folder / "certain").mkdir()

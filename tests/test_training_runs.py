@@ -206,7 +206,7 @@ def test_other_evaluation_files_reset_the_best_score(folder):
     held = {"TRAIN_FOLDERS": ["pool"], "EVAL_FOLDERS": [], "EVAL_SPLIT": 0.3}
     train(folder, "pool", **held, NUM_EPOCHS=1)
     best, before = [(folder / f"pool{part}.pth").read_bytes() for part in ("", "-last")]
-    for i in range(10, 15):
+    for i in range(10, 30):
         (folder / "pool" / f"{i}.bin").write_bytes(b"x" * i)
     message = one_message(start(folder, "pool", **held, NUM_EPOCHS=2)[0].wait())
     assert message.startswith("error: TRAIN_FOLDERS, EVAL_FOLDERS:") and (folder / "pool-last.pth").read_bytes() == before
