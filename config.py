@@ -85,8 +85,8 @@ WANDB_LOG: bool = False
 INFERENCE_WEIGHTS_PATH: str = "weights.pth"
 # Extension of the input files without the dot, in any case. MODE "convert" needs it; in the others, None = all files.
 INPUT_EXT: str | None = None
-# Extension of the files to generate or to convert to, without the dot. "" = files without one.
-TARGET_EXT: str = "bin"
+# Extension of the files to generate or to convert to, without the dot. "" = files without one, None = the model's own.
+TARGET_EXT: str | None = None
 # Folder of the files to convert, complete, classify or evaluate, searched recursively.
 INPUT_FOLDER: str = "input"
 # Folder of the results, made if it is missing.

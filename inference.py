@@ -108,18 +108,18 @@ def write_output(path, content, is_ours, failed):
 Output = collections.namedtuple("Output", "path source prefix candidate")
 
 
-def new_prompts(model):
-    """Yields the Prompts of NUM_SAMPLES new files of TARGET_EXT, named YYYYmmdd-HHMMSS-i.ext; their keys are Outputs."""
+def new_prompts(model, target):
+    """Yields the Prompts of NUM_SAMPLES new files, named YYYYmmdd-HHMMSS-i.`target`; their keys are Outputs."""
     taken = {name[:15] for name in os.listdir(config.OUTPUT_FOLDER)}
     while (stamp := time.strftime("%Y%m%d-%H%M%S")) in taken:  # another run of this very second
         time.sleep(0.1)
-    suffix = f".{config.TARGET_EXT}" if config.TARGET_EXT else ""
+    suffix = f".{target}" if target else ""
     for i in range(1, config.NUM_SAMPLES + 1):
         path = os.path.join(config.OUTPUT_FOLDER, f"{stamp}-{i}{suffix}")
-        yield generation.Prompt(Output(path, "", b"", 0), model.extension_patch(config.TARGET_EXT), [config.SEED, i])
+        yield generation.Prompt(Output(path, "", b"", 0), model.extension_patch(target), [config.SEED, i])
 
 
-def input_prompts(model, files, failed):
+def input_prompts(model, files, target, failed):
     """Yields NUM_CANDIDATES Prompts for each input file; appends (path, reason) to `failed` for those that cannot be done."""
     patch_size, patch_length = model.net.patch_size, model.net.patch_length
     for path in files:
@@ -133,8 +133,8 @@ def input_prompts(model, files, failed):
             failed.append((path, error.strerror))
             continue
         if config.MODE == "convert":
-            symbols = model.conversion_prompt(content, extension_of(path), config.TARGET_EXT)
-            output = f"{output}.{config.TARGET_EXT}" if config.TARGET_EXT else f"{output}-converted"
+            symbols = model.conversion_prompt(content, extension_of(path), target)
+            output = f"{output}.{target}" if target else f"{output}-converted"
         else:
             symbols, prefix = model.completion_prompt(content, extension_of(path)), content
         if len(symbols) >= model.num_symbols:
@@ -162,21 +162,22 @@ def best_candidates(continuations, count):
             yield max(ended.pop(continuation.key.path), key=lambda each: (each.mean_log_probability(), -each.key.candidate))
 
 
-def write_files(model, files, stop_signals):
+def write_files(model, files, stop_signals, target):
     """Writes new files, or the model's conversions or continuations of the input files; returns the exit status.
 
     Args:
         model: the Generator.
         files: the input files, or None for new ones.
         stop_signals: the `system.StopSignals`.
+        target: TARGET_EXT, or in place of None the model's own.
     """
     rows, cut_off, failed = [], [], []  # rows: of the index
     known = report.read_index(os.path.join(config.OUTPUT_FOLDER, report.INDEX_NAMES[0])) or {}
     indexed_at = time.monotonic()
     if files is None:
-        num_outputs, num_candidates, prompts = config.NUM_SAMPLES, 1, new_prompts(model)
+        num_outputs, num_candidates, prompts = config.NUM_SAMPLES, 1, new_prompts(model, target)
     else:
-        num_outputs, num_candidates, prompts = len(files), config.NUM_CANDIDATES, input_prompts(model, files, failed)
+        num_outputs, num_candidates, prompts = len(files), config.NUM_CANDIDATES, input_prompts(model, files, target, failed)
     batch_size = min(config.INFERENCE_BATCH_SIZE, num_outputs * num_candidates)
     sampling = generation.Sampling(config.TOP_K, config.TOP_P, config.TEMPERATURE)
 
@@ -397,8 +398,11 @@ def main():
         (found, _), (wanted, script) = kinds[isinstance(model, Classifier)], kinds[mode == "classify"]
         hint = "; MODE 'classify' reports a classifier's accuracy" * (mode == "evaluate")
         raise system.UserError(f"{where} is a {found}; MODE {mode!r} needs a {wanted}, from {script}{hint}")
-    if mode == "convert":
-        model.check_conversion(config.INPUT_EXT, config.TARGET_EXT)
+    target = None  # TARGET_EXT, or the model's own
+    if mode != "classify":
+        target = model.check_task(mode, config.INPUT_EXT, config.TARGET_EXT, config.CONVERSION_MODE)
+    if mode not in ("generate", "decompress"):
+        model.check_files(files)
     system.make_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER")
     own_names = {"classify": ("predictions.tsv",), "evaluate": report.NAMES, "compress": (), "decompress": ()}
     for name in own_names.get(mode, report.INDEX_NAMES):
@@ -409,7 +413,7 @@ def main():
     locked = system.lock(os.path.join(config.OUTPUT_FOLDER, report.INDEX_NAMES[0]), "OUTPUT_FOLDER")
     with distributed.memory_errors(), system.delayed_signals(impatient=True) as stop_signals, locked:
         run_mode = {"classify": classify_files, "evaluate": evaluate_files, "compress": code_files, "decompress": code_files}
-        return run_mode.get(mode, write_files)(model, files, stop_signals)
+        return run_mode.get(mode, functools.partial(write_files, target=target))(model, files, stop_signals)
 
 
 if __name__ == "__main__":

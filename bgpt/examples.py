@@ -61,10 +61,12 @@ def print_sets(train, held_out, settings, cuts_windows):
 # ---- Pairs ----------------------------------------------------------------------------------------------------------
 
 
-def split_conversion_mode(mode):
-    """Returns (input extension, target extension, whether "&" asks for both directions) of a CONVERSION_MODE, in lower case."""
+def directions_of(mode):
+    """Returns the conversions of a CONVERSION_MODE or None, a list of (input extension, target extension) in lower case."""
+    if mode is None:
+        return []
     source, sign, target = re.fullmatch(r"([^&>]+?)(->|&)([^&>]+)", mode.lower()).groups()
-    return source, target, sign == "&"
+    return [(source, target), (target, source)][: 1 + (sign == "&")]
 
 
 def pair_files(files, mode):
@@ -72,7 +74,7 @@ def pair_files(files, mode):
 
     Extensions are compared without case: tune.abc and tune.MID are a pair. Of tune.mid and tune.MID, the former is the target.
     """
-    source, target, _ = split_conversion_mode(mode)
+    source, target = directions_of(mode)[0]
     split = [os.path.splitext(path) for path in files]
     # paths are sorted, lower case last, so that it wins
     targets = {stem: index for index, (stem, extension) in enumerate(split) if extension[1:].lower() == target}
@@ -85,7 +87,7 @@ def find_pairs(files, mode, name):
     """Returns the pairs among Files, and prints how many files are in none; UserError with `name` if there are no pairs."""
     pairs = pair_files(files, mode)
     if len(files) and not len(pairs):
-        (source, target, _), there = split_conversion_mode(mode), f"{len(files)} files ({describe_extensions(files)})"
+        (source, target), there = directions_of(mode)[0], f"{len(files)} files ({describe_extensions(files)})"
         wanted = f"two in one folder like tune.{source} and tune.{target}"
         raise UserError(f"{name}: CONVERSION_MODE is {mode!r}, but among {there} there are no {wanted}")
     if unpaired := len(files) - len(np.unique(pairs.indices)):
@@ -95,7 +97,7 @@ def find_pairs(files, mode, name):
 
 def directed(examples, mode):
     """Returns Examples in the directions of a CONVERSION_MODE or None: "&" gives each pair, then its reverse."""
-    if mode is None or not split_conversion_mode(mode)[2]:
+    if len(directions_of(mode)) < 2:
         return examples
     both = np.stack((examples.indices, examples.indices[:, ::-1]), axis=1)  # (n, 2) -> (n, 2 directions, 2)
     return Examples(examples.files, both.reshape(-1, 2))  # (2·n, 2)

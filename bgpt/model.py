@@ -15,8 +15,8 @@ import torch
 
 import utils
 from bgpt import checkpoint, distributed, evaluation, generation, settings
-from bgpt.examples import split_conversion_mode
-from bgpt.files import list_files
+from bgpt.examples import directions_of
+from bgpt.files import describe_extensions, extension_of, list_files
 from bgpt.system import UserError, first_names
 from bgpt.windows import evaluation_windows
 
@@ -51,19 +51,45 @@ def _files_of(contents, ending):
         yield folder
 
 
-class Generator:
+class Trained:
+    """A model with its checkpoint's record of the training.
+
+    Attributes:
+        net: the bGPTLMHeadModel or bGPTForClassification, in eval mode, its weights in float32.
+        dtype: torch.dtype to compute in.
+        where: the constant with the checkpoint's path, and the path, for messages.
+        extensions: of the training files; None if the checkpoint has no record of them.
+    """
+
+    def __init__(self, net, found, dtype=torch.float32, where=""):
+        self.net, self.dtype, self.where, self.extensions = net, dtype, where, found.get("extensions")
+
+    def has_seen(self, extension):
+        """Returns whether a training file had an extension; True if that is unknown."""
+        return self.extensions is None or bool({extension, extension.lower()} & set(self.extensions))
+
+    def shown_extensions(self):
+        """Returns the extensions of the training files for messages."""
+        return "unknown" if self.extensions is None else first_names(each or "(none)" for each in self.extensions)
+
+    def check_files(self, files):
+        """Prints a note if input files have extensions that no training file had."""
+        new = {extension for extension in set(map(extension_of, files)) if not self.has_seen(extension)}
+        if new := [path for path in files if extension_of(path) in new]:
+            what = f"{len(new)} of {len(files)} files have extensions that {self.where} was not trained on"
+            print(f"note: {what} ({describe_extensions(new)}); its extensions: {self.shown_extensions()}")
+
+
+class Generator(Trained):
     """A generative model. The content (bytes) that a method takes may be a list; it then returns a list, made in one batch.
 
     Attributes:
-        net: the bGPTLMHeadModel, in eval mode, its weights in float32.
-        dtype: torch.dtype to compute in.
-        extensions: of the training files; None if the checkpoint has no record of them.
         conversion_mode: CONVERSION_MODE of the training; False if unknown.
     """
 
     def __init__(self, net, found, dtype=torch.float32, where=""):
+        super().__init__(net, found, dtype, where)
         constants = found.get("config")
-        self.net, self.dtype, self.where, self.extensions = net, dtype, where, found.get("extensions")
         self.conversion_mode = constants.get("CONVERSION_MODE") if isinstance(constants, dict) else False
         self.num_symbols = net.patch_size * net.patch_length  # the most of a sequence, extension patch included
 
@@ -86,24 +112,46 @@ class Generator:
         patches = utils.to_patches(content, "", self.net.patch_size)[1:-1].reshape(-1)
         return np.concatenate((self.extension_patch(source), patches, self.extension_patch(target)))
 
-    def check_conversion(self, source, target):
-        """Raises UserError if no training file had one of the extensions; prints a note if the model was not trained on this."""
-        for name, extension in (("INPUT_EXT", source), ("TARGET_EXT", target)):
-            if self.extensions is not None and not {extension, extension.lower()} & set(self.extensions):
-                known = first_names(each or "(none)" for each in self.extensions)
-                raise UserError(f"{name} is {extension!r}, but {self.where} was trained on no such file; its extensions: {known}")
-        mode = self.conversion_mode
-        if mode is False:
-            print(f"note: {self.where} has no record of its training data, so it may not have learned {source} -> {target}")
-        elif mode is None:
-            print(f"note: {self.where} was trained on plain files, without CONVERSION_MODE: it has never converted anything")
-        else:
-            first, second, both = split_conversion_mode(mode)
-            if (source.lower(), target.lower()) not in [(first, second)] + [(second, first)] * both:
-                print(f"note: {self.where} was trained with CONVERSION_MODE {mode!r}, never {source} -> {target}")
+    def check_task(self, mode, input_ext=None, target_ext=None, conversion_mode=None):
+        """Compares a task with the training: UserError if it must be a mistake, a note if it may be meant.
+
+        The arguments are constants of config.py. Returns `target_ext`, or for None the only extension of the training files.
+        """
+        own, sources = self.conversion_mode, [input_ext] * (mode == "convert")
+        wanted = directions_of(conversion_mode) if mode == "evaluate" else []
+        conversions = [each for each in wanted if (input_ext or each[0]).lower() == each[0]]
+        if mode in ("generate", "convert"):
+            target_ext = self._own_extension(sources) if target_ext is None else target_ext
+            for name, extension in zip(("TARGET_EXT", "INPUT_EXT"), (target_ext, *sources)):
+                if not self.has_seen(extension):
+                    hint = f"was trained on no such file; its extensions: {self.shown_extensions()}"
+                    raise UserError(f"{name} is {extension!r}, but {self.where} {hint}")
+            conversions = [(source.lower(), target_ext.lower()) for source in sources]
+        how = {
+            False: "has no record of its training data, so it may not have learned",
+            None: "was trained on plain files, without CONVERSION_MODE, never",
+        }.get(own, f"was trained with CONVERSION_MODE {own!r}, never")
+        new = [" -> ".join(each) for each in conversions if each not in directions_of(own or None)]
+        if new and own is not False and mode == "evaluate":
+            raise UserError(f"CONVERSION_MODE is {conversion_mode!r}, but {self.where} {how} {' or '.join(new)}")
+        if new or (own and not conversions):
+            print(f"note: {self.where} {how} {' or '.join(new) or 'on single files'}")
+        return target_ext
+
+    def _own_extension(self, sources):
+        """Returns the only extension of the training files that is not in `sources`; UserError if there are others."""
+        published = [] if sources else ["bin"]  # the published code's default
+        own = {each.lower(): each for each in sorted(published if self.extensions is None else self.extensions)}  # abc over ABC
+        own = [each for key, each in own.items() if key not in map(str.lower, sources)]
+        if len(own) != 1:
+            raise UserError(f"TARGET_EXT is None, but must be one of the extensions of {self.where}: {self.shown_extensions()}")
+        if self.extensions is None:
+            print(f"note: TARGET_EXT is None, and {self.where} has no record of its extensions: writes .bin files")
+        return own[0]
 
     def generate(self, ext, count=1, *, top_k=0, top_p=1.0, temperature=1.0, seed=0, batch_size=32):
         """Returns `count` new files of an extension, a list of bytes; the sampling is that of config.py, see TOP_K."""
+        ext = self.check_task("generate", target_ext=ext)
         prompts = [(self.extension_patch(ext), [seed, i]) for i in range(1, count + 1)]  # as inference.py seeds them
         return self._continue(prompts, (top_k, top_p, temperature), batch_size)
 
@@ -117,7 +165,7 @@ class Generator:
     @_takes_one_or_many
     def convert(self, content, source, target, *, top_k=0, top_p=1.0, temperature=1.0, seed=0, batch_size=32):
         """Returns the conversion of a file from extension `source` to `target`, bytes. Raises ValueError as `complete`."""
-        self.check_conversion(source, target)
+        self.check_task("convert", input_ext=source, target_ext=target)
         prompts = [(self.conversion_prompt(each, source, target), [seed, i]) for i, each in enumerate(content)]
         return self._continue(prompts, (top_k, top_p, temperature), batch_size)
 
@@ -169,18 +217,16 @@ class Generator:
         return [done[path] for path in sorted(done)]
 
 
-class Classifier:
+class Classifier(Trained):
     """A classifier.
 
     Attributes:
-        net: the bGPTForClassification, in eval mode.
-        dtype: torch.dtype to compute in.
         labels: list of str, by index.
         label_mode: LABELS of its training.
     """
 
     def __init__(self, net, found, dtype=torch.float32, where=""):
-        self.net, self.dtype = net, dtype
+        super().__init__(net, found, dtype, where)
         self.labels = checkpoint.label_list(found, where)
         self.label_mode = found.get("label_mode", "name")  # published checkpoints have none
 

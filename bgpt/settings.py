@@ -21,7 +21,7 @@ _TYPES = {
 CONSTANTS = {name: kind for kind, names in _TYPES.items() for name in names.split()}
 _INFERENCE = set("INFERENCE_WEIGHTS_PATH INPUT_EXT TARGET_EXT INPUT_FOLDER OUTPUT_FOLDER MODE NUM_SAMPLES PROMPT_BYTES "
                  "NUM_CANDIDATES INFERENCE_BATCH_SIZE VERIFY TOP_K TOP_P TEMPERATURE".split())  # only inference.py reads these
-_OPTIONAL = {"CONVERSION_MODE", "INPUT_EXT"}  # may be None
+_OPTIONAL = {"CONVERSION_MODE", "INPUT_EXT", "TARGET_EXT"}  # may be None
 _KINDS = {list: "a list of texts", str: "text", int: "a whole number", float: "a number", bool: "True or False"}
 
 _AT_LEAST = {

@@ -17,6 +17,7 @@ import bgpt
 import config
 import utils
 from bgpt import checkpoint, generation, report, system
+from bgpt import model as models
 from bgpt.files import extension_of
 
 
@@ -90,6 +91,9 @@ def test_what_was_wrong_with_each_input_is_told(tmp_path, tiny_checkpoint):
     assert set(outputs_in(tmp_path / "output")) == {"fine.x", "字" * 80 + ".x"}
 
 
+PAIRS = {"INFERENCE_WEIGHTS_PATH": "pairs.pth"}  # of a model that was trained to convert abc to mid
+
+
 @pytest.mark.parametrize(
     "constants, words",
     [
@@ -102,6 +106,10 @@ def test_what_was_wrong_with_each_input_is_told(tmp_path, tiny_checkpoint):
         ({"MODE": "complete", "INPUT_FOLDER": "data", "OUTPUT_FOLDER": "."}, "OUTPUT_FOLDER: '.' and INPUT_FOLDER 'data'"),
         ({"OUTPUT_FOLDER": "data/a.x"}, "OUTPUT_FOLDER: cannot write"),
         ({"INFERENCE_WEIGHTS_PATH": "cls.pth"}, "is a classifier"),
+        ({**PAIRS, "TARGET_EXT": "bin"}, "TARGET_EXT is 'bin'"),
+        (PAIRS, "TARGET_EXT is None"),
+        ({**PAIRS, "MODE": "convert", "INPUT_EXT": "x", "TARGET_EXT": "abc", "INPUT_FOLDER": "data"}, "INPUT_EXT is 'x'"),
+        ({**PAIRS, "MODE": "evaluate", "INPUT_FOLDER": "data", "CONVERSION_MODE": "abc&mid"}, "CONVERSION_MODE is 'abc&mid'"),
     ],
 )
 def test_mistakes(tmp_path, monkeypatch, tiny_checkpoint, constants, words):
@@ -110,6 +118,8 @@ def test_mistakes(tmp_path, monkeypatch, tiny_checkpoint, constants, words):
     (tmp_path / "data" / "a.x").write_bytes(b"abc")
     model = utils.bGPTForClassification(utils.make_configs(4, 16, 64, 2, 1)[0], 3)
     torch.save({"model": model.state_dict(), "labels": {"a": 0, "b": 1, "c": 2}}, tmp_path / "cls.pth")
+    record = {"extensions": ["abc", "mid"], "config": {"CONVERSION_MODE": "abc->mid"}}
+    torch.save({**torch.load(tiny_checkpoint), **record}, tmp_path / "pairs.pth")
     monkeypatch.chdir(tmp_path)
     for name, value in constants.items():
         monkeypatch.setattr(config, name, value)
@@ -118,6 +128,52 @@ def test_mistakes(tmp_path, monkeypatch, tiny_checkpoint, constants, words):
         script.check_settings()
         script.main()
     assert (tmp_path / "data" / "a.x").read_bytes() == b"abc" and not (tmp_path / "output").exists()
+
+
+def generator(net, **record):
+    return models.Generator(net, record, where="here")
+
+
+def test_tasks_that_the_model_was_not_trained_on(tiny_model, capsys):
+    """A mistake is an error; what may be meant is one line; what was trained, and what is unknown, goes without a word."""
+    plain = generator(tiny_model, extensions=["TXT", "txt"], config={"CONVERSION_MODE": None})
+    pairs = generator(tiny_model, extensions=["abc", "mid"], config={"CONVERSION_MODE": "ABC->mid"})
+    published, both = generator(tiny_model), generator(tiny_model, extensions=["abc", "mid"], config={"CONVERSION_MODE": "abc&mid"})
+    for model, task, target in (
+        (plain, {"mode": "generate"}, "txt"),
+        (plain, {"mode": "generate", "target_ext": "TXT"}, "TXT"),
+        (plain, {"mode": "evaluate"}, None),
+        (generator(tiny_model, extensions=[""]), {"mode": "generate", "input_ext": "mid"}, ""),
+        (pairs, {"mode": "convert", "input_ext": "ABC"}, "mid"),
+        (both, {"mode": "convert", "input_ext": "mid"}, "abc"),
+        (pairs, {"mode": "evaluate", "conversion_mode": "abc->mid"}, None),
+        (pairs, {"mode": "evaluate", "conversion_mode": "mid&abc", "input_ext": "Abc"}, None),
+        (published, {"mode": "generate", "target_ext": "bmp"}, "bmp"),
+    ):
+        assert model.check_task(**task) == target and not capsys.readouterr().out, task
+    for model, task, words in (
+        (published, {"mode": "generate"}, "TARGET_EXT is None"),
+        (published, {"mode": "evaluate", "conversion_mode": "abc->mid"}, "no record of its training data"),
+        (pairs, {"mode": "evaluate"}, "CONVERSION_MODE 'ABC->mid'"),
+        (pairs, {"mode": "compress"}, "CONVERSION_MODE 'ABC->mid'"),
+        (pairs, {"mode": "convert", "input_ext": "mid"}, "never mid -> abc"),
+    ):
+        model.check_task(**task)
+        assert re.fullmatch(f"note: .*{words}.*\n", capsys.readouterr().out), task
+    for model, task, words in (
+        (plain, {"mode": "generate", "target_ext": "bin"}, "TARGET_EXT is 'bin'"),
+        (pairs, {"mode": "generate"}, "TARGET_EXT is None"),
+        (published, {"mode": "convert", "input_ext": "abc"}, "TARGET_EXT is None"),
+        (plain, {"mode": "evaluate", "conversion_mode": "txt->mid"}, "CONVERSION_MODE is 'txt->mid'"),
+        (pairs, {"mode": "evaluate", "conversion_mode": "mid->abc"}, "CONVERSION_MODE is 'mid->abc'"),
+    ):
+        with pytest.raises(system.UserError, match=words):
+            model.check_task(**task)
+    plain.check_files(["a.txt", "b.TXT"])
+    published.check_files(["a.nosuch"])
+    assert not capsys.readouterr().out
+    plain.check_files(["a.txt", "b.Txt", "c.nosuch", "d"])
+    assert "note: 2 of 4 files" in capsys.readouterr().out  # b.Txt is read as b.txt
 
 
 def test_what_others_put_in_the_output_folder_stays(tmp_path, tiny_checkpoint):
