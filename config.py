@@ -74,7 +74,8 @@ LOAD_FROM_PRE_CHECKPOINT: bool = False
 # None = plain files.
 CONVERSION_MODE: str | None = None
 # The label of a file in train-cls.py: "name" (its name up to the first "_", and its extension: Business_1.txt is Business.txt),
-# "prefix" (up to the last "_", and its extension) or "folder" (its folder's name: Business/1.txt is Business).
+# "prefix" (up to the last "_", and its extension), "folder" (its folder's name: Business/1.txt is Business) or "path" (its
+# folder's path below the data folder: 2024/Business/1.txt is 2024/Business).
 LABELS: str = "name"
 # Log to Weights & Biases. True or False; WANDB_MODE=offline in the environment keeps it on this machine.
 WANDB_LOG: bool = False

@@ -271,13 +271,13 @@ def write_predictions(model, files, found, name):
 
 def report_labels(model, files, found):
     """Prints how many predictions are right, among the files whose names (or folders) have one of its labels."""
+    truth = examples.labels_of(utils.Examples(files), model.label_mode)
     confusion = np.zeros((len(model.labels), len(model.labels)))
     for index, (_, likeliest) in found.items():
-        label = examples.label_of(files[index], model.label_mode)
-        if label in model.labels:
-            confusion[model.labels.index(label), likeliest[0]] += 1
+        if truth[index] in model.labels:
+            confusion[model.labels.index(truth[index]), likeliest[0]] += 1
     if confusion.any():
-        where = "folders" if model.label_mode == "folder" else "names"
+        where = "folders" if model.label_mode in ("folder", "path") else "names"
         print(f"the {where} of {confusion.sum():.0f} of them have one of the model's labels:")
         print(evaluation.classification_report(confusion, model.labels), end="")
 

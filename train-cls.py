@@ -41,7 +41,7 @@ def find_examples():
     train, held_out = examples.find_sets(constants, training.own_paths(constants))
     truth, labels = examples.find_labels(train, config.LABELS)
     if held_out:
-        names = [examples.label_of(path, config.LABELS) for path, in held_out]
+        names = examples.labels_of(held_out, config.LABELS)
         if unknown := [(path, name) for (path,), name in zip(held_out, names) if name not in labels]:
             raise system.UserError("EVAL_FOLDERS: {!r} has the label {!r}, which no training file has".format(*unknown[0]))
         held_out_truth = np.array([labels[name] for name in names])

@@ -10,7 +10,7 @@ best_epoch     | int                                        | the epoch with the
 min_eval_loss  | float                                      | its loss, nats per symbol, or inf; of a generative model
 max_eval_acc   | float                                      | its accuracy, from 0 to 1, or -inf; of a classifier
 labels         | {str: int}                                 | index of each label ("Business.txt"); of a classifier
-label_mode     | "name", "prefix" or "folder"               | * LABELS; of a classifier
+label_mode     | "name", "prefix", "folder" or "path"       | * LABELS; of a classifier
 best_loss      | float                                      | * eval loss of the best epoch; decides between equal accuracies
 extensions     | [str]                                      | * of the training files, as extension patches have them; if few
 scaler         | GradScaler.state_dict()                    | * of PRECISION fp16, else empty

@@ -230,27 +230,51 @@ def hold_out_parts(examples, share, seed, patch_size, longest):
 LABEL_RULES = {
     "name": "a file's name up to the first '_', and its extension (Business_1.txt is Business.txt)",
     "prefix": "a file's name up to the last '_', and its extension (new_york_1.txt is new_york.txt)",
-    "folder": "a file's folder (Business/1.txt is Business)",
+    "folder": "the name of a file's folder (Business/1.txt is Business)",
+    "path": "the path of a file's folder below the data folder (2024/Business/1.txt is 2024/Business)",
 }
 
 
 def label_of(path, mode="name"):
-    """Returns the label of a file for classification, by LABELS: see `LABEL_RULES`. "name" is the paper's (3.3)."""
+    """Returns the label of a file by LABELS but "path", see `LABEL_RULES`. "name" is the paper's (3.3)."""
     if mode == "folder":
         return os.path.basename(os.path.dirname(os.path.abspath(path)))
     stem, extension = os.path.splitext(os.path.basename(path))
     return (stem.split("_")[0] if mode == "name" else stem.rpartition("_")[0] or stem) + extension
 
 
+def labels_of(examples, mode):
+    """Returns the labels of Examples of single files, a list. By "path", a file right in its data folder has that one's name."""
+    if mode != "path":
+        return [label_of(path, mode) for path, in examples]
+    folders = map(os.path.dirname, map(examples.files.below, examples.indices[:, 0].tolist()))
+    return [folder or label_of(path, "folder") for folder, (path,) in zip(folders, examples)]
+
+
 def find_labels(train, mode):
-    """Returns the label indices of Examples, int64 (n,), and {label: index}, sorted. Raises UserError for a single label."""
-    names = [label_of(path, mode) for path, in train]
+    """Returns the label indices of Examples, int64 (n,), and {label: index}, sorted.
+
+    Raises:
+        UserError: there is a single label, or folders of one name that are below different ones would be one label.
+    """
+    names, paths = labels_of(train, mode), {}
+    for name, path in set(zip(labels_of(train, "folder"), labels_of(train, "path"))):
+        paths.setdefault(name, []).append(path)
+    merged = sorted(path for same in paths.values() if len(same) > 1 for path in same)
+    if mode == "folder" and merged:
+        what = f"LABELS 'folder' would make one label of folders of the same name: {first_names(merged)}"
+        raise UserError(f"TRAIN_FOLDERS: {what}. --LABELS path makes a label of each, or rename them")
     labels = {label: index for index, label in enumerate(sorted(set(names)))}
     if len(labels) < 2:
-        counts = {other: len({label_of(path, other) for path, in train}) for other in LABEL_RULES}
+        others = LABEL_RULES.keys() - {"folder" if merged else "path"}
+        counts = {other: len(set(labels_of(train, other))) for other in sorted(others)}
         others = "".join(f"; --LABELS {other} finds {count} labels" for other, count in counts.items() if count > 1)
         only = f"the only label of its {len(train)} files is {names[0]!r}, but training needs two or more"
         raise UserError(f"TRAIN_FOLDERS: {only}. With LABELS {mode!r} it is {LABEL_RULES[mode]}{others}")
+    places = set(zip(names, train.files.places[train.indices[:, 0]].tolist()))
+    if mode in ("folder", "path") and len(places) > len(labels):
+        count = len(places) - len(labels)
+        print(f"note: {count} folders have the same label as folders of the same name in another of TRAIN_FOLDERS")
     return np.array([labels[name] for name in names], dtype=np.int64), labels
 
 

@@ -35,7 +35,7 @@ _ONE_OF = {
     "EMBEDDING_START": "published smooth",
     "PRECISION": "auto fp32 bf16 fp16",
     "LONG_FILES": "windows crop",
-    "LABELS": "name prefix folder",
+    "LABELS": "name prefix folder path",
     "MODE": "generate convert complete classify evaluate compress decompress",
 }
 # fmt: on

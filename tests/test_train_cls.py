@@ -91,6 +91,26 @@ def test_label_of_other_modes(path, prefix, folder):
     assert (label_of(path, "prefix"), label_of(path, "folder")) == (prefix, folder)
 
 
+def test_folders_of_one_name(tmp_path, monkeypatch, capsys):
+    """Below different folders of one data folder they are an error, in several data folders a note."""
+    for name in ("pets/cats/2023/a_1", "pets/cats/2024/a_1", "pets/dogs/2024/a_2", "shards/a/x/1", "shards/b/x/2", "shards/b/y/1", "shards/1"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+
+    def labels(mode, *folders):
+        return list(examples.find_labels(utils.Examples(list_files(folders, "TRAIN_FOLDERS")), mode)[1])
+
+    with pytest.raises(system.UserError, match="LABELS 'folder'.*cats/2024, dogs/2024[^,]*--LABELS path"):
+        labels("folder", "pets")
+    assert labels("path", "pets") == labels("path", "./pets/") == ["cats/2023", "cats/2024", "dogs/2024"]
+    assert labels("path", "shards") == ["a/x", "b/x", "b/y", "shards"] and labels("folder", "pets/cats") == ["2023", "2024"]
+    with pytest.raises(system.UserError, match="is Business.txt\\); --LABELS path finds 3 labels$"):
+        labels("name", "pets")
+    assert not capsys.readouterr().out
+    assert labels("folder", "shards/a", "shards/b") == ["x", "y"] and "note: 1 folders" in capsys.readouterr().out
+
+
 def test_warnings_name_labels_with_few_files():
     labels = ["a.txt", "b.txt", "c.TXT", "c.txt"]
     assert [line for line in examples.labels_table(labels[:2], [9, 9], [100, 100]) if "warning" in line] == []
