@@ -403,6 +403,8 @@ def main():
         target = model.check_task(mode, config.INPUT_EXT, config.TARGET_EXT, config.CONVERSION_MODE)
     if mode not in ("generate", "decompress"):
         model.check_files(files)
+    if mode in ("evaluate", "classify", "compress"):
+        model.check_held_out(files)
     system.make_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER")
     own_names = {"classify": ("predictions.tsv",), "evaluate": report.NAMES, "compress": (), "decompress": ()}
     for name in own_names.get(mode, report.INDEX_NAMES):

@@ -13,6 +13,7 @@ labels         | {str: int}                                 | index of each labe
 label_mode     | "name", "prefix", "folder" or "path"       | * LABELS; of a classifier
 best_loss      | float                                      | * eval loss of the best epoch; decides between equal accuracies
 extensions     | [str]                                      | * of the training files, as extension patches have them; if few
+file_hashes    | int64 (n,)                                 | * hashes of the training files' real paths, if few
 scaler         | GradScaler.state_dict()                    | * of PRECISION fp16, else empty
 position       | int                                        | * examples of the current epoch that all ranks have done
 totals         | [[float]], one for each rank               | * running sums of the current epoch

@@ -1,5 +1,6 @@
 """Examples to train and evaluate on: pairs for a conversion, the held-out set, labels for classification."""
 
+import functools
 import hashlib
 import math
 import os
@@ -16,6 +17,18 @@ SHOWN_NAMES = 5  # most names in a warning
 FEW_FILES = 100  # fewer evaluation files make an accuracy coarse
 
 # ---- Sets of files --------------------------------------------------------------------------------------------------
+
+
+def hash_texts(texts):
+    """Returns a 64-bit hash of each text, int64 (n,)."""
+    hashes = (hashlib.blake2b(os.fsencode(text), digest_size=8).digest() for text in texts)
+    return np.fromiter((int.from_bytes(each, "little", signed=True) for each in hashes), np.int64)
+
+
+def real_paths(paths):
+    """Yields each file's path without symlinks and dots in its folder, so that two spellings of one file are equal."""
+    real = functools.cache(os.path.realpath)
+    return (os.path.join(real(os.path.dirname(path)), os.path.basename(path)) for path in paths)
 
 
 def digest(examples):
@@ -44,8 +57,8 @@ def print_sets(train, held_out, settings, cuts_windows):
     where = ", ".join(settings["EVAL_FOLDERS"]) or "the same folders, held out by EVAL_SPLIT"
     print(f"evaluates on {len(held_out)} {kind} of {where}")
     if held_out.files is not train.files:
-        known = {train.files[file] for file in train.indices[:, 0].tolist()}
-        if shared := sum(held_out.files[file] in known for file in held_out.indices[:, 0].tolist()):
+        known = set(real_paths(path for path, *_ in train))
+        if shared := sum(path in known for path in real_paths(path for path, *_ in held_out)):
             print(f"warning: {shared} evaluation examples are training examples too, so their figures are too good")
     patch_size, patch_length = settings["PATCH_SIZE"], settings["PATCH_LENGTH"]
     for examples, who, how in ((train, "an epoch", "a crop of each"), (held_out, "evaluation", "the head of each")):
@@ -156,19 +169,13 @@ def find_sets(settings, own):
 # ---- Held-out examples ----------------------------------------------------------------------------------------------
 
 
-def hash_texts(texts):
-    """Returns a 64-bit hash of each text, uint64 (n,)."""
-    hashes = (hashlib.blake2b(os.fsencode(text), digest_size=8).digest() for text in texts)
-    return np.frombuffer(b"".join(hashes), "<u8")
-
-
 def draw_by_name(examples, seed):
     """Returns a number from 0 to 1 for each example, float64 (n,), by its path below its folder; that of a pair has no extension.
 
     It does not depend on other files, so that a file stays held out, or in training, when others come or go.
     """
     names = map(examples.files.below, examples.indices[:, 0].tolist())
-    return hash_texts(f"{seed}/{os.path.splitext(name)[0] if examples.are_pairs else name}" for name in names) / 2.0**64
+    return hash_texts(f"{seed}/{os.path.splitext(name)[0] if examples.are_pairs else name}" for name in names) / 2.0**64 + 0.5
 
 
 def hold_out(examples, share, seed, groups=None):

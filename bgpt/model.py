@@ -15,7 +15,7 @@ import torch
 
 import utils
 from bgpt import checkpoint, distributed, evaluation, generation, settings
-from bgpt.examples import directions_of
+from bgpt.examples import directions_of, hash_texts, real_paths
 from bgpt.files import describe_extensions, extension_of, list_files
 from bgpt.system import UserError, first_names
 from bgpt.windows import evaluation_windows
@@ -59,10 +59,12 @@ class Trained:
         dtype: torch.dtype to compute in.
         where: the constant with the checkpoint's path, and the path, for messages.
         extensions: of the training files; None if the checkpoint has no record of them.
+        file_hashes: int64 (n,), of the training files' real paths; empty if unknown.
     """
 
     def __init__(self, net, found, dtype=torch.float32, where=""):
         self.net, self.dtype, self.where, self.extensions = net, dtype, where, found.get("extensions")
+        self.file_hashes = found.get("file_hashes", torch.zeros(0, dtype=torch.int64))
 
     def has_seen(self, extension):
         """Returns whether a training file had an extension; True if that is unknown."""
@@ -78,6 +80,11 @@ class Trained:
         if new := [path for path in files if extension_of(path) in new]:
             what = f"{len(new)} of {len(files)} files have extensions that {self.where} was not trained on"
             print(f"note: {what} ({describe_extensions(new)}); its extensions: {self.shown_extensions()}")
+
+    def check_held_out(self, files):
+        """Prints a warning if input files are training files."""
+        if count := int(np.isin(hash_texts(real_paths(files)), self.file_hashes).sum()):
+            print(f"warning: {self.where} was trained on {count} of {len(files)} files, so their figures are too good")
 
 
 class Generator(Trained):

@@ -18,11 +18,12 @@ from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_
 import utils
 from bgpt import checkpoint, system, windows
 from bgpt.distributed import autocast
-from bgpt.examples import digest, directed, extensions_of
+from bgpt.examples import digest, directed, extensions_of, hash_texts, real_paths
 from bgpt.settings import latest_path
 from bgpt.system import UserError
 
 MOST_EXTENSIONS = 1000  # a checkpoint lists at most so many extensions of training files
+MOST_FILES = 10**6  # and hashes of so many training files, 8 bytes each
 
 # ---- Steps ----------------------------------------------------------------------------------------------------------
 
@@ -133,6 +134,8 @@ class Run:
         self.best_name = "min_eval_loss" if labels is None else "max_eval_acc"
         self.cuts_windows = labels is None and cuts_windows(settings)
         self.extensions = extensions_of(self.train)
+        paths = (self.train.files[file] for file in self.train.indices.reshape(-1).tolist())
+        self.file_hashes = torch.from_numpy(hash_texts(real_paths(paths))).unique()
         self.digests = {"TRAIN_FOLDERS": digest(self.train), "EVAL_FOLDERS": digest(self.held_out)}
         self.files = checkpoint.RunFiles(settings["WEIGHTS_PATH"], settings["LOGS_PATH"])
         groups = parameter_groups(model, settings["EMBEDDING_START"])
@@ -179,6 +182,7 @@ class Run:
             if found.get("scaler"):
                 self.scaler.load_state_dict(found["scaler"])
             self._load_state(found)
+            self.file_hashes = torch.cat((self.file_hashes, found.get("file_hashes", self.file_hashes))).unique()
             restarts = other_files or {"SEED", "LONG_FILES"} & set(changed) or len(found.get("totals", [0])) != self.ranks.count
             if found.get("position") and not restarts:
                 state.position, self._random_state = int(found["position"]), found["random_states"][self.ranks.rank]
@@ -423,6 +427,7 @@ class Run:
                 **fields,
                 **({} if self.labels is None else {"labels": self.labels, "label_mode": self.settings["LABELS"]}),
                 **({"extensions": self.extensions} if len(self.extensions) <= MOST_EXTENSIONS else {}),
+                **({"file_hashes": self.file_hashes} if len(self.file_hashes) <= MOST_FILES else {}),
                 "totals": list(totals),
                 "random_states": list(random_states),
                 "data": self.digests,

@@ -18,7 +18,7 @@ import utils
 from bgpt import generation, system
 from bgpt.checkpoint import save_checkpoint
 from bgpt.evaluation import COMPRESSORS, score_files, score_symbols, surprising_stretches
-from bgpt.examples import directed, pair_files
+from bgpt.examples import directed, hash_texts, pair_files
 from bgpt.files import extension_of, list_files
 from bgpt.windows import evaluation_windows
 
@@ -217,7 +217,10 @@ def test_evaluate(tmp_path, tiny_model, tiny_checkpoint):
 
 def test_one_file_lists_its_stretches(tmp_path, tiny_checkpoint):
     write_files(tmp_path / "input", {"a.abc": LINES, "b.txt": LINES})
+    hashes = torch.from_numpy(hash_texts([str(tmp_path / "input" / "a.abc")]))
+    save_checkpoint(tiny_checkpoint, {**torch.load(tiny_checkpoint), "file_hashes": hashes})
     done = evaluate(tmp_path, INPUT_EXT="abc")
+    assert "was trained on 1 of 1 files" in done.stdout
     [file] = report_of(tmp_path)["files"]
     assert done.returncode == 0 and file["file"] == "a.abc" and len(file["stretches"]) > 0
     rows = [line.split()[:2] for line in done.stdout.split("the most surprising stretches:\n")[1].splitlines()]

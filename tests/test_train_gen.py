@@ -15,6 +15,7 @@ from logs import read_log
 import config
 import utils
 from bgpt import checkpoint, system, training
+from bgpt import model as models
 from bgpt.files import list_files
 
 
@@ -320,12 +321,18 @@ def test_a_model_that_broke_in_the_last_step_is_not_saved(folder):
     assert "NaN" in message and not list(folder.glob("*.pth"))
 
 
-def test_files_without_partner_and_shared_files_are_counted(folder):
+def test_files_without_partner_and_shared_files_are_counted(folder, capsys):
     (folder / "train" / "0.mid").write_bytes(b"abc")
-    done = train(folder, CONVERSION_MODE="bin->mid", EVAL_FOLDERS=["train"], NUM_EPOCHS=1)
+    (folder / "same").symlink_to("train")
+    done = train(folder, CONVERSION_MODE="bin->mid", EVAL_FOLDERS=["same"], NUM_EPOCHS=1)
     assert done.returncode == 0, done.stderr
     assert "TRAIN_FOLDERS: 9 of 11 files are in no pair" in done.stdout
     assert "1 evaluation examples are training examples too" in done.stdout
+    trained = models.Trained(None, load(folder / "weights.pth"))  # the checkpoint has the files, for MODE evaluate
+    trained.check_held_out([f"{folder}/same/{name}" for name in ("0.mid", "0.bin", "1.bin")])
+    assert "trained on 2 of 3 files" in capsys.readouterr().out
+    trained.check_held_out([f"{folder}/eval/0.bin"])
+    assert not capsys.readouterr().out
 
 
 def test_a_nan_loss_stops_the_run(folder):
