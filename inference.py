@@ -119,8 +119,8 @@ def new_prompts(model, target):
         yield generation.Prompt(Output(path, "", b"", 0), model.extension_patch(target), [config.SEED, i])
 
 
-def input_prompts(model, files, target, failed):
-    """Yields NUM_CANDIDATES Prompts for each input file; appends (path, reason) to `failed` for those that cannot be done."""
+def input_prompts(model, files, target, num_candidates, failed):
+    """Yields `num_candidates` Prompts for each input file; appends (path, reason) to `failed` for those that cannot be done."""
     patch_size, patch_length = model.net.patch_size, model.net.patch_length
     for path in files:
         name = os.path.relpath(path, config.INPUT_FOLDER)
@@ -146,7 +146,7 @@ def input_prompts(model, files, target, failed):
         if os.path.relpath(output, config.OUTPUT_FOLDER).lower() in report.INDEX_NAMES:
             failed.append((path, "its output would have the name of a file that lists the outputs"))
             continue
-        for candidate in range(config.NUM_CANDIDATES):
+        for candidate in range(num_candidates):
             # the random numbers of a file depend on its name, not on the other files; a 0 at the end changes nothing
             stream = [config.SEED, zlib.crc32(os.fsencode(name)), candidate]
             yield generation.Prompt(Output(output, path, prefix, candidate), symbols, stream)
@@ -174,10 +174,12 @@ def write_files(model, files, stop_signals, target):
     rows, cut_off, failed = [], [], []  # rows: of the index
     known = report.read_index(os.path.join(config.OUTPUT_FOLDER, report.INDEX_NAMES[0])) or {}
     indexed_at = time.monotonic()
-    if files is None:
-        num_outputs, num_candidates, prompts = config.NUM_SAMPLES, 1, new_prompts(model, target)
-    else:
-        num_outputs, num_candidates, prompts = len(files), config.NUM_CANDIDATES, input_prompts(model, files, target, failed)
+    num_outputs, num_candidates = (config.NUM_SAMPLES, 1) if files is None else (len(files), config.NUM_CANDIDATES)
+    if config.NUM_CANDIDATES > 1 and (files is None or config.TEMPERATURE == 0 or config.TOP_K == 1):
+        why = "MODE 'generate'" if files is None else "TEMPERATURE 0 or TOP_K 1, with which all are equal,"
+        print(f"note: NUM_CANDIDATES is {config.NUM_CANDIDATES}, but {why} makes one")
+        num_candidates = 1
+    prompts = new_prompts(model, target) if files is None else input_prompts(model, files, target, num_candidates, failed)
     batch_size = min(config.INFERENCE_BATCH_SIZE, num_outputs * num_candidates)
     sampling = generation.Sampling(config.TOP_K, config.TOP_P, config.TEMPERATURE)
 

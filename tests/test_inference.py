@@ -138,7 +138,8 @@ def test_tasks_that_the_model_was_not_trained_on(tiny_model, capsys):
     """A mistake is an error; what may be meant is one line; what was trained, and what is unknown, goes without a word."""
     plain = generator(tiny_model, extensions=["TXT", "txt"], config={"CONVERSION_MODE": None})
     pairs = generator(tiny_model, extensions=["abc", "mid"], config={"CONVERSION_MODE": "ABC->mid"})
-    published, both = generator(tiny_model), generator(tiny_model, extensions=["abc", "mid"], config={"CONVERSION_MODE": "abc&mid"})
+    both = generator(tiny_model, extensions=["abc", "mid"], config={"CONVERSION_MODE": "abc&mid"})
+    published = generator(tiny_model)
     for model, task, target in (
         (plain, {"mode": "generate"}, "txt"),
         (plain, {"mode": "generate", "target_ext": "TXT"}, "TXT"),
@@ -255,6 +256,25 @@ def test_candidates(tmp_path, tiny_model, tiny_checkpoint):
             assert (tmp_path / folder / name).read_bytes() == content
             assert [source, size, how, seed] == [f"input/{name}", str(len(content)), "cut off" if best.cut_off else "ended", "5"]
             assert float(bits) == pytest.approx(best.bits_per_byte(), abs=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{"TEMPERATURE": 0}, {"TOP_K": 1}, {"MODE": "generate", "NUM_SAMPLES": 2}])
+def test_equal_candidates_are_computed_once(tmp_path, monkeypatch, capsys, tiny_checkpoint, changes):
+    (tmp_path / "input").mkdir()
+    for name in ("a.x", "b.x"):
+        (tmp_path / "input" / name).write_bytes(b"abc")
+    monkeypatch.chdir(tmp_path)
+    written, generate = [], generation.generate
+
+    def count(model, prompts, *more):
+        written.extend(prompts)
+        return generate(model, written, *more)
+
+    monkeypatch.setattr(generation, "generate", count)
+    for name, value in {"MODE": "complete", "NUM_CANDIDATES": 8, "TARGET_EXT": "x", **changes}.items():
+        monkeypatch.setattr(config, name, value)
+    assert load_script("inference").main() == 0
+    assert len(written) == 2 and "note: NUM_CANDIDATES is 8" in capsys.readouterr().out
 
 
 # ---- From Python ----------------------------------------------------------------------------------------------------
