@@ -400,13 +400,10 @@ def main():
         (found, _), (wanted, script) = kinds[isinstance(model, Classifier)], kinds[mode == "classify"]
         hint = "; MODE 'classify' reports a classifier's accuracy" * (mode == "evaluate")
         raise system.UserError(f"{where} is a {found}; MODE {mode!r} needs a {wanted}, from {script}{hint}")
-    target = None  # TARGET_EXT, or the model's own
-    if mode != "classify":
-        target = model.check_task(mode, config.INPUT_EXT, config.TARGET_EXT, config.CONVERSION_MODE)
+    constants = config.INPUT_EXT, config.TARGET_EXT, config.CONVERSION_MODE
+    target = None if mode == "classify" else model.check_task(mode, *constants)
     if mode not in ("generate", "decompress"):
-        model.check_files(files)
-    if mode in ("evaluate", "classify", "compress"):
-        model.check_held_out(files)
+        model.check_files(files, are_scored=mode not in ("convert", "complete"))
     system.make_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER")
     own_names = {"classify": ("predictions.tsv",), "evaluate": report.NAMES, "compress": (), "decompress": ()}
     for name in own_names.get(mode, report.INDEX_NAMES):

@@ -1,5 +1,6 @@
 """Examples to train and evaluate on: pairs for a conversion, the held-out set, labels for classification."""
 
+import collections
 import functools
 import hashlib
 import math
@@ -151,11 +152,7 @@ def check_extensions(extensions, patch_size):
 
 
 def find_sets(settings, own):
-    """Returns the Examples of TRAIN_FOLDERS, and of EVAL_FOLDERS or None if that is [].
-
-    Raises:
-        UserError: a set is empty, or PATCH_SIZE cuts different extensions to one extension patch.
-    """
+    """Returns the Examples of TRAIN_FOLDERS, and of EVAL_FOLDERS or None if that is []; UserError if one cannot be used."""
     found, names = [], ("CONVERSION_MODE", "PATCH_SIZE", "PATCH_LENGTH")
     for name in ("TRAIN_FOLDERS", "EVAL_FOLDERS"):
         folders = settings[name]
@@ -195,11 +192,10 @@ def hold_out(examples, share, seed, groups=None):
     is_chosen = draws < share
     is_chosen[lowest[share * sizes >= 1]] = True
     is_chosen[highest] = False
+    if (sizes < 2).all():
+        raise UserError(f"EVAL_FOLDERS has no files, and EVAL_SPLIT cannot hold out a part of {len(draws)}: add files")
     if not is_chosen.any():
-        lowest = lowest[sizes > 1]
-        if not len(lowest):
-            raise UserError(f"EVAL_FOLDERS has no files, and EVAL_SPLIT cannot hold out a part of {len(draws)}: add files")
-        is_chosen[lowest[draws[lowest].argmin()]] = True
+        is_chosen[min(lowest[sizes > 1], key=draws.__getitem__)] = True
     return np.flatnonzero(~is_chosen), np.flatnonzero(is_chosen)
 
 
@@ -215,12 +211,8 @@ def hold_out_parts(examples, share, seed, patch_size, longest):
     lengths = examples.lengths(patch_size)
     least = math.inf if longest is None else longest if len(examples) == 1 else 8 * longest  # patches of a large file
     is_large = (lengths > min(10 * share, 0.5) * lengths.sum()) & (lengths > least)
-    large = np.flatnonzero(is_large)
-    if len(large):
-        is_chosen = (draw_by_name(examples, seed) < share) & ~is_large
-        kept, chosen = np.flatnonzero(~is_chosen), np.flatnonzero(is_chosen)
-    else:
-        kept, chosen = hold_out(examples, share, seed)
+    large, is_chosen = np.flatnonzero(is_large), (draw_by_name(examples, seed) < share) & ~is_large
+    kept, chosen = map(np.flatnonzero, (~is_chosen, is_chosen)) if len(large) else hold_out(examples, share, seed)
     # two patches at least, since no window predicts the first patch of a part
     cuts = lengths - np.clip((share * lengths).round().astype(np.int64), 2, lengths - 2)
     train_parts = {i: (0, int(cuts[index])) for i, index in enumerate(kept.tolist()) if is_large[index]}
@@ -259,28 +251,22 @@ def labels_of(examples, mode):
 
 
 def find_labels(train, mode):
-    """Returns the label indices of Examples, int64 (n,), and {label: index}, sorted.
-
-    Raises:
-        UserError: there is a single label, or folders of one name that are below different ones would be one label.
-    """
-    names, paths = labels_of(train, mode), {}
-    for name, path in set(zip(labels_of(train, "folder"), labels_of(train, "path"))):
-        paths.setdefault(name, []).append(path)
-    merged = sorted(path for same in paths.values() if len(same) > 1 for path in same)
+    """Returns the label indices of Examples, int64 (n,), and {label: index}, sorted. Raises UserError for a useless LABELS."""
+    names, folders = labels_of(train, mode), set(zip(labels_of(train, "folder"), labels_of(train, "path")))
+    counts = collections.Counter(name for name, _ in folders)
+    merged = sorted(path for name, path in folders if counts[name] > 1)
     if mode == "folder" and merged:
         what = f"LABELS 'folder' would make one label of folders of the same name: {first_names(merged)}"
         raise UserError(f"TRAIN_FOLDERS: {what}. --LABELS path makes a label of each, or rename them")
     labels = {label: index for index, label in enumerate(sorted(set(names)))}
     if len(labels) < 2:
-        others = LABEL_RULES.keys() - {"folder" if merged else "path"}
-        counts = {other: len(set(labels_of(train, other))) for other in sorted(others)}
+        rules = [other for other in LABEL_RULES if other != ("folder" if merged else "path")]
+        counts = {other: len(set(labels_of(train, other))) for other in rules}
         others = "".join(f"; --LABELS {other} finds {count} labels" for other, count in counts.items() if count > 1)
         only = f"the only label of its {len(train)} files is {names[0]!r}, but training needs two or more"
         raise UserError(f"TRAIN_FOLDERS: {only}. With LABELS {mode!r} it is {LABEL_RULES[mode]}{others}")
-    places = set(zip(names, train.files.places[train.indices[:, 0]].tolist()))
-    if mode in ("folder", "path") and len(places) > len(labels):
-        count = len(places) - len(labels)
+    count = len(set(zip(names, train.files.places[train.indices[:, 0]].tolist()))) - len(labels)
+    if mode in ("folder", "path") and count:
         print(f"note: {count} folders have the same label as folders of the same name in another of TRAIN_FOLDERS")
     return np.array([labels[name] for name in names], dtype=np.int64), labels
 

@@ -74,16 +74,13 @@ class Trained:
         """Returns the extensions of the training files for messages."""
         return "unknown" if self.extensions is None else first_names(each or "(none)" for each in self.extensions)
 
-    def check_files(self, files):
-        """Prints a note if input files have extensions that no training file had."""
+    def check_files(self, files, are_scored):
+        """Prints a note on input files of extensions that no training file had, and if they are scored, on training files."""
         new = {extension for extension in set(map(extension_of, files)) if not self.has_seen(extension)}
         if new := [path for path in files if extension_of(path) in new]:
             what = f"{len(new)} of {len(files)} files have extensions that {self.where} was not trained on"
             print(f"note: {what} ({describe_extensions(new)}); its extensions: {self.shown_extensions()}")
-
-    def check_held_out(self, files):
-        """Prints a warning if input files are training files."""
-        if count := int(np.isin(hash_texts(real_paths(files)), self.file_hashes).sum()):
+        if are_scored and (count := int(np.isin(hash_texts(real_paths(files)), self.file_hashes).sum())):
             print(f"warning: {self.where} was trained on {count} of {len(files)} files, so their figures are too good")
 
 
@@ -131,8 +128,8 @@ class Generator(Trained):
             target_ext = self._own_extension(sources) if target_ext is None else target_ext
             for name, extension in zip(("TARGET_EXT", "INPUT_EXT"), (target_ext, *sources)):
                 if not self.has_seen(extension):
-                    hint = f"was trained on no such file; its extensions: {self.shown_extensions()}"
-                    raise UserError(f"{name} is {extension!r}, but {self.where} {hint}")
+                    text = f"{name} is {extension!r}, but {self.where} was trained on no such file"
+                    raise UserError(f"{text}; its extensions: {self.shown_extensions()}")
             conversions = [(source.lower(), target_ext.lower()) for source in sources]
         how = {
             False: "has no record of its training data, so it may not have learned",
@@ -147,13 +144,13 @@ class Generator(Trained):
 
     def _own_extension(self, sources):
         """Returns the only extension of the training files that is not in `sources`; UserError if there are others."""
-        published = [] if sources else ["bin"]  # the published code's default
-        own = {each.lower(): each for each in sorted(published if self.extensions is None else self.extensions)}  # abc over ABC
+        if self.extensions is None and not sources:
+            print(f"note: TARGET_EXT is None, and {self.where} has no record of its extensions: writes .bin files")
+            return "bin"  # the published code's default
+        own = {each.lower(): each for each in sorted(self.extensions or ())}  # abc stays of ABC and abc
         own = [each for key, each in own.items() if key not in map(str.lower, sources)]
         if len(own) != 1:
             raise UserError(f"TARGET_EXT is None, but must be one of the extensions of {self.where}: {self.shown_extensions()}")
-        if self.extensions is None:
-            print(f"note: TARGET_EXT is None, and {self.where} has no record of its extensions: writes .bin files")
         return own[0]
 
     def generate(self, ext, count=1, *, top_k=0, top_p=1.0, temperature=1.0, seed=0, batch_size=32):

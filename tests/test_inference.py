@@ -170,10 +170,10 @@ def test_tasks_that_the_model_was_not_trained_on(tiny_model, capsys):
     ):
         with pytest.raises(system.UserError, match=words):
             model.check_task(**task)
-    plain.check_files(["a.txt", "b.TXT"])
-    published.check_files(["a.nosuch"])
+    plain.check_files(["a.txt", "b.TXT"], True)
+    published.check_files(["a.nosuch"], True)
     assert not capsys.readouterr().out
-    plain.check_files(["a.txt", "b.Txt", "c.nosuch", "d"])
+    plain.check_files(["a.txt", "b.Txt", "c.nosuch", "d"], True)
     assert "note: 2 of 4 files" in capsys.readouterr().out  # b.Txt is read as b.txt
 
 

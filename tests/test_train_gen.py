@@ -329,9 +329,10 @@ def test_files_without_partner_and_shared_files_are_counted(folder, capsys):
     assert "TRAIN_FOLDERS: 9 of 11 files are in no pair" in done.stdout
     assert "1 evaluation examples are training examples too" in done.stdout
     trained = models.Trained(None, load(folder / "weights.pth"))  # the checkpoint has the files, for MODE evaluate
-    trained.check_held_out([f"{folder}/same/{name}" for name in ("0.mid", "0.bin", "1.bin")])
+    trained.check_files([f"{folder}/same/{name}" for name in ("0.mid", "0.bin", "1.bin")], are_scored=True)
     assert "trained on 2 of 3 files" in capsys.readouterr().out
-    trained.check_held_out([f"{folder}/eval/0.bin"])
+    trained.check_files([f"{folder}/same/0.bin"], are_scored=False)
+    trained.check_files([f"{folder}/eval/0.bin"], are_scored=True)
     assert not capsys.readouterr().out
 
 
