@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 
 import filelock
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # errors of a write when nothing more fits
+NO_FSYNC = (errno.EINVAL, errno.ENOTSUP)  # errors of fsync on a file system without it
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a job system, a closed terminal
 SHOWN_NAMES = 10  # most names in a message
 
@@ -87,8 +89,9 @@ def hidden(path, ending):
 def write_whole(path, content):
     """Writes a temporary file and renames it to `path`, which is at any moment the whole old file or the whole new one.
 
-    Calls fsync before the rename. A symlink stays one, its target is replaced. Since the caller has locked the file or its
-    folder, the temporary name is fixed: that of a killed run is overwritten by the next one.
+    Calls fsync before the rename. A symlink stays one, its target is replaced. A replaced file keeps its mode and group, and
+    its owner if root replaces it. Since the caller has locked the file or its folder, the temporary name is fixed: that of a
+    killed run is overwritten by the next one.
 
     Args:
         path: the file, named by every OSError.
@@ -97,12 +100,17 @@ def write_whole(path, content):
     path, temporary = os.path.realpath(path), hidden(path, "tmp")
     try:
         with open(temporary, "wb") as file:
+            _take_over(path, file.fileno())  # before the content is in it, which may be private
             if callable(content):
                 content(file)
             else:
                 file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in NO_FSYNC:
+                    raise
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -110,10 +118,21 @@ def write_whole(path, content):
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, path) from None
         raise
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)
-    with contextlib.suppress(OSError):  # puts the new name on the disk, too; some file systems cannot sync a folder
-        os.fsync(folder)
-    os.close(folder)
+    with contextlib.suppress(OSError):  # puts the new name on the disk, too; some file systems cannot open or sync a folder
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _take_over(path, descriptor):
+    """Gives an open file the group and mode of the file at `path`, if there is one and the file system allows it."""
+    with contextlib.suppress(OSError):
+        before = os.stat(path)
+        with contextlib.suppress(OSError):  # a group that this user is not in
+            os.fchown(descriptor, before.st_uid if os.geteuid() == 0 else -1, before.st_gid)
+        os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
 
 
 def keep_backup(path, why="not made by this run"):

@@ -1,8 +1,11 @@
 """Checkpoints: the published layout, whole-or-not-at-all saving, and everything that must be refused."""
 
+import errno
 import os
 import pickle
+import re
 import resource
+import stat
 
 import pytest
 import safetensors.torch
@@ -271,6 +274,54 @@ def test_saved_files_have_the_usual_permissions(tmp_path):
     (tmp_path / "plain").write_bytes(b"")
     checkpoint.save_checkpoint(tmp_path / "weights.pth", {})
     assert (tmp_path / "weights.pth").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_replaced_file_keeps_its_mode_and_group(tmp_path):
+    path = tmp_path / "weights.pth"
+    for mode in (0o600, 0o664, 0o750):
+        path.write_text("old")
+        path.chmod(mode)
+        if os.geteuid() == 0:
+            os.chown(path, 1, 54321)
+        before, modes = path.stat(), []
+
+        def content(file):
+            modes.append(stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+
+        system.write_whole(str(path), content)
+        after = path.stat()
+        assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+        assert modes == [mode] and after.st_ino != before.st_ino  # private before the content is written
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EIO])
+def test_a_file_system_without_fsync(tmp_path, monkeypatch, number):
+    """A folder's fsync is best effort. A file's fsync may be missing, but not fail."""
+    path, fails, fsync, opened = tmp_path / "weights.pth", [stat.S_ISDIR], os.fsync, os.open
+
+    def refuse(descriptor):
+        if any(is_kind(os.fstat(descriptor).st_mode) for is_kind in fails):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    def refuse_folders(path, *arguments, **keywords):
+        if os.path.isdir(path):
+            raise OSError(number, os.strerror(number), path)
+        return opened(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    system.write_whole(str(path), b"one")
+    monkeypatch.setattr(os, "open", refuse_folders)
+    system.write_whole(str(path), b"two")
+    assert path.read_bytes() == b"two"
+    fails.append(stat.S_ISREG)
+    if number in (errno.EINVAL, errno.ENOTSUP):
+        system.write_whole(str(path), b"three")
+    else:
+        with pytest.raises(OSError, match=re.escape(str(path))):
+            system.write_whole(str(path), b"three")
+        assert path.read_bytes() == b"two"
+    assert os.listdir(tmp_path) == ["weights.pth"]
 
 
 def test_backups_never_replace_each_other(tmp_path):
