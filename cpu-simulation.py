@@ -161,7 +161,7 @@ def translate(args):
     title = f"{name}: {len(data):,} bytes, {args.num_registers} registers, {args.memory_size} bytes of memory; * marks changes"
     problems = [f"malformed at byte {byte}: {problem}" for byte, problem in problems]
     text = "\n".join([title, "", *lines, *problems])
-    system.write_whole(args.output_path, f"{text}\n".encode())
+    system.write_results({args.output_path: f"{text}\n".encode()})
     print(text)
     if problems:
         raise system.UserError(f"{name}: {problems[0]}" + f" (and {len(problems) - 1} more)" * (len(problems) > 1))
@@ -188,7 +188,7 @@ def evaluate(args):
         problem = f"none of its {total:,} .bin files has a whole program, the {memory_size} bytes of --memory_size"
         raise system.UserError(f"--dir_path {folder}: {problem}, e.g. {system.escape_name(paths[0])}")
     if args.json is not None:
-        system.write_whole(args.json, f"{json.dumps(found, indent=1)}\n".encode())
+        system.write_results({args.json: f"{json.dumps(found, indent=1)}\n".encode()})
     print(*report(found), "", f"{total:,} files in {folder}, {R} registers, {memory_size} bytes of memory", sep="\n")
 
 

@@ -40,7 +40,6 @@ if __name__ == "__main__":
     system.start(lambda: settings.override(config), check_settings)  # before the seconds that PyTorch takes to load
 
 import collections
-import functools
 import time
 import zlib
 
@@ -76,11 +75,10 @@ def list_failed(failed):
     return 1 if failed else 0
 
 
-def write_output(path, content, is_ours, failed):
+def write_output(path, content, backups, failed):
     """Writes an output file and returns whether that succeeded; appends (path, reason) to `failed` if not.
 
-    Args:
-        is_ours: function of the path: whether an earlier run made the file there. Any other gets a backup.
+    A file of other content in its place gets a backup, which is appended to `backups`.
 
     Raises:
         OSError: the disk is full, so that no other file would fit either.
@@ -90,8 +88,8 @@ def write_output(path, content, is_ours, failed):
         return False
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        if os.path.isfile(path) and not is_ours(path):
-            system.keep_backup(path)
+        if os.path.isfile(path):
+            backups.append(system.keep_backup(path, content))
         system.write_whole(path, content)
     except OSError as error:
         if error.errno in system.FULL_DISK:
@@ -171,8 +169,7 @@ def write_files(model, files, stop_signals, target):
         stop_signals: the `system.StopSignals`.
         target: TARGET_EXT, or in place of None the model's own.
     """
-    rows, cut_off, failed = [], [], []  # rows: of the index
-    known = report.read_index(os.path.join(config.OUTPUT_FOLDER, report.INDEX_NAMES[0])) or {}
+    rows, cut_off, backups, failed = [], [], [], []  # rows: of the index
     indexed_at = time.monotonic()
     num_outputs, num_candidates = (config.NUM_SAMPLES, 1) if files is None else (len(files), config.NUM_CANDIDATES)
     if config.NUM_CANDIDATES > 1 and (files is None or config.TEMPERATURE == 0 or config.TOP_K == 1):
@@ -182,9 +179,6 @@ def write_files(model, files, stop_signals, target):
     prompts = new_prompts(model, target) if files is None else input_prompts(model, files, target, num_candidates, failed)
     batch_size = min(config.INFERENCE_BATCH_SIZE, num_outputs * num_candidates)
     sampling = generation.Sampling(config.TOP_K, config.TOP_P, config.TEMPERATURE)
-
-    def is_listed(path):
-        return system.escape_name(os.path.relpath(path, config.OUTPUT_FOLDER)) in known
 
     try:
         with tqdm(unit="B", unit_scale=True, desc=config.MODE, **system.progress_options()) as bar:
@@ -197,7 +191,7 @@ def write_files(model, files, stop_signals, target):
             for continuation in best_candidates(continuations, num_candidates):
                 output = continuation.key
                 content = output.prefix + utils.to_content(continuation.symbols)
-                if not write_output(output.path, content, is_listed, failed):
+                if not write_output(output.path, content, backups, failed):
                     continue
                 if continuation.cut_off:
                     cut_off.append(output.path)
@@ -210,6 +204,7 @@ def write_files(model, files, stop_signals, target):
                     indexed_at = time.monotonic()
     finally:  # also after Ctrl-C or on a full disk: the written files stay and are listed
         print(f"{len(rows)} files written to {config.OUTPUT_FOLDER}")
+        system.print_backups(backups)
         if cut_off:
             print(f"{len(cut_off)} of them cut off, since the model's {model.net.patch_length} patches (PATCH_LENGTH) were full:")
             print("\n".join(f"  {system.escape_name(path)}" for path in cut_off))
@@ -267,7 +262,7 @@ def write_predictions(model, files, found, name):
         lines.append([system.escape_name(os.path.relpath(files[index], config.INPUT_FOLDER))])
         for probability, label in zip(*found[index]):
             lines[-1] += [system.escape_name(model.labels[label]), f"{probability:.4f}"]
-    system.write_whole(path, "".join("\t".join(line) + "\n" for line in lines).encode())
+    system.write_results({path: "".join("\t".join(line) + "\n" for line in lines).encode()})
     print(f"{len(found)} of {len(files)} files classified in {path}")
 
 
@@ -341,7 +336,7 @@ def code_files(model, files, stop_signals):
     """Compresses or decompresses the input files and prints their sizes; arguments and result are as in `write_files`."""
     from bgpt import lossless  # needs constriction, which no other MODE does
 
-    is_compressing, failed = config.MODE == "compress", []
+    is_compressing, backups, failed = config.MODE == "compress", [], []
     paths = [files[i] for i in np.argsort(-files.sizes, kind="stable")]  # the longest first, so that the last batches are full
     if not is_compressing:
         paths = [path for path in paths if path.endswith(lossless.SUFFIX)]
@@ -366,12 +361,12 @@ def code_files(model, files, stop_signals):
             for path, content, container in coded:
                 output = os.path.join(config.OUTPUT_FOLDER, os.path.relpath(path, config.INPUT_FOLDER))
                 output = output + lossless.SUFFIX if is_compressing else output.removesuffix(lossless.SUFFIX)
-                result = container if is_compressing else content
-                if write_output(output, result, functools.partial(has_content, content=result), failed):
+                if write_output(output, container if is_compressing else content, backups, failed):
                     sizes.append((len(content), len(container), len(evaluation.COMPRESSORS["xz -9e"](content))))
                 bar.set_postfix_str(f"{len(sizes)}/{len(paths)} files", refresh=False)
     finally:  # also after Ctrl-C or on a full disk: the written files stay
         print(f"{len(sizes)} files written to {config.OUTPUT_FOLDER}")
+        system.print_backups(backups)
         if sizes:
             content, containers, compressed = np.array(sizes, dtype=np.int64).sum(0).tolist()
             seconds = time.monotonic() - start
@@ -381,11 +376,6 @@ def code_files(model, files, stop_signals):
             print(f"{line}; {seconds:.1f} s, {content / seconds:,.0f} bytes/s")
         list_failed(failed)
     return 1 if failed else 0
-
-
-def has_content(path, content):
-    """Returns whether the file at a path has this very content."""
-    return os.path.getsize(path) == len(content) and utils.read_bytes(path) == content
 
 
 def main():

@@ -287,7 +287,7 @@ class RunFiles:
         """
         try:
             if path not in self._own:
-                system.keep_backup(path)
+                system.print_backups([system.keep_backup(path)])
                 self._own.add(path)
             save_checkpoint(path, contents)
         except OSError as error:

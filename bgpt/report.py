@@ -6,6 +6,7 @@ loading anything, and Jinja's autoescape makes hostile names and contents harmle
 
 import base64
 import bisect
+import contextlib
 import hashlib
 import json
 import os
@@ -22,14 +23,15 @@ from bgpt.files import extension_of
 from bgpt.intervals import bootstrap_interval, wilson_interval
 from bgpt.system import escape_name
 from bgpt.windows import ADVANCE
-from utils import END
+from utils import END, read_bytes
 
 NAMES = ("evaluation.tsv", "evaluation.json", "evaluation.html")
 LEVELS = (0.5, 1, 2, 3, 4, 6, 8, 12)  # bits at which the colour of a byte changes
 
 INDEX_NAMES = ("index.tsv", "index.html")
 INDEX_COLUMNS = ("file", "source", "bytes", "bits per byte", "cut off or ended", "seed")
-SHOWN_BYTES = 2**24  # most bytes of all files in the gallery; only figures are shown of the others
+SHOWN_FILES, SHOWN_BYTES = 1000, 2**23  # most files, and their bytes, that the gallery shows: the page must open at once
+SHOWN_TEXT = 2000  # bytes of a text
 
 _SYMBOLS = [*(chr(byte) if 32 < byte < 127 else f"x{byte:02x}" for byte in range(256)), "end"]  # names for hover titles
 _IMAGES = {"jpg": "jpeg", "svg": "svg+xml"} | {name: name for name in ("bmp", "gif", "jpeg", "png", "webp")}
@@ -252,9 +254,8 @@ def write_report(folder, model, windows, scores, dtype, settings, unfit, failed)
         "failed": [{"file": escape_name(path), "reason": why} for path, why in failed],
     }
     notes = [escape_name(f"{weights}, SHA-256 {digest}, {dtype} on {model.device}; 95 % intervals over files."), verdict]
-    system.write_whole(paths[0], table_of_files(everything["files"]).encode())
-    system.write_whole(paths[1], json.dumps(everything, indent=1).encode())
-    system.write_whole(paths[2], build_page(notes, groups, shown))
+    table_and_json = table_of_files(everything["files"]).encode(), json.dumps(everything, indent=1).encode()
+    system.write_results(dict(zip(paths, (*table_and_json, build_page(notes, groups, shown)))))
     lines = [f"{len(scores)} files evaluated in {', '.join(paths)}; 95 % intervals over files:", *aligned(table), verdict]
     if len(scores) == 1:
         rows = [[str(offset), str(count), f"{bits:.2f}"] for offset, count, bits in scores[0].stretches]
@@ -267,27 +268,27 @@ def write_report(folder, model, windows, scores, dtype, settings, unfit, failed)
 def read_index(path):
     """Returns {file: fields of its line} of an index.tsv, or None if the file is missing or no index."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            lines = [line.split("\t") for line in file.read().split("\n") if line]
+        lines = [line.split("\t") for line in read_bytes(path).decode().split("\n") if line]
     except (FileNotFoundError, UnicodeDecodeError):
         return None
-    if lines[:1] != [list(INDEX_COLUMNS)]:
+    if lines[:1] != [list(INDEX_COLUMNS)] or any(len(fields) != len(INDEX_COLUMNS) for fields in lines):
         return None
-    return {fields[0]: fields for fields in lines[1:] if len(fields) == len(INDEX_COLUMNS)}
+    return {fields[0]: fields for fields in lines[1:]}
 
 
 def write_index(folder, rows):
     """Writes index.tsv and index.html into a folder of outputs.
 
-    Files that earlier runs listed stay listed while they exist. An index.tsv that is no index is kept as a backup, with its page.
+    Files that earlier runs listed stay listed while they exist. An index.tsv that is no index is kept as a backup, with its page,
+    and so is an index.html that is no gallery. The page has the contents of the newest files, never of one outside the folder.
     `rows` are tuples of INDEX_COLUMNS, with the path within the folder. Bits per byte may be None.
     """
     table, page = (os.path.join(folder, name) for name in INDEX_NAMES)
     listed = read_index(table)
-    if listed is None:
-        listed = {}
-        system.keep_backup(table)
-        system.keep_backup(page)
+    is_gallery = os.path.isfile(page) and b"<title>bGPT: " in read_bytes(page, stop=200)
+    foreign = [table, page] if listed is None else [page] * (not is_gallery)
+    system.print_backups(map(system.keep_backup, foreign))
+    listed = listed or {}
     for file, source, num_bytes, bits, how, seed in rows:
         bits = "" if bits is None else f"{bits:.4f}"
         listed[escape_name(file)] = [escape_name(file), escape_name(source), str(num_bytes), bits, how, str(seed)]
@@ -295,25 +296,31 @@ def write_index(folder, rows):
     names = sorted(listed, key=lambda name: [part.zfill(20) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
     paths = {name: os.path.join(folder, system.unescape_name(name)) for name in names}
     paths = {name: path for name, path in paths.items() if os.path.isfile(path)}
+    times = {name: os.stat(path).st_mtime_ns for name, path in paths.items()}
     system.write_whole(table, "".join("\t".join(fields) + "\n" for fields in [INDEX_COLUMNS, *map(listed.get, paths)]).encode())
-    files, shown = [], 0
-    for name, path in paths.items():
-        size, content = os.path.getsize(path), (None, None)
-        if shown + size <= SHOWN_BYTES:
-            shown += size
-            with open(path, "rb") as file:
-                content = _shown_content(file.read(), extension_of(path).lower())
-        files.append((listed[name], *content))
-    system.write_whole(page, _render("gallery.html.j2", files=files, table=INDEX_NAMES[0], limit=SHOWN_BYTES // 2**20))
+    shown, others, room = [], [], SHOWN_BYTES  # shown: (fields, kind, content)
+    for name in sorted(reversed(paths), key=lambda name: -times[name]):
+        content, extension = None, extension_of(paths[name]).lower()
+        size = os.path.getsize(paths[name]) if extension in _IMAGES or extension in _SOUNDS else SHOWN_TEXT
+        is_inside = os.path.realpath(paths[name]).startswith(os.path.join(os.path.realpath(folder), ""))
+        if len(shown) < SHOWN_FILES and size <= room and is_inside:
+            with contextlib.suppress(OSError):  # unreadable: its figures are shown
+                content = _shown_content(read_bytes(paths[name], stop=size), os.path.getsize(paths[name]), extension)
+        if content is None:
+            others.append(listed[name])
+        else:
+            room -= size
+            shown.append((listed[name], *content))
+    system.write_whole(page, _render("gallery.html.j2", shown=shown, others=others, table=INDEX_NAMES[0]))
 
 
-def _shown_content(content, extension):
-    """Returns how the gallery shows a file: ("image" or "audio", data URI), or ("text", text or hex dump)."""
+def _shown_content(content, size, extension):
+    """Returns how the gallery shows a file of `size` bytes: ("image" or "audio", data URI), or ("text", text or hex dump)."""
     for kind, media in (("image", _IMAGES), ("audio", _SOUNDS)):
         if extension in media:
             return kind, f"data:{kind}/{media[extension]};base64,{base64.b64encode(content).decode()}"
-    most = 2000  # bytes
-    text = content[:most].decode("utf-8", "replace").replace("\r\n", "\n")
+    most = SHOWN_TEXT
+    text = content.decode("utf-8", "replace").replace("\r\n", "\n")
     printable = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
     if extension not in ("abc", "txt") and (printable != text or "\ufffd" in text[:-1]):  # the last character may be cut through
         rows, most = [], 256
@@ -322,5 +329,5 @@ def _shown_content(content, extension):
             characters = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)
             rows.append(f"{start:04x}  {row.hex(' '):<47}  {characters}")
         printable = "\n".join(rows)
-    more = f"\n… and {len(content) - most:,} more bytes" if len(content) > most else ""
+    more = f"\n… and {size - most:,} more bytes" if size > most else ""
     return "text", printable + more

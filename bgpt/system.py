@@ -135,19 +135,39 @@ def _take_over(path, descriptor):
         os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
 
 
-def keep_backup(path, why="not made by this run"):
-    """Keeps the file at `path`, if there is one, as the first free of path.bak, path.bak2, …, and prints that."""
+def keep_backup(path, content=None):
+    """Keeps the file at `path` as the first free of path.bak, path.bak2, … and returns that path.
+
+    Returns None if there is no file, or if `content` (bytes) is what it has.
+    """
     if not os.path.exists(path):
-        return
+        return None
+    if content is not None and os.path.getsize(path) == len(content):
+        with open(path, "rb") as file:
+            if file.read() == content:
+                return None
     backup, number = f"{path}.bak", 1
     while os.path.lexists(backup):
         number += 1
         backup = f"{path}.bak{number}"
-    print(f"{path} was {why}: kept as {backup}")
     try:
         os.link(os.path.realpath(path), backup)  # a symlink's target; `path` is never without its file
     except OSError:  # a file system without hard links
         shutil.copy2(path, backup)
+    return backup
+
+
+def print_backups(backups, why="not made by this run"):
+    """Prints results of `keep_backup`."""
+    if backups := list(filter(None, backups)):
+        print(f"{why}: kept as {first_names(backups)}")
+
+
+def write_results(contents):
+    """Writes files, {path: bytes}, see `write_whole`. Files of other content that are in their places get backups."""
+    print_backups([keep_backup(path, content) for path, content in contents.items()])
+    for path, content in contents.items():
+        write_whole(path, content)
 
 
 @contextlib.contextmanager

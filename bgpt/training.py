@@ -241,7 +241,7 @@ class Run:
             why = "scored on another evaluation set" if has_best else f"the best model of this run is not at {self.files.best}"
             print(f"best score reset: {why}")
             if has_best and self.ranks.rank == 0:
-                system.keep_backup(self.files.best, "scored on another evaluation set")
+                system.print_backups([system.keep_backup(self.files.best)], why)
             self.state.best_epoch, self.state.best = 0, None
 
     def begin(self):

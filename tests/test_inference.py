@@ -189,8 +189,42 @@ def test_what_others_put_in_the_output_folder_stays(tmp_path, tiny_checkpoint):
     assert (tmp_path / "output" / "a.x.bak").read_bytes() == b"the user's"
     assert (tmp_path / "output" / "a.x").read_bytes() != b"the user's"
     assert (tmp_path / "input" / "link.x").read_bytes() == b"abc"
-    infer(tmp_path, MODE="complete")  # what the index lists is its own
-    assert outputs_in(tmp_path / "output") == ["a.x", "a.x.bak", "link.x"]
+    assert "kept as output/a.x.bak" in done.stdout
+    done = infer(tmp_path, MODE="complete")  # the same content needs no backup
+    assert "kept as" not in done.stdout and outputs_in(tmp_path / "output") == ["a.x", "a.x.bak", "link.x"]
+    before = (tmp_path / "output" / "a.x").read_bytes()
+    done = infer(tmp_path, MODE="complete", SEED=1)  # that of an earlier run does
+    assert "kept as output/a.x.bak2" in done.stdout and (tmp_path / "output" / "a.x.bak2").read_bytes() == before
+
+
+def test_no_result_of_others_is_replaced(tmp_path, tiny_checkpoint):
+    """Each output of every MODE and script, twice: a file of the user's own, then the backup of it."""
+    net = fill_by_recipe(utils.bGPTForClassification(utils.make_configs(4, 16, 64, 2, 1)[0], 3))
+    checkpoint.save_checkpoint(tmp_path / "cls.pth", {"model": net.state_dict(), "labels": {"c.x": 2, "a.x": 0, "b.x": 1}})
+    for name in ("data/a.x", "data/b.x", "cpu/a.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(4 + 7 + 7))
+    inputs = {"INPUT_FOLDER": "data"}
+    runs = [
+        ("inference.py", options(MODE="evaluate", **inputs), [f"output/{name}" for name in report.NAMES]),
+        ("inference.py", options(MODE="classify", INFERENCE_WEIGHTS_PATH="cls.pth", **inputs), ["output/predictions.tsv"]),
+        ("inference.py", options(NUM_SAMPLES=1), [f"output/{name}" for name in report.INDEX_NAMES]),
+        ("inference.py", options(MODE="compress", **inputs), ["output/a.x.bgpt"]),
+    ]
+    sizes = "--num_registers", "1", "--memory_size", "4"
+    runs.append(("cpu-simulation.py", ["--mode", "translate", "--states_path", "cpu/a.bin", *sizes], ["cpu_states.txt"]))
+    runs.append(("cpu-simulation.py", ["--mode", "evaluate", "--dir_path", "cpu", "--json", "x.json", *sizes], ["x.json"]))
+    (tmp_path / "output").mkdir()
+    for script, arguments, names in runs:
+        for name in names:
+            (tmp_path / name).write_text("my own")
+            (tmp_path / f"{name}.bak").write_text("my own backup")
+        done = run_script(script, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        [line] = [line for line in done.stdout.splitlines() if "kept as" in line]
+        for name in names:
+            assert (tmp_path / name).read_bytes() != b"my own" and f"{name}.bak2" in line
+            assert (tmp_path / f"{name}.bak").read_text() == "my own backup" and (tmp_path / f"{name}.bak2").read_text() == "my own"
 
 
 def test_two_runs_never_share_a_folder(tmp_path, tiny_checkpoint):

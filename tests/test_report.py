@@ -1,6 +1,7 @@
 """Tables and pages: the report of an evaluation, and the index of a folder of outputs."""
 
 import html.parser
+import os
 import re
 
 import numpy as np
@@ -118,11 +119,49 @@ def test_index_goes_on_stays_small_and_keeps_what_is_not_its_own(tmp_path, monke
     report.write_index(tmp_path, [("f-10.x", "", 4, 2.0, "ended", 0), ("gone.x", "", 3, 2.0, "ended", 0)])
     assert (tmp_path / "index.tsv.bak").read_text() == "my own table"
     assert (tmp_path / "index.html.bak").read_text() == "my own page"
-    monkeypatch.setattr(report, "SHOWN_BYTES", 7)
+    os.utime(tmp_path / "f-10.x", (1, 1))
     report.write_index(tmp_path, [("f-2.x", "", 4, 2.0, "cut off", 1)])
     assert list(report.read_index(tmp_path / "index.tsv")) == ["f-2.x", "f-10.x"]
-    text = Reader((tmp_path / "index.html").read_text(encoding="utf-8")).text
-    assert text.count("word") == 1 and "f-10.x" in text and not (tmp_path / "index.tsv.bak2").exists()
+    for constant, most in (("SHOWN_BYTES", 2000), ("SHOWN_FILES", 1)):  # a text counts as 2000 bytes
+        with monkeypatch.context() as patch:
+            patch.setattr(report, constant, most)
+            report.write_index(tmp_path, [])
+            text = Reader((tmp_path / "index.html").read_text(encoding="utf-8")).text
+            assert text.count("word") == 1 and text.index("f-2.x") < text.index("word") < text.index("f-10.x")  # newest first
+    assert not (tmp_path / "index.tsv.bak2").exists() and not (tmp_path / "index.html.bak2").exists()
+    # a page of the user's own next to an index, an index with notes of the user's own
+    write_files(tmp_path, {"index.html": b"my next page"})
+    report.write_index(tmp_path, [])
+    with open(tmp_path / "index.tsv", "a", encoding="utf-8") as file:
+        file.write("my notes\n")
+    report.write_index(tmp_path, [("f-2.x", "", 4, 2.0, "cut off", 1)])
+    assert (tmp_path / "index.html.bak2").read_text() == "my next page"
+    assert (tmp_path / "index.tsv.bak2").read_text().endswith("my notes\n")
+
+
+def test_the_gallery_shows_no_file_outside_its_folder(tmp_path):
+    """An index.tsv of others may name any path, and symlinks lead anywhere."""
+    folder, secret = tmp_path / "output", tmp_path / "output-2" / "secret.txt"
+    write_files(folder, {"mine.txt": b"to be shown"})
+    write_files(secret.parent, {"secret.txt": b"never to be shown"})
+    (folder / "link.txt").symlink_to(secret)
+    (folder / "sub").symlink_to(secret.parent)
+    names = ["mine.txt", "link.txt", "sub/secret.txt", "../output-2/secret.txt", str(secret)]
+    lines = ["\t".join(report.INDEX_COLUMNS), *(f"{name}\t\t9\t\tended\t0" for name in names)]
+    (folder / "index.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    report.write_index(str(folder), [])
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert page.count("to be shown") == 1 and "never" not in page and "href" not in page
+
+
+def test_the_page_of_many_outputs_stays_small(tmp_path):
+    names = [f"{i}.bmp" for i in range(3000)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"BM" + bytes(5000))
+    report.write_index(str(tmp_path), [(name, "", 5002, 3.5, "ended", 0) for name in names])
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert page.count("<img") == report.SHOWN_FILES and len(page) < 4 / 3 * report.SHOWN_BYTES + 500 * len(names)
+    assert "2999.bmp" in page.split("<img")[0] and "0.bmp" in page.split("<ul>")[1]
 
 
 def test_an_output_never_takes_the_place_of_the_index(tmp_path, tiny_checkpoint):
