@@ -71,8 +71,15 @@ def list_failed(failed):
     """Prints the files that failed, pairs of path and reason; returns the exit status."""
     if failed:
         print(f"{len(failed)} could not be done:")
-        print("\n".join(f"  {system.escape_name(path)}: {why}" for path, why in failed))
+        print_first(f"{system.escape_name(path)}: {why}" for path, why in failed)
     return 1 if failed else 0
+
+
+def print_first(lines):
+    """Prints the first lines of an iterable, and how many more there are."""
+    lines = [f"  {line}" for line in lines]
+    more = [f"  and {len(lines) - system.SHOWN_NAMES} more"] * (len(lines) > system.SHOWN_NAMES)
+    print(*lines[: system.SHOWN_NAMES], *more, sep="\n")
 
 
 def write_output(path, content, backups, failed):
@@ -206,8 +213,8 @@ def write_files(model, files, stop_signals, target):
         print(f"{len(rows)} files written to {config.OUTPUT_FOLDER}")
         system.print_backups(backups)
         if cut_off:
-            print(f"{len(cut_off)} of them cut off, since the model's {model.net.patch_length} patches (PATCH_LENGTH) were full:")
-            print("\n".join(f"  {system.escape_name(path)}" for path in cut_off))
+            reason = f"the model's {model.net.patch_length} patches (PATCH_LENGTH) were full"
+            print(f"{len(cut_off)} of them cut off, since {reason}: {system.first_names(cut_off)}")
         list_failed(failed)
         report.write_index(config.OUTPUT_FOLDER, rows)
     return 1 if failed else 0
@@ -269,14 +276,14 @@ def write_predictions(model, files, found, name):
 def report_labels(model, files, found):
     """Prints how many predictions are right, among the files whose names (or folders) have one of its labels."""
     truth = examples.labels_of(utils.Examples(files), model.label_mode)
-    confusion = np.zeros((len(model.labels), len(model.labels)))
+    confusion, indices = collections.Counter(), {label: index for index, label in enumerate(model.labels)}
     for index, (_, likeliest) in found.items():
-        if truth[index] in model.labels:
-            confusion[model.labels.index(truth[index]), likeliest[0]] += 1
-    if confusion.any():
+        if truth[index] in indices:
+            confusion[indices[truth[index]], likeliest[0]] += 1
+    if confusion:
         where = "folders" if model.label_mode in ("folder", "path") else "names"
-        print(f"the {where} of {confusion.sum():.0f} of them have one of the model's labels:")
-        print(evaluation.classification_report(confusion, model.labels), end="")
+        print(f"the {where} of {confusion.total()} of them have one of the model's labels:")
+        print(evaluation.classification_report(confusion, model.labels)[0], end="")
 
 
 # ---- Evaluate -------------------------------------------------------------------------------------------------------
@@ -325,7 +332,7 @@ def evaluate_files(model, files, stop_signals):
         print(report.write_report(config.OUTPUT_FOLDER, net, windows, scores, model.dtype, constants, unfit, failed))
     if unfit:
         print(f"{len(unfit)} pairs do not fit in the model's {net.patch_length} patches (PATCH_LENGTH) and are left out:")
-        print("\n".join(f"  {system.escape_name(name)}: {length} patches" for name, length in unfit))
+        print_first(f"{system.escape_name(name)}: {length} patches" for name, length in unfit)
     return list_failed(failed)
 
 

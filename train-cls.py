@@ -21,6 +21,7 @@ def check_settings():
 if __name__ == "__main__":
     system.start(lambda: settings.override(config), check_settings)  # before the seconds that PyTorch takes to load
 
+import collections
 import dataclasses
 
 import numpy as np
@@ -105,9 +106,9 @@ class LabelTotals(evaluation.Totals):
 def evaluate(run, truth):
     """Returns (LabelTotals, confusion) of all ranks over every evaluation example; of longer files, the head.
 
-    Confusion is float64 (labels, labels), the number of files of each true label (row) by predicted label (column).
+    Confusion is a Counter of files by the indices of their true label and of the predicted one.
     """
-    totals, confusion = LabelTotals(run.ranks.device), np.zeros((len(run.labels), len(run.labels)))
+    totals, confusion = LabelTotals(run.ranks.device), collections.Counter()
     dataset, steps = run.evaluation_steps()
     run.model.eval()
     with run.progress("eval", steps) as bar:
@@ -118,9 +119,9 @@ def evaluate(run, truth):
                 with run.autocast():
                     logits = run.model(batch.patches_on(run.ranks.device), batch.masks).float()
                 totals.add(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
-                np.add.at(confusion, (truth[indices].numpy(), logits.argmax(-1).cpu().numpy()), 1)
+                confusion.update(zip(truth[indices].tolist(), logits.argmax(-1).tolist()))
             bar.update(steps.count(number))
-    return totals.over(run.ranks), np.array(run.ranks.sum(confusion))
+    return totals.over(run.ranks), sum(run.ranks.gather(confusion), collections.Counter())
 
 
 def train(ranks):
@@ -175,7 +176,7 @@ def train(ranks):
                 "eval_acc": eval_totals.accuracy,
             }
             report = evaluation.classification_report(confusion, list(labels))
-            run.end_epoch(figures, value=eval_totals.accuracy, loss=eval_totals.loss, report=report)  # saves, logs, prints
+            run.end_epoch(figures, eval_totals.accuracy, eval_totals.loss, *report)  # saves, logs, prints
         run.finish()
 
 

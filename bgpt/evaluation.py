@@ -241,15 +241,19 @@ def score_symbols(model, windows, index, parts, dtype, num_likeliest=3):
 
 # ---- Labels ---------------------------------------------------------------------------------------------------------
 
-def classification_report(confusion, labels, most=30):
-    """Returns a classifier's accuracy, precisions and recalls, as aligned lines of text.
+def classification_report(confusion, labels, most=30, worst=20):
+    """Returns a classifier's accuracy, precisions and recalls, as aligned lines of text, and details for the log, or "".
 
     Balanced accuracy is the mean of the recalls. A label without files has the recall "-", one never predicted the precision "-".
 
-    `confusion` (labels, labels) counts files by true label (row) and predicted label (column). It is shown up to `most` labels.
+    Args:
+        confusion: {(index of the true label, index of the predicted label): number of files}.
+        most: with more labels, the text has the `worst` by recall, and the details have all.
     """
     labels = [escape_name(label) for label in labels]
-    files, predicted, correct = confusion.sum(1), confusion.sum(0), confusion.diagonal()
+    pairs, counts = np.array(list(confusion)).reshape(-1, 2).T.astype(int), list(confusion.values())
+    files, predicted = (np.bincount(indices, counts, len(labels)) for indices in pairs)
+    correct = np.array([confusion.get((label, label), 0) for label in range(len(labels))])
     accuracy, low, high = wilson_interval(correct.sum(), files.sum())
     recalls = correct[files > 0] / files[files > 0]
     lines = [
@@ -260,12 +264,18 @@ def classification_report(confusion, labels, most=30):
     for label, right, of_label, as_label in zip(labels, correct, files, predicted):
         shares = [f"{right / count:.4f}" if count else "-" for count in (as_label, of_label)]
         table.append([label, *shares, f"{of_label:.0f}", f"{as_label:.0f}"])
-    lines += aligned(table)
+    table, details = aligned(table), ""
+    if len(labels) > most:
+        ranked = sorted(np.flatnonzero(files), key=lambda label: (correct[label] / files[label], -files[label]))[:worst]
+        lines.append(f"the {len(ranked)} labels of lowest recall of {len(labels):,}:")
+        details, table = "\n".join(table) + "\n", [table[0], *(table[1 + label] for label in ranked)]
+    lines += table
     if len(labels) <= most:
         lines.append("true label by row, predicted label by column:")
-        rows = [[f"{i} {label}", *(f"{count:.0f}" for count in row)] for i, (label, row) in enumerate(zip(labels, confusion))]
-        lines += aligned([["", *map(str, range(len(labels)))], *rows])
-    return "\n".join(lines) + "\n"
+        indices = range(len(labels))
+        rows = [[f"{row} {labels[row]}", *(f"{confusion.get((row, column), 0):.0f}" for column in indices)] for row in indices]
+        lines += aligned([["", *map(str, indices)], *rows])
+    return "\n".join(lines) + "\n", details
 
 
 def aligned(rows):

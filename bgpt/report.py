@@ -296,10 +296,9 @@ def write_index(folder, rows):
     names = sorted(listed, key=lambda name: [part.zfill(20) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
     paths = {name: os.path.join(folder, system.unescape_name(name)) for name in names}
     paths = {name: path for name, path in paths.items() if os.path.isfile(path)}
-    times = {name: os.stat(path).st_mtime_ns for name, path in paths.items()}
     system.write_whole(table, "".join("\t".join(fields) + "\n" for fields in [INDEX_COLUMNS, *map(listed.get, paths)]).encode())
     shown, others, room = [], [], SHOWN_BYTES  # shown: (fields, kind, content)
-    for name in sorted(reversed(paths), key=lambda name: -times[name]):
+    for name in sorted(reversed(paths), key=lambda name: -os.stat(paths[name]).st_mtime_ns):
         content, extension = None, extension_of(paths[name]).lower()
         size = os.path.getsize(paths[name]) if extension in _IMAGES or extension in _SOUNDS else SHOWN_TEXT
         is_inside = os.path.realpath(paths[name]).startswith(os.path.join(os.path.realpath(folder), ""))

@@ -364,13 +364,13 @@ class Run:
 
     # ---- ends ------------------------------------------------------------------------------------------------------
 
-    def end_epoch(self, figures, value, loss, report=""):
+    def end_epoch(self, figures, value, loss, report="", details=""):
         """Counts an epoch as finished; saves, logs and prints it.
 
         Args:
             figures: {name: number} to log.
             value, loss: the best epoch is decided by the first, and among equals by the lower loss.
-            report: more lines for the log of the best epoch.
+            report, details: more lines for the log of the best epoch. `finish` prints the first.
         """
         state = self.state
         if not all(map(math.isfinite, figures.values())):
@@ -387,7 +387,7 @@ class Run:
         self._save()
         line = f"epoch {state.epoch}  " + "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
         if self.ranks.rank == 0:
-            self.files.append_log(f"{line}\n{report * is_best}")
+            self.files.append_log(f"{line}\n{(report + details) * is_best}")
         print(f"{line}{'  best' * is_best}  {time.monotonic() - self._epoch_began:.0f} s")
         self._epoch_began = time.monotonic()
         if self.wandb:

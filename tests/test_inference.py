@@ -89,6 +89,13 @@ def test_what_was_wrong_with_each_input_is_told(tmp_path, tiny_checkpoint):
     assert "3 could not be done" in done.stdout
     assert re.search(r"dead\.x: No such file", done.stdout) and "full.x: too long" in done.stdout
     assert set(outputs_in(tmp_path / "output")) == {"fine.x", "字" * 80 + ".x"}
+    for i in range(30):  # of many files the first ten are named
+        (tmp_path / "input" / f"dead{i}.y").symlink_to(tmp_path / "gone")
+        (tmp_path / "input" / f"long{i}.y").write_bytes(bytes(57))
+    done = infer(tmp_path, MODE="complete", INPUT_EXT="y")
+    assert "30 could not be done" in done.stdout and done.stdout.count("dead") == 10 and "  and 20 more" in done.stdout
+    [cut_off] = re.findall(r"(\d+) of them cut off", done.stdout)
+    assert done.stdout.count("long") == 10 and f"and {int(cut_off) - 10} more" in done.stdout
 
 
 PAIRS = {"INFERENCE_WEIGHTS_PATH": "pairs.pth"}  # of a model that was trained to convert abc to mid
