@@ -99,7 +99,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from bgpt.cpu import BATCH, instance_jobs, remove_unfinished, run_jobs
-from bgpt.cpu_report import describe, evaluate_files, report, summarize
+from bgpt.cpu_report import describe, evaluate_files, read_file, report, summarize
 from bgpt.files import list_files
 
 
@@ -154,10 +154,11 @@ def generate(args):
 
 def translate(args):
     """Writes a .bin file as text, to the screen and to args.output_path; raises UserError in the end if it is malformed."""
-    with open(args.states_path, "rb") as file:
-        data = file.read()
-    lines, problems = describe(data, args.num_registers, args.memory_size)
     name = system.escape_name(args.states_path)
+    data, size = read_file(args.states_path, os.path.getsize(args.states_path) + 1)
+    if size < 0:
+        raise system.UserError(f"--states_path: {name} cannot be read to its end")
+    lines, problems = describe(data, args.num_registers, args.memory_size)
     title = f"{name}: {len(data):,} bytes, {args.num_registers} registers, {args.memory_size} bytes of memory; * marks changes"
     problems = [f"malformed at byte {byte}: {problem}" for byte, problem in problems]
     text = "\n".join([title, "", *lines, *problems])
@@ -186,7 +187,8 @@ def evaluate(args):
     found = {"dir_path": folder, "num_registers": R, "memory_size": memory_size, **summarize(parts, R)}
     if not found["byte_accuracy"]["total"]:
         problem = f"none of its {total:,} .bin files has a whole program, the {memory_size} bytes of --memory_size"
-        raise system.UserError(f"--dir_path {folder}: {problem}, e.g. {system.escape_name(paths[0])}")
+        reasons = ", ".join(f"{each['files']:,} {why}, e.g. {each['example']}" for why, each in found["malformed"].items())
+        raise system.UserError(f"--dir_path {folder}: {problem}: {reasons}")
     if args.json is not None:
         system.write_results({args.json: f"{json.dumps(found, indent=1)}\n".encode()})
     print(*report(found), "", f"{total:,} files in {folder}, {R} registers, {memory_size} bytes of memory", sep="\n")

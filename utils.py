@@ -83,21 +83,28 @@ def read_bytes(path, start=0, stop=None, size=None):
     """Returns the bytes of a file from `start` to `stop`, or to its end.
 
     Raises:
-        OSError: with the file's name: it is unreadable, ends too early, or has another size than `size` unless that is None.
+        OSError: with the file's name: it is unreadable, ends before or after its size, or has another than `size` (None = any).
     """
-    with open(path, "rb", buffering=0) as file:
-        actual = os.fstat(file.fileno()).st_size
-        if size is not None and actual != size:
-            raise OSError(errno.ESTALE, f"has {actual:,} bytes now, and had {size:,} when it was listed", path)
-        wanted, parts = (actual if stop is None else min(stop, actual)) - start, []
-        if wanted > 0 and start:
-            file.seek(start)
-        while wanted > 0:
-            part = file.read(wanted)
-            if not part:
-                raise OSError(errno.EIO, f"ends {wanted:,} bytes too early", path)
-            parts.append(part)
-            wanted -= len(part)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            actual = os.fstat(file.fileno()).st_size
+            if size is not None and actual != size:
+                raise OSError(errno.ESTALE, f"has {actual:,} bytes now, and had {size:,} when it was listed")
+            wanted, parts = (actual if stop is None else min(stop, actual)) - start, []
+            if wanted > 0 and start:
+                file.seek(start)
+            while wanted > 0:
+                part = file.read(wanted)
+                if not part:
+                    raise OSError(errno.EIO, f"ends {wanted:,} bytes too early")
+                parts.append(part)
+                wanted -= len(part)
+            if stop is None or stop >= actual:  # some file systems give 0 or a multiple of 4096 as the size of any file
+                file.seek(actual)
+                if file.read(1):
+                    raise OSError(errno.ESTALE, f"has more than the {actual:,} bytes of its size")
+    except OSError as error:  # a read error has no file name
+        raise OSError(error.errno, error.strerror, path) from None
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 

@@ -1,5 +1,6 @@
 """The .bin files of the toy CPU as text, and their comparison with the true states of their programs; see cpu.py."""
 
+import contextlib
 import math
 import os
 
@@ -72,13 +73,13 @@ def describe(data, num_registers, memory_size):
     return lines, sorted((int(byte), problem) for problem, [byte] in problems if byte >= 0)
 
 
-def read_file(path):
-    """Returns a file's first LONGEST bytes and its size, or no bytes and -1 if it is unreadable."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(LONGEST), os.fstat(file.fileno()).st_size
-    except OSError:
-        return b"", -1
+def read_file(path, most=LONGEST):
+    """Returns a file's first `most` bytes and its size, or no bytes and -1 if it is unreadable or its size is wrong."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        content, size = file.read(most), os.fstat(file.fileno()).st_size
+        if len(content) == min(size, most):
+            return content, size
+    return b"", -1
 
 
 def evaluate_files(paths, num_registers, memory_size):

@@ -5,12 +5,14 @@ import builtins
 import copy
 import errno
 import os
+import signal
+import time
 import tracemalloc
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, as_batch, load_script, one_message, options, run_fresh, run_script
+from conftest import TINY, Running, as_batch, load_script, one_message, options, run_fresh, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -266,6 +268,22 @@ def test_files_that_cannot_be_done_are_listed_and_the_rest_is_done(ready):
     assert done.returncode == 1 and "Traceback" not in done.stderr and "5 files written to back" in done.stdout
     assert "output/a.abc.bgpt: " in done.stdout and "foreign.mid.bgpt: " in done.stdout
     assert not (ready / "back" / "a.abc").exists() and not (ready / "back" / "foreign.mid").exists()
+
+
+def test_a_file_is_written_as_soon_as_it_ends(ready):
+    """Ctrl-C in the middle: what is written so far is whole."""
+    write(ready / "input", {f"{i}.abc": tune(800 + i) for i in range(100)})
+    running = Running("inference.py", *options(MODE="compress", INFERENCE_BATCH_SIZE=4), cwd=ready)
+    deadline = time.monotonic() + 120
+    while not list(ready.glob("output/*.bgpt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.send(signal.SIGINT)
+    assert "stopped by Ctrl-C" in one_message(done := running.wait(60), 130)
+    written = contents_of(ready / "output")
+    assert 0 < len(written) < 100 and f"{len(written)} files written" in done.stdout
+    assert infer(ready, "decompress", **BACK).returncode == 0
+    before = contents_of(ready / "input")
+    assert contents_of(ready / "back") == {name: before[name] for name in (each.removesuffix(".bgpt") for each in written)}
 
 
 def test_mistakes_are_one_message(ready):

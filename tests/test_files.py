@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from conftest import as_batch, make_files
 
 import utils
-from bgpt import examples, system
+from bgpt import cpu_report, examples, system
 from bgpt.files import describe_extensions, extension_of, list_files, list_readable_files
 
 E = utils.END
@@ -419,10 +420,19 @@ def test_reads_that_fall_short_are_errors(tmp_path, monkeypatch):
     assert utils.read_bytes(path, 10, 20) == bytes(range(10, 20)) and utils.read_bytes(path, 95, 200) == bytes(range(95, 100))
     with pytest.raises(OSError, match="has 100 bytes now, and had 101"):
         utils.read_bytes(path, size=101)
-    fstat = os.fstat
-    monkeypatch.setattr(os, "fstat", lambda descriptor: os.stat_result([*fstat(descriptor)[:6], 120, *fstat(descriptor)[7:]]))
+    for unreadable in ("/proc/self/mem", str(tmp_path)):
+        with pytest.raises(OSError, match=re.escape(unreadable)):  # a failed read is no end of the file, and is named
+            utils.read_bytes(unreadable, stop=10)
+    fstat, sizes = os.fstat, [120, 60, 0]
+    monkeypatch.setattr(os, "fstat", lambda descriptor: os.stat_result([*fstat(descriptor)[:6], sizes[0], *fstat(descriptor)[7:]]))
+    assert cpu_report.read_file(path) == (b"", -1)
     with pytest.raises(OSError, match="ends 20 bytes too early.*a.x"):
         utils.read_bytes(path)
+    for sizes[0] in (60, 0):  # some file systems have another size than reading gives
+        assert cpu_report.read_file(path) == (b"", -1)
+        for start in (0, 60):
+            with pytest.raises(OSError, match=f"more than the {sizes[0]} bytes.*a.x"):
+                utils.read_bytes(path, start, 60)
 
 
 def test_split_of_a_short_batch_leaves_no_empty_part():
