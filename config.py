@@ -10,7 +10,8 @@ TRAIN_FOLDERS: list[str] = ["cpu_states/train"]
 # Folders of evaluation files. [] = hold out EVAL_SPLIT of the training files instead.
 EVAL_FOLDERS: list[str] = []
 # Share of the training files to hold out if there are no evaluation files, about and at least one, chosen by SEED and their
-# paths, so that a file stays held out when others come or go. Of a very large file, its end. Between 0 and 1, exclusive.
+# paths, so that a file stays held out when others come or go. Of a very large file, its end: 4 KB or more, if that is a tenth
+# at most. Between 0 and 1, exclusive.
 EVAL_SPLIT: float = 0.01
 # Pre-trained checkpoint to start from when LOAD_FROM_PRE_CHECKPOINT is True. A .pth file.
 PRE_WEIGHTS_PATH: str = "weights-pre.pth"

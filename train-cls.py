@@ -89,17 +89,17 @@ class LabelTotals(evaluation.Totals):
 
     @property
     def loss(self):
-        """Mean cross-entropy, nats per file."""
-        return float(self._sums[0]) / max(self._counts[0], 1)
+        """Mean cross-entropy, nats per file. None without files."""
+        return self._mean(0, self._counts[0])
 
     @property
     def accuracy(self):
-        """Share of the files whose most likely label is right."""
-        return float(self._sums[1]) / max(self._counts[0], 1)
+        """Share of the files whose most likely label is right. None without files."""
+        return self._mean(1, self._counts[0])
 
     def shown(self):
         """Returns the figures for a progress bar."""
-        return {"loss": f"{self.loss:.3f}", "acc": f"{self.accuracy:.3f}"}
+        return {} if self.loss is None else {"loss": f"{self.loss:.3f}", "acc": f"{self.accuracy:.3f}"}
 
 
 @torch.inference_mode()

@@ -41,6 +41,7 @@ def find_examples():
         longest = config.PATCH_LENGTH if cuts_windows else None
         train, held_out = examples.hold_out_parts(train, config.EVAL_SPLIT, config.SEED, config.PATCH_SIZE, longest)
     examples.print_sets(train, held_out, constants, cuts_windows)
+    examples.check_content(held_out, constants)
     return train, held_out
 
 
@@ -126,7 +127,7 @@ def train(ranks):
                 "train_bits_per_byte": train_totals.bits_per_byte,
                 "eval_bits_per_byte": eval_totals.bits_per_byte,
             }
-            run.end_epoch(figures, value=eval_totals.loss, loss=eval_totals.loss)  # saves, logs and prints them
+            run.end_epoch(figures, value=eval_totals.bits_per_byte, loss=eval_totals.loss)  # saves, logs and prints them
         run.finish()
 
 

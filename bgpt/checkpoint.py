@@ -8,10 +8,11 @@ lr_sched       | LambdaLR.state_dict()                      | the learning-rate 
 epoch          | int                                        | finished epochs
 best_epoch     | int                                        | the epoch with the best evaluation so far; 0 = none
 min_eval_loss  | float                                      | its loss, nats per symbol, or inf; of a generative model
+min_eval_bits_per_byte | float                              | * its bits per byte of content, which decide, or inf; the same
 max_eval_acc   | float                                      | its accuracy, from 0 to 1, or -inf; of a classifier
 labels         | {str: int}                                 | index of each label ("Business.txt"); of a classifier
 label_mode     | "name", "prefix", "folder" or "path"       | * LABELS; of a classifier
-best_loss      | float                                      | * eval loss of the best epoch; decides between equal accuracies
+best_loss      | float                                      | * eval loss of the best epoch; decides between equal figures
 extensions     | [str]                                      | * of the training files, as extension patches have them; if few
 file_hashes    | int64 (n,)                                 | * hashes of the training files' real paths, if few
 scaler         | GradScaler.state_dict()                    | * of PRECISION fp16, else empty

@@ -46,6 +46,9 @@ class Totals:
         totals.load(ranks.sum(self.tolist()))
         return totals
 
+    def _mean(self, index, count):
+        return float(self._sums[index]) / count if count else None
+
 
 class SymbolTotals(Totals):
     """Totals over the targets of a generative model: nats of all symbols and of the counted ones, symbols, content bytes."""
@@ -66,17 +69,17 @@ class SymbolTotals(Totals):
 
     @property
     def loss(self):
-        """Mean cross-entropy over all symbols of all targets, nats per symbol: the published measure."""
-        return float(self._sums[0]) / max(self._counts[0], 1)
+        """Mean cross-entropy over all symbols of all targets, nats per symbol: the published measure. None without any."""
+        return self._mean(0, self._counts[0])
 
     @property
     def bits_per_byte(self):
-        """Bits of the content and its end-of-file symbol, without padding, per content byte."""
-        return float(self._sums[1]) / math.log(2) / max(self._counts[1], 1)
+        """Bits of the content and its end-of-file symbol, without padding, per content byte. None without content."""
+        return self._mean(1, self._counts[1] * math.log(2))
 
     def shown(self):
         """Returns the figures for a progress bar."""
-        return {"bpb": f"{self.bits_per_byte:.3f}"}
+        return {} if self.bits_per_byte is None else {"bpb": f"{self.bits_per_byte:.3f}"}
 
 
 # ---- Scores of files ------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from utils import Examples
 SHOWN_LABELS = 20  # most lines of the table of labels
 SHOWN_NAMES = 5  # most names in a warning
 FEW_FILES = 100  # fewer evaluation files make an accuracy coarse
+FEW_BYTES = 4096  # fewer bytes of evaluation files make bits per byte coarse
 
 # ---- Sets of files --------------------------------------------------------------------------------------------------
 
@@ -213,8 +214,9 @@ def hold_out_parts(examples, share, seed, patch_size, longest):
     is_large = (lengths > min(10 * share, 0.5) * lengths.sum()) & (lengths > least)
     large, is_chosen = np.flatnonzero(is_large), (draw_by_name(examples, seed) < share) & ~is_large
     kept, chosen = map(np.flatnonzero, (~is_chosen, is_chosen)) if len(large) else hold_out(examples, share, seed)
-    # two patches at least, since no window predicts the first patch of a part
-    cuts = lengths - np.clip((share * lengths).round().astype(np.int64), 2, lengths - 2)
+    # enough bytes in all, but at most a tenth of a file; no window predicts the first patch of a part
+    fewest = np.minimum(FEW_BYTES // patch_size // max(len(large), 1), lengths // 10).clip(min=3)
+    cuts = lengths - np.clip((share * lengths).round().astype(np.int64), fewest, lengths - 2)
     train_parts = {i: (0, int(cuts[index])) for i, index in enumerate(kept.tolist()) if is_large[index]}
     held_out_parts = {len(chosen) + i: (int(cuts[index]), int(lengths[index])) for i, index in enumerate(large.tolist())}
     if len(large):
@@ -222,6 +224,18 @@ def hold_out_parts(examples, share, seed, patch_size, longest):
         print(f"EVAL_SPLIT: of {names}, the end is held out, {int((lengths - cuts)[large].sum()) * patch_size:,} bytes")
     train = Examples(examples.files, examples.indices[kept], train_parts)
     return train, Examples(examples.files, examples.indices[np.concatenate((chosen, large))], held_out_parts)
+
+
+def check_content(held_out, settings):
+    """Raises UserError if the files or parts to evaluate on have no byte to predict, and prints if they have few."""
+    starts = held_out.spans(settings["PATCH_SIZE"])[:, 0]
+    num_bytes = int((held_out.sizes()[:, -1] - starts * settings["PATCH_SIZE"]).clip(min=0).sum())
+    more = "add files to EVAL_FOLDERS" if settings["EVAL_FOLDERS"] else "name EVAL_FOLDERS, or raise EVAL_SPLIT"
+    if not num_bytes:
+        name = "EVAL_FOLDERS" if settings["EVAL_FOLDERS"] else "EVAL_SPLIT"
+        raise UserError(f"{name}: the {len(held_out)} evaluation files have no bytes to predict, so no epoch is best: {more}")
+    if num_bytes < FEW_BYTES:
+        print(f"warning: only {num_bytes:,} bytes to evaluate on, so that bits per byte are coarse; {more}")
 
 
 # ---- Labels ---------------------------------------------------------------------------------------------------------

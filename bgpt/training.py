@@ -107,7 +107,7 @@ class State:
     epoch: int = 0  # finished epochs
     position: int = 0  # examples of the current epoch that all ranks together have trained on
     best_epoch: int = 0  # 0 = none
-    best: float | None = None  # the figure that decides, in the best epoch
+    best: float | None = None  # bits per byte in the best epoch, or a classifier's accuracy: the figure that decides
     best_loss: float = -math.inf  # its eval loss, which decides between equal figures; -inf (unknown) is never beaten
     report: str = ""  # of the best epoch
     figures: dict = dataclasses.field(default_factory=dict)  # of the last finished epoch
@@ -131,7 +131,7 @@ class Run:
         self.ranks, self.model, self.sizes, self.dtype, self.settings = ranks, model, sizes, dtype, settings
         self.totals, self.labels = totals, labels
         self.train, self.held_out = (directed(each, settings["CONVERSION_MODE"]) for each in (train, held_out))
-        self.best_name = "min_eval_loss" if labels is None else "max_eval_acc"
+        self.best_name = "min_eval_bits_per_byte" if labels is None else "max_eval_acc"
         self.cuts_windows = labels is None and cuts_windows(settings)
         self.extensions = extensions_of(self.train)
         paths = (self.train.files[file] for file in self.train.indices.reshape(-1).tolist())
@@ -195,13 +195,14 @@ class Run:
             hint = "set PRE_WEIGHTS_PATH to it, LOAD_FROM_PRE_CHECKPOINT to True and LOAD_FROM_CHECKPOINT to False"
             raise UserError(f"{what}. To start from its weights, {hint}") from None
         within = f" and {state.position} examples of the next" if state.position else ""
-        so_far = f"; {self.best_name} so far {state.best:.4f}" if state.best_epoch else ""
+        so_far = f"; {self.best_name} so far {state.best:.4f}" if state.best_epoch and self.best_name in found else ""
         print(f"resumes from {path} after epoch {state.epoch}{within}{so_far}")
         for name, value in changed.items():
             print(f"{name} was {value!r} and is now {settings[name]!r}" + "; the schedule changes" * (name == "NUM_EPOCHS"))
         if found.get("position") and restarts:
             print(f"epoch {state.epoch + 1} restarts: files, SEED, LONG_FILES or the number of processes have changed")
-        self._check_best("EVAL_FOLDERS" in other_files or (self.labels is None and "LONG_FILES" in changed))
+        is_other_set = "EVAL_FOLDERS" in other_files or (self.labels is None and "LONG_FILES" in changed)
+        self._check_best(is_other_set or self.best_name not in found)
         return True
 
     def _check_same_task(self, path, found, before, changed, other_files):
@@ -227,10 +228,11 @@ class Run:
             if type(found[name]) is not int or not 0 <= found[name] < 2**31:
                 raise TypeError(f"{name} is {found[name]!r}")
             setattr(state, name, found[name])
-        if math.isnan(found[self.best_name]):
+        # published checkpoints have no bits per byte, best_loss nor run_id; `_check_best` resets their best score
+        best, state.best_loss = (float(found.get(name, -math.inf)) for name in (self.best_name, "best_loss"))
+        if math.isnan(best):
             raise ValueError(f"{self.best_name} is NaN")
-        state.best = float(found[self.best_name]) if state.best_epoch else None
-        state.best_loss = float(found.get("best_loss", -math.inf))  # published checkpoints have no best_loss nor run_id
+        state.best = best if state.best_epoch else None
         state.run_id = str(found.get("run_id") or state.run_id)
         state.figures, state.report = dict(found.get("figures", {})), str(found.get("report", ""))
 
@@ -368,16 +370,16 @@ class Run:
         """Counts an epoch as finished; saves, logs and prints it.
 
         Args:
-            figures: {name: number} to log.
-            value, loss: the best epoch is decided by the first, and among equals by the lower loss.
+            figures: {name: number} to log, without those that are None.
+            value, loss: the best epoch is decided by bits per byte or a classifier's accuracy, among equals by the lower loss.
             report, details: more lines for the log of the best epoch. `finish` prints the first.
         """
-        state = self.state
+        state, figures = self.state, {name: figure for name, figure in figures.items() if figure is not None}
         if not all(map(math.isfinite, figures.values())):
             self._leave_broken()
         state.epoch, state.position, state.figures = state.epoch + 1, 0, figures
         self.totals.load([0.0] * len(self.totals.tolist()))
-        sign = 1 if self.labels is None else -1  # a lower loss, or a higher accuracy
+        sign = 1 if self.labels is None else -1  # fewer bits, or a higher accuracy
         is_best = state.best is None or (sign * value, loss) < (sign * state.best, state.best_loss)
         if is_best:
             before = dataclasses.replace(state)
@@ -425,6 +427,7 @@ class Run:
                 "scaler": self.scaler.state_dict(),
                 self.best_name: worst if best_value is None else best_value,
                 **fields,
+                **({"min_eval_loss": math.inf if best_value is None else state.best_loss} if self.labels is None else {}),
                 **({} if self.labels is None else {"labels": self.labels, "label_mode": self.settings["LABELS"]}),
                 **({"extensions": self.extensions} if len(self.extensions) <= MOST_EXTENSIONS else {}),
                 **({"file_hashes": self.file_hashes} if len(self.file_hashes) <= MOST_FILES else {}),

@@ -68,7 +68,7 @@ def test_training_goes_on_from_the_published_layout(tmp_path, golden, golden_mod
     )
     done = run_script("train-gen.py", *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "resumes from weights.pth after epoch 1;" in done.stdout
+    assert "resumes from weights.pth after epoch 1\n" in done.stdout  # its loss does not compare with bits per byte
     assert torch.load(tmp_path / "weights-last.pth", weights_only=True)["epoch"] == 2
 
 

@@ -14,7 +14,7 @@ from logs import read_log
 
 import config
 import utils
-from bgpt import checkpoint, system, training
+from bgpt import checkpoint, evaluation, system, training
 from bgpt import model as models
 from bgpt.files import list_files
 
@@ -58,7 +58,10 @@ def test_a_run_logs_and_saves_what_it_says(folder):
     for name in ("model", "optimizer", "lr_sched", "epoch", "best_epoch", "min_eval_loss"):
         assert name in best and name in latest
     assert latest["epoch"] == 2
-    assert best["min_eval_loss"] == pytest.approx(min(entry["eval_loss"] for entry in entries), abs=1e-4)
+    decisive = min(entries, key=lambda entry: entry["eval_bits_per_byte"])
+    for state in (best, latest):
+        assert state["min_eval_bits_per_byte"] == pytest.approx(decisive["eval_bits_per_byte"], abs=1e-4)
+        assert state["min_eval_loss"] == pytest.approx(decisive["eval_loss"], abs=1e-4)  # the published key
     assert best["epoch"] == best["best_epoch"] == latest["best_epoch"]
     for entry in entries:
         assert f"epoch {entry['epoch']:.0f}  train_loss {entry['train_loss']:.4f}" in done.stdout
@@ -79,6 +82,32 @@ def test_a_run_logs_and_saves_what_it_says(folder):
         num_bytes += kept
     assert entries[int(best["epoch"]) - 1]["eval_loss"] == pytest.approx(sum(nats) / len(nats), abs=1e-4)
     assert entries[int(best["epoch"]) - 1]["eval_bits_per_byte"] == pytest.approx(bits / num_bytes, abs=1e-3)
+
+
+def test_bits_per_byte_decide_the_best_epoch(folder, monkeypatch, capsys):
+    """Where the loss of the padding falls and rises otherwise; totals over nothing are no figure."""
+    script, found = load_script("train-gen"), []
+    for nats, counted_nats in ((10.0, 9.0), (20.0, 5.0), (15.0, 6.0)):
+        found.append(evaluation.SymbolTotals())
+        assert found[-1].loss is found[-1].bits_per_byte is None and found[-1].shown() == {}
+        found[-1].load([nats, counted_nats, 10, 2])
+    monkeypatch.setattr(script, "evaluate", lambda run: found[run.state.epoch])
+    monkeypatch.chdir(folder)
+    for name, value in {**SETTINGS, "NUM_EPOCHS": 3}.items():
+        monkeypatch.setattr(config, name, value)
+    script.main()
+    state, out = load(folder / "weights.pth"), capsys.readouterr().out
+    assert (state["best_epoch"], state["min_eval_loss"]) == (2, 2.0)
+    assert "only 147 bytes to evaluate on" in out and f"best: epoch 2, min_eval_bits_per_byte {2.5 / math.log(2):.4f}" in out
+    # a published checkpoint has no bits per byte: its model is kept, and the next epoch is the best so far
+    keys = ("model", "optimizer", "lr_sched", "epoch", "best_epoch", "min_eval_loss")
+    for state["epoch"], name in ((2, "weights.pth"), (3, "weights-last.pth")):
+        torch.save({key: state[key] for key in keys}, folder / name)
+    monkeypatch.setattr(script, "evaluate", lambda run: found[0])
+    monkeypatch.setattr(config, "NUM_EPOCHS", 4)
+    script.main()
+    assert "best score reset" in capsys.readouterr().out and load(folder / "weights.pth")["best_epoch"] == 4
+    assert load(folder / "weights.pth.bak")["best_epoch"] == 2
 
 
 def test_learning_rate_moves_as_the_schedule_says(folder):
@@ -167,9 +196,11 @@ def make_empty(folder, *names):
 def test_pairs_and_inputs_in_upper_case(tmp_path):
     """From training to MODE convert, which knows what the model has learned."""
     for i in range(4):
-        make_empty(tmp_path / "pairs", f"{i}.abc", f"{i}.MID")
+        make_empty(tmp_path / "pairs", f"{i}.abc")
+        (tmp_path / "pairs" / f"{i}.MID").write_bytes(b"x")
     make_empty(tmp_path / "input", "A.ABC", "b.abc")
-    make_empty(tmp_path / "plain", "1.x", "2.X")
+    make_empty(tmp_path / "plain", "1.x")
+    (tmp_path / "plain" / "2.X").write_bytes(b"x")
     settings = {"TRAIN_FOLDERS": ["pairs"], "EVAL_FOLDERS": [], "NUM_EPOCHS": 1}
     done = train(tmp_path, **settings, CONVERSION_MODE="abc->mid")
     assert done.returncode == 0 and "in no pair" not in done.stdout, done.stderr
@@ -270,6 +301,8 @@ def test_wandb(folder, tmp_path, monkeypatch):
         ({"TRAIN_FOLDERS": ["train/0.bin"]}, "TRAIN_FOLDERS: 'train/0.bin' is a file"),
         ({"EVAL_FOLDERS": ["empty"]}, "EVAL_FOLDERS: no files"),
         ({"TRAIN_FOLDERS": ["empty"]}, "TRAIN_FOLDERS: no files"),
+        ({"EVAL_FOLDERS": ["blank"]}, "EVAL_FOLDERS: the 1 evaluation files have no bytes"),
+        ({"TRAIN_FOLDERS": ["blank", "blank2"], "EVAL_FOLDERS": []}, "EVAL_SPLIT: the 1 evaluation files have no bytes"),
         ({"EVAL_FOLDERS": ["gone"]}, "EVAL_FOLDERS: 'gone' does not exist"),
         ({"CONVERSION_MODE": "abd->mid"}, "CONVERSION_MODE is 'abd->mid'"),
         ({"TRAIN_FOLDERS": ["empty", "alike"], "EVAL_FOLDERS": []}, "PATCH_SIZE is 4"),
@@ -284,6 +317,7 @@ def test_mistakes(folder, monkeypatch, changes, words):
     monkeypatch.chdir(folder)
     (folder / "empty").mkdir()
     make_empty(folder / "alike", "a.midi1", "a.midi2")
+    make_empty(folder, "blank/1.bin", "blank2/1.bin")
     for name, value in {**SETTINGS, **changes}.items():
         monkeypatch.setattr(config, name, value)
     if changes.get("PRECISION") == "fp16" and torch.cuda.is_available():
@@ -309,7 +343,7 @@ def test_checkpoint_of_other_sizes_or_kind_is_left_alone(folder):
 def test_a_best_model_that_is_gone_or_not_this_runs(folder):
     assert train(folder, NUM_EPOCHS=1).returncode == 0
     state = load(folder / "weights-last.pth")
-    torch.save({**state, "min_eval_loss": 0.0}, folder / "weights-last.pth")  # a best that will never be beaten
+    torch.save({**state, "min_eval_bits_per_byte": 0.0}, folder / "weights-last.pth")  # a best that will never be beaten
     torch.save({**state, "run_id": "another"}, folder / "weights.pth")
     done = train(folder, NUM_EPOCHS=2)
     assert done.returncode == 0 and "the best model of this run is not at weights.pth" in done.stdout

@@ -403,7 +403,7 @@ def test_a_state_cut_short_is_one_message(folder):
         {"data": "text"},
         {"figures": 3},
         {"epoch": "2"},
-        {"min_eval_loss": torch.nan},
+        {"min_eval_bits_per_byte": torch.nan},
         {"optimizer": 5},
         {"optimizer": {"state": {0: {"step": torch.tensor(torch.nan)}}}},
         # the fused optimizer step would read past the end of moments that are too small

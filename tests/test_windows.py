@@ -134,6 +134,8 @@ def test_a_lone_file_gives_its_end(capsys):
     assert train.spans(10).tolist() == [[0, cut]] and held_out.spans(10).tolist() == [[cut, 10_002]]
     assert 10_002 - cut == round(0.05 * 10_002)
     assert "of a.x, the end is held out, 5,000 bytes" in capsys.readouterr().out
+    for size, patches in ((5000, 50), (200_000, 409), (10**6, 1000)):  # 1 % is little: a tenth, or 4,096 bytes
+        assert np.diff(hold_out_parts(examples_of({"a.x": size}), 0.01, 0, 10, 64)[1].spans(10)).item() == patches
     with pytest.raises(system.UserError, match="add files"):  # published: only whole files
         hold_out_parts(examples_of({"a.x": 100_000}), 0.05, 0, 10, None)
     with pytest.raises(system.UserError, match="add files"):  # too short to be cut
@@ -156,7 +158,7 @@ def test_files_small_beside_the_rest_are_held_out_whole():
     assert len(train) == 19 and len(held_out) == 1 and not held_out.parts
     few = {f"{i}.x": 10_000 for i in range(5)}  # a fifth of all each
     train, held_out = hold_out_parts(examples_of(few), 0.01, 0, 10, 64)
-    assert len(train) == 5 and held_out.spans(10).tolist() == [[992, 1002]] * 5
+    assert len(train) == 5 and held_out.spans(10).tolist() == [[1002 - 81, 1002]] * 5  # 4,096 bytes in all
 
 
 def test_the_share_of_long_files_that_is_seen_is_printed(capsys):
