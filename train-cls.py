@@ -127,6 +127,8 @@ def evaluate(run, truth):
 def train(ranks):
     """Trains until NUM_EPOCHS, from the latest state if there is one."""
     dtype = distributed.pick_dtype(config.PRECISION, ranks.device)
+    if config.COMPILE:
+        distributed.check_compiler(ranks.device)
     train_set, truth, held_out, held_out_truth, labels = find_examples()
     sizes = utils.ModelSizes(
         config.PATCH_SIZE, config.PATCH_LENGTH, config.HIDDEN_SIZE, config.PATCH_NUM_LAYERS, num_labels=len(labels)

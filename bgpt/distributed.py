@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import os
 import platform
+import shutil
 import sys
 
 import torch
@@ -37,6 +38,17 @@ def pick_dtype(precision, device):
             in_hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if in_hardware else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def check_compiler(device):
+    """Raises UserError if torch.compile finds no compiler for a device, in the places where it looks."""
+    if device.type == "cuda":  # for Triton
+        constant, names = "CC", [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    else:
+        constant, names = "CXX", [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    if not any(map(shutil.which, names)):
+        what = f"COMPILE: torch.compile needs a compiler, and {' or '.join(names)} is not there"
+        raise UserError(f"{what}: install it, set {constant} to another in the environment, or set COMPILE to False")
 
 
 def autocast(device, dtype):

@@ -74,18 +74,22 @@ def make_scheduler(optimizer, name, learning_rate, num_steps, steps_done):
 
 
 def start_wandb(settings, run_id):
-    """Returns a Weights & Biases run, offline without a login unless WANDB_MODE is set."""
+    """Returns a Weights & Biases run, offline without a login unless WANDB_MODE is set. UserError if it cannot start."""
     import wandb  # here, so that nobody needs it without WANDB_LOG
 
     options = {"project": "bGPT", "id": run_id, "resume": "allow", "config": settings}
     try:
-        if "WANDB_MODE" in os.environ or wandb.api.api_key:
-            return wandb.init(**options)
-        why = "not logged in (`wandb login` does that)"
-    except (wandb.Error, ValueError) as error:  # no network, a wrong key, an unknown WANDB_MODE
-        why = f"cannot start ({' '.join(str(error).split())})"
-    print(f"wandb: {why}; this run is logged offline, in the folder wandb")
-    return wandb.init(**options, mode="offline")
+        try:
+            if "WANDB_MODE" in os.environ or wandb.api.api_key:
+                return wandb.init(**options)
+            why = "not logged in (`wandb login` does that)"
+        except (wandb.Error, ValueError) as error:  # no network, a wrong key, an unknown WANDB_MODE
+            why = f"cannot start ({' '.join(str(error).split())})"
+        print(f"wandb: {why}; this run is logged offline, in the folder wandb")
+        return wandb.init(**options, mode="offline")
+    except Exception as error:  # no home folder, or one that cannot be read; its errors have no common class
+        hint = "set HOME to a folder that can be written, or WANDB_LOG to False"
+        raise UserError(f"WANDB_LOG: wandb cannot start ({' '.join(str(error).split())}): {hint}") from None
 
 
 def own_paths(settings):
