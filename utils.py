@@ -340,7 +340,7 @@ def batches(dataset, index_batches, num_workers=0):
 
     Raises:
         OSError: a file is unreadable or has changed.
-        RuntimeError: a worker was killed.
+        ChildProcessError: a worker was killed.
     """
     patches = np.full((2, dataset.patch_size), END, dtype=np.int16)
     dummy = [(patches, patches != END, 1)]
@@ -350,10 +350,19 @@ def batches(dataset, index_batches, num_workers=0):
         # a forked worker has the data set at once, without a copy, and does not import PyTorch again
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
     )  # fmt: skip
-    for sequences in loader:
-        if isinstance(sequences, OSError):
-            raise sequences
-        yield Batch(sequences or dummy)
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        for sequences in loader:
+            if num_workers:
+                signal.signal(signal.SIGCHLD, handler)  # DataLoader's own would raise its error within a step
+            if isinstance(sequences, OSError):
+                raise sequences
+            yield Batch(sequences or dummy)
+    except RuntimeError as error:
+        if num_workers == 0:
+            raise
+        hint = "the system may have run out of memory; lower NUM_WORKERS"
+        raise ChildProcessError(f"NUM_WORKERS: a process that reads files has ended: {hint} ({error})") from error
 
 
 # ---- Attention and dropout ------------------------------------------------------------------------------------------

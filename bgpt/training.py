@@ -158,11 +158,9 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        with self._stack:
-            is_behind = self._saved is not None and self._saved != (self.state.epoch, self.state.position)
-            if isinstance(error, OSError) and self.ranks.count == 1 and is_behind and self._save():
-                hint = "once every file is back, or with --ALLOW_CHANGED_FILES True"
-                print(f"saved {self._where()}: the same command resumes from there {hint}")
+        with self._stack, contextlib.suppress(SystemExit):  # the error itself ends this rank
+            if isinstance(error, OSError) and self._saved is not None:  # of reading a batch, so between two steps
+                self.begin_step(fails=True)
 
     # ---- beginning -------------------------------------------------------------------------------------------------
 
@@ -323,19 +321,25 @@ class Run:
         """Returns the context of the model's forward pass."""
         return autocast(self.ranks.device, self.dtype)
 
-    def begin_step(self, count=0):
-        """Sums a number over all ranks. First saves the state after the last finished step, or ends the run, if that is due."""
+    def begin_step(self, count=0, fails=False):
+        """Sums a number over all ranks. First saves the state after the last finished step, or ends the run, if that is due.
+
+        A rank that cannot read its batch sets `fails`, so that all ranks save and end.
+        """
         number, state = self._stop_signals.first, self.state
         # rank 0's clock decides, so that all save together
         is_due = self.ranks.rank == 0 and time.monotonic() - self._saved_at >= 60 * self.settings["SAVE_MINUTES"]
-        count, stops, saves, broken = self.ranks.sum([count, number > 0, is_due, self._is_broken])
+        count, stops, saves, broken, failed = self.ranks.sum([count, number > 0, is_due, self._is_broken, fails])
         if broken:
             self._leave_broken()
-        if (stops or saves) and self._saved != (state.epoch, state.position):
+        if (stops or saves or failed) and self._saved != (state.epoch, state.position):
             self._save()
-        if stops:
+        if stops or failed:
             resumes = "the same command" + " with LOAD_FROM_CHECKPOINT True" * (not self.settings["LOAD_FROM_CHECKPOINT"])
             rest = f"{resumes} resumes from there" if self._saved else "the latest state could not be saved"
+            if failed:
+                hint = "; if a file is gone or has changed, with --ALLOW_CHANGED_FILES True"
+                self.ranks.leave(f"ended by an error in {self._where()}: {rest}{hint}")
             number = max(self.ranks.gather(number))
             self.ranks.leave(f"stopped by {system.signal_name(number)} in {self._where()}: {rest}", 128 + number)
         return count

@@ -163,7 +163,7 @@ def test_torchrun(folder):
 
 @pytest.mark.parametrize("num_processes, num_workers", [(1, 2), (2, 0)])
 def test_a_file_that_vanishes_ends_a_run(own_folder, num_processes, num_workers):
-    """A single process saves its state first. A rerun is refused without consent; with it, the epoch restarts."""
+    """All processes save first. A rerun is refused without consent; with it, the epoch restarts."""
     gone, settings = own_folder / "train" / "gone.bin", {"SAVE_MINUTES": 60, "NUM_WORKERS": num_workers}
     gone.write_bytes(b"x")
     running = start(own_folder, "gone", num_processes, **settings, NUM_EPOCHS=10000)
@@ -173,9 +173,8 @@ def test_a_file_that_vanishes_ends_a_run(own_folder, num_processes, num_workers)
     assert all(process.returncode != 0 for process in done)
     assert any("train/gone.bin: No such file" in process.stderr for process in done)
     state = load(own_folder, "gone-last")
-    if num_processes == 1:
-        one_message(done[0])
-        assert f"saved epoch {state['epoch'] + 1} after {state['position']} examples:" in done[0].stdout
+    assert f"ended by an error in epoch {state['epoch'] + 1} after {state['position']} examples: the same" in one_message(done[0])
+    assert all("Traceback" not in process.stderr for process in done)
     rest = {**settings, "NUM_EPOCHS": state["epoch"] + 1}
     refused = "".join(process.wait().stderr for process in start(own_folder, "gone", num_processes, **rest))
     assert "TRAIN_FOLDERS: other files than" in refused and "--ALLOW_CHANGED_FILES True" in refused
@@ -427,10 +426,11 @@ def children_of(process):
 
 
 def test_a_reader_that_is_killed_ends_a_run(folder):
-    """As when memory is short."""
+    """As when memory is short. The last finished step is saved."""
     if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
         pytest.skip("this system does not list the children of a process")
-    running = start(folder, "reader", NUM_WORKERS=1, NUM_EPOCHS=10000, TRAIN_FOLDERS=["train", "many"])[0]
+    settings = {"NUM_WORKERS": 1, "NUM_EPOCHS": 10000, "TRAIN_FOLDERS": ["train", "many"], "SAVE_MINUTES": 60}
+    running = start(folder, "reader", **settings)[0]
     wait_for(folder / "reader-last.pth", [running])
     deadline = time.monotonic() + 60
     while running.process.is_alive() and time.monotonic() < deadline:  # readers are new in each epoch
@@ -438,7 +438,10 @@ def test_a_reader_that_is_killed_ends_a_run(folder):
             for reader in children_of(running.process):
                 os.kill(int(reader), signal.SIGKILL)
     done = running.wait(60)
-    assert done.returncode == 1 and "DataLoader worker" in done.stderr
+    state = load(folder, "reader-last")
+    message = one_message(done)
+    assert "error: NUM_WORKERS: a process that reads files has ended" in message
+    assert f"in epoch {state['epoch'] + 1} after {state['position']} examples: the same command resumes" in message
 
 
 def test_progress_in_a_file_is_short(folder):
