@@ -125,6 +125,8 @@ def connected_ranks():
     tune_memory()
     device, (rank, count) = pick_device(), torchrun_rank()
     if count == 1:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            print("note: WORLD_SIZE is set, but not by torchrun, so this process runs alone; torchrun starts several")
         yield Ranks(device)
         return
     if device.type == "cuda":

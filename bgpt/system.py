@@ -242,7 +242,7 @@ def signal_name(number):
 
 def torchrun_rank():
     """Returns this process's rank and the number of ranks; (0, 1) without torchrun, whatever a job system sets."""
-    if {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ):
+    if not all(map(os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))):
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 

@@ -16,7 +16,7 @@ from conftest import ROOT, TINY, Running, interrupt, load_script, one_message, o
 from logs import read_log
 
 import config
-from bgpt import system
+from bgpt import distributed, system
 
 SETTINGS = {
     **TINY,
@@ -159,6 +159,21 @@ def test_torchrun(folder):
     for words in ("BATCH_SIZE = 2", "a new run, from random weights", "epoch 3  train_loss", "finished 3 of NUM_EPOCHS 3"):
         assert done.stdout.count(words) == 1, words
     assert load(folder, "torchrun-last")["epoch"] == 3
+
+
+@pytest.mark.parametrize("missing", [("LOCAL_RANK",), ("MASTER_ADDR", "MASTER_PORT"), ("RANK",)])
+def test_what_a_job_system_left_in_the_environment_is_not_torchruns(monkeypatch, capsys, missing):
+    """Errors are printed, and the run is one of a single process."""
+    for name, value in {**torchrun_environments(2)[1], "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}.items():
+        monkeypatch.delenv(name, raising=False) if name in missing else monkeypatch.setenv(name, value)
+    with distributed.connected_ranks() as ranks:
+        assert (ranks.rank, ranks.count) == (0, 1)
+    with pytest.raises(SystemExit), system.user_errors():
+        raise system.UserError("WEIGHTS_PATH: wrong")
+    found = capsys.readouterr()
+    assert found.err == "error: WEIGHTS_PATH: wrong\n" and "note: WORLD_SIZE is set" in found.out
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert system.torchrun_rank() == (0, 1)
 
 
 @pytest.mark.parametrize("num_processes, num_workers", [(1, 2), (2, 0)])
