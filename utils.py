@@ -90,22 +90,18 @@ def read_bytes(path, start=0, stop=None, size=None):
             actual = os.fstat(file.fileno()).st_size
             if size is not None and actual != size:
                 raise OSError(errno.ESTALE, f"has {actual:,} bytes now, and had {size:,} when it was listed")
-            wanted, parts = (actual if stop is None else min(stop, actual)) - start, []
-            if wanted > 0 and start:
-                file.seek(start)
-            while wanted > 0:
-                part = file.read(wanted)
-                if not part:
-                    raise OSError(errno.EIO, f"ends {wanted:,} bytes too early")
-                parts.append(part)
-                wanted -= len(part)
-            if stop is None or stop >= actual:  # some file systems give 0 or a multiple of 4096 as the size of any file
-                file.seek(actual)
-                if file.read(1):
-                    raise OSError(errno.ESTALE, f"has more than the {actual:,} bytes of its size")
+            end, content = actual if stop is None else min(stop, actual), b""
+            file.seek(start)
+            while len(content) < end - start:
+                if not (part := file.read(end - start - len(content))):
+                    raise OSError(errno.EIO, f"ends {end - start - len(content):,} bytes too early")
+                content += part
+            file.seek(end)
+            if end == actual and file.read(1):  # some file systems give 0 or a multiple of 4096 as the size of any file
+                raise OSError(errno.ESTALE, f"has more than the {actual:,} bytes of its size")
     except OSError as error:  # a read error has no file name
         raise OSError(error.errno, error.strerror, path) from None
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    return content
 
 
 def read_patches(path, patch_size, first=0, last=None, size=None, lower_case=False):

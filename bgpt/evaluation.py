@@ -244,14 +244,13 @@ def score_symbols(model, windows, index, parts, dtype, num_likeliest=3):
 
 # ---- Labels ---------------------------------------------------------------------------------------------------------
 
-def classification_report(confusion, labels, most=30, worst=20):
+def classification_report(confusion, labels, most=30):
     """Returns a classifier's accuracy, precisions and recalls, as aligned lines of text, and details for the log, or "".
 
     Balanced accuracy is the mean of the recalls. A label without files has the recall "-", one never predicted the precision "-".
 
-    Args:
-        confusion: {(index of the true label, index of the predicted label): number of files}.
-        most: with more labels, the text has the `worst` by recall, and the details have all.
+    `confusion` is {(index of the true label, index of the predicted label): number of files}. It is shown up to `most` labels.
+    Of more labels, the text has the 20 of lowest recall, and the details have all.
     """
     labels = [escape_name(label) for label in labels]
     pairs, counts = np.array(list(confusion)).reshape(-1, 2).T.astype(int), list(confusion.values())
@@ -269,7 +268,7 @@ def classification_report(confusion, labels, most=30, worst=20):
         table.append([label, *shares, f"{of_label:.0f}", f"{as_label:.0f}"])
     table, details = aligned(table), ""
     if len(labels) > most:
-        ranked = sorted(np.flatnonzero(files), key=lambda label: (correct[label] / files[label], -files[label]))[:worst]
+        ranked = sorted(np.flatnonzero(files), key=lambda label: (correct[label] / files[label], -files[label]))[:20]
         lines.append(f"the {len(ranked)} labels of lowest recall of {len(labels):,}:")
         details, table = "\n".join(table) + "\n", [table[0], *(table[1 + label] for label in ranked)]
     lines += table

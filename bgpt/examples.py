@@ -300,6 +300,7 @@ def labels_table(labels, train_counts, held_out_counts):
         lines.append(f"warning: no evaluation file: {first_names(missing, SHOWN_NAMES)}; {more}")
     if sum(held_out_counts) < FEW_FILES:
         lines.append(f"warning: only {sum(held_out_counts)} evaluation files, so that the accuracy is coarse; {more}")
-    if same := [label for label in labels if label != label.lower() and label.lower() in labels]:
+    known = set(labels)  # there may be many
+    if same := [label for label in labels if label != label.lower() and label.lower() in known]:
         lines.append(f"warning: labels that differ from others in case only: {first_names(same, SHOWN_NAMES)}; rename files")
     return lines

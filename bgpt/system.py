@@ -100,7 +100,10 @@ def write_whole(path, content):
     path, temporary = os.path.realpath(path), hidden(path, "tmp")
     try:
         with open(temporary, "wb") as file:
-            _take_over(path, file.fileno())  # before the content is in it, which may be private
+            with contextlib.suppress(OSError):  # no file there, a file system without modes, or a group without this user
+                before = os.stat(path)
+                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))  # before the content is in it, which may be private
+                os.fchown(file.fileno(), before.st_uid if os.geteuid() == 0 else -1, before.st_gid)
             if callable(content):
                 content(file)
             else:
@@ -124,15 +127,6 @@ def write_whole(path, content):
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def _take_over(path, descriptor):
-    """Gives an open file the group and mode of the file at `path`, if there is one and the file system allows it."""
-    with contextlib.suppress(OSError):
-        before = os.stat(path)
-        with contextlib.suppress(OSError):  # a group that this user is not in
-            os.fchown(descriptor, before.st_uid if os.geteuid() == 0 else -1, before.st_gid)
-        os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
 
 
 def keep_backup(path, content=None):
