@@ -40,6 +40,7 @@ if __name__ == "__main__":
     system.start(lambda: settings.override(config), check_settings)  # before the seconds that PyTorch takes to load
 
 import collections
+import functools
 import time
 import zlib
 
@@ -178,6 +179,7 @@ def write_files(model, files, stop_signals, target):
     """
     rows, cut_off, backups, failed = [], [], [], []  # rows: of the index
     indexed_at = time.monotonic()
+    report.read_index(os.path.join(config.OUTPUT_FOLDER, report.INDEX_NAMES[0]))  # one that cannot be read is an error now
     num_outputs, num_candidates = (config.NUM_SAMPLES, 1) if files is None else (len(files), config.NUM_CANDIDATES)
     if config.NUM_CANDIDATES > 1 and (files is None or config.TEMPERATURE == 0 or config.TOP_K == 1):
         why = "MODE 'generate'" if files is None else "TEMPERATURE 0 or TOP_K 1, with which all are equal,"
