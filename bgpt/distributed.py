@@ -40,15 +40,26 @@ def pick_dtype(precision, device):
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+def total_memory(device):
+    """Returns the bytes of memory that a device has; of a CPU, that of the machine or of its container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no Linux container, or one without a limit, "max"
+        with open("/sys/fs/cgroup/memory.max") as file:
+            total = min(total, int(file.read()))
+    return total
+
+
 def check_compiler(device):
     """Raises UserError if torch.compile finds no compiler for a device, in the places where it looks."""
+    variable, names = "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
     if device.type == "cuda":  # for Triton
-        constant, names = "CC", [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
-    else:
-        constant, names = "CXX", [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+        variable, names = "CC", ["gcc", "clang"]
+    names = [os.environ[variable]] if os.environ.get(variable) else names
     if not any(map(shutil.which, names)):
-        what = f"COMPILE: torch.compile needs a compiler, and {' or '.join(names)} is not there"
-        raise UserError(f"{what}: install it, set {constant} to another in the environment, or set COMPILE to False")
+        hint = f"install it, set {variable} to another in the environment, or set COMPILE to False"
+        raise UserError(f"COMPILE: torch.compile needs a compiler, and {' or '.join(names)} is not there: {hint}")
 
 
 def autocast(device, dtype):

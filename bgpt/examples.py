@@ -230,10 +230,10 @@ def check_content(held_out, settings):
     """Raises UserError if the files or parts to evaluate on have no byte to predict, and prints if they have few."""
     starts = held_out.spans(settings["PATCH_SIZE"])[:, 0]
     num_bytes = int((held_out.sizes()[:, -1] - starts * settings["PATCH_SIZE"]).clip(min=0).sum())
-    more = "add files to EVAL_FOLDERS" if settings["EVAL_FOLDERS"] else "name EVAL_FOLDERS, or raise EVAL_SPLIT"
+    more = "add files to EVAL_FOLDERS, or raise EVAL_SPLIT"
     if not num_bytes:
         name = "EVAL_FOLDERS" if settings["EVAL_FOLDERS"] else "EVAL_SPLIT"
-        raise UserError(f"{name}: the {len(held_out)} evaluation files have no bytes to predict, so no epoch is best: {more}")
+        raise UserError(f"{name}: the {len(held_out)} evaluation files have no bytes to predict: {more}")
     if num_bytes < FEW_BYTES:
         print(f"warning: only {num_bytes:,} bytes to evaluate on, so that bits per byte are coarse; {more}")
 

@@ -5,17 +5,18 @@ import os
 import re
 import signal
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, Running, as_batch, fill_by_recipe, interrupt
-from conftest import load_script, one_message, options, run_script
+from conftest import load_script, make_files, one_message, options, run_script
 from logs import read_log
 
 import config
 import utils
-from bgpt import checkpoint, evaluation, system, training
+from bgpt import checkpoint, distributed, evaluation, system, training
 from bgpt import model as models
 from bgpt.files import list_files
 
@@ -96,9 +97,11 @@ def test_bits_per_byte_decide_the_best_epoch(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     for name, value in {**SETTINGS, "NUM_EPOCHS": 3}.items():
         monkeypatch.setattr(config, name, value)
+    monkeypatch.setattr(training, "total_memory", lambda device: 10**6)
     script.main()
     state, out = load(folder / "weights.pth"), capsys.readouterr().out
     assert (state["best_epoch"], state["min_eval_loss"]) == (2, 2.0)
+    assert "about 0.01 GB" in out and "warning: there are 0.0 GB" in out and "the first step took" in out
     assert "only 147 bytes to evaluate on" in out and f"best: epoch 2, min_eval_bits_per_byte {2.5 / math.log(2):.4f}" in out
     # a published checkpoint has no bits per byte: its model is kept, and the next epoch is the best so far
     keys = ("model", "optimizer", "lr_sched", "epoch", "best_epoch", "min_eval_loss")
@@ -109,6 +112,19 @@ def test_bits_per_byte_decide_the_best_epoch(folder, monkeypatch, capsys):
     script.main()
     assert "best score reset" in capsys.readouterr().out and load(folder / "weights.pth")["best_epoch"] == 4
     assert load(folder / "weights.pth.bak")["best_epoch"] == 2
+
+
+def test_memory_at_paper_size_is_what_the_readme_has(monkeypatch, capsys):
+    monkeypatch.setattr(training, "total_memory", lambda device: 40 * 10**9)
+    run = SimpleNamespace(
+        settings={"BATCH_SIZE": 16, "ACCUMULATION_STEPS": 1, "PATCH_SAMPLING_BATCH_SIZE": 0}, ranks=distributed.Ranks(torch.device("cpu")),
+        sizes=utils.ModelSizes(16, 512, 768, 12, 3), train=utils.Examples(make_files({f"{i}.x": 10**6 for i in range(16)})),
+    )  # fmt: skip
+    for run.dtype, needed in ((torch.float32, 1.76 + 16 * 3), (torch.bfloat16, 1.76 + 16 * 2)):
+        training.Run._print_memory(run, 110_084_352)
+        out = capsys.readouterr().out
+        assert float(re.search(r"about ([\d.]+) GB", out)[1]) == pytest.approx(needed, rel=0.01) and "1.76 GB of it for weights" in out
+        assert ("warning: there are 40.0 GB" in out) == (needed > 40)
 
 
 def test_learning_rate_moves_as_the_schedule_says(folder):
