@@ -64,8 +64,8 @@ def save_checkpoint(path, checkpoint):
     def write(file):
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as error:  # torch.save's error when a write fails, for example on a full disk
-            if isinstance(error.__context__, OSError):
+        except RuntimeError as error:  # torch.save's error when a write fails, on a full disk or by a second Ctrl-C
+            if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
                 raise error.__context__ from None
             raise
 

@@ -270,6 +270,22 @@ def test_full_disk_is_an_oserror_that_names_the_file(tmp_path):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["weights.pth"]
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
+def test_what_ends_a_save_is_what_is_raised(tmp_path, monkeypatch, kind):
+    """PyTorch raises its own error over it, as by a second Ctrl-C."""
+
+    def save(contents, file):
+        try:
+            raise kind(2)
+        finally:
+            raise RuntimeError("unexpected pos")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(kind):
+        checkpoint.save_checkpoint(tmp_path / "weights.pth", {})
+    assert not os.listdir(tmp_path)
+
+
 def test_saved_files_have_the_usual_permissions(tmp_path):
     (tmp_path / "plain").write_bytes(b"")
     checkpoint.save_checkpoint(tmp_path / "weights.pth", {})
