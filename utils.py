@@ -82,8 +82,7 @@ def count_patches(size, patch_size):
 def read_bytes(path, start=0, stop=None, size=None):
     """Returns the bytes of a file from `start` to `stop`, or to its end.
 
-    Raises:
-        OSError: with the file's name: it is unreadable, ends before or after its size, or has another than `size` (None = any).
+    Raises an OSError with its name if it is unreadable, ends before or after its size, or has another than `size` (None = any).
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -107,16 +106,8 @@ def read_bytes(path, start=0, stop=None, size=None):
 def read_patches(path, patch_size, first=0, last=None, size=None, lower_case=False):
     """Reads the patches `first` to `last` - 1 of a file (None = to the end patch), and no other bytes of it.
 
-    Args:
-        size: see `read_bytes`.
-        lower_case: spell the extension in lower case in the extension patch.
-
-    Returns:
-        patches: int16 (P, S).
-        counted: bool (P, S), true at the symbols that bits per byte count: the content and the first 256 after it.
-
-    Raises:
-        OSError: see `read_bytes`.
+    Returns `patches`, int16 (P, S), and `counted`, bool (P, S), true at the symbols that bits per byte count: the content and
+    the first 256 after it. With `lower_case` the extension patch is in lower case. `size` and errors: see `read_bytes`.
     """
     size = os.stat(path).st_size if size is None else size
     total = count_patches(size, patch_size)
@@ -199,13 +190,10 @@ class Examples:
 
 
 class ByteDataset:
-    """Files, or pairs of files, as sequences of patches.
+    """Examples as sequences of patches.
 
-    Args:
-        examples: the Examples.
-        patch_size: S.
-        patch_length: L, the most patches in a sequence. Of a longer file a crop is taken.
-        crop_seed: list of integers, for example [seed, epoch]: with the file's name it seeds its crop. None = the head.
+    Of a file of more than `patch_length` patches, L, a crop is taken. `crop_seed` is a list of integers, for example
+    [seed, epoch]: with the file's name it seeds its crop. None = the head.
     """
 
     def __init__(self, examples, patch_size, patch_length, crop_seed=None):
@@ -215,12 +203,9 @@ class ByteDataset:
         return len(self.examples)
 
     def __getitem__(self, index):
-        """Returns (patches int16 (P, S), counted bool (P, S), context), see `read_patches`.
+        """Returns (patches int16 (P, S), counted bool (P, S), context), see `read_patches`; OSError if a file has changed.
 
         `context` is the number of patches at the beginning that are given, not predicted: 1.
-
-        Raises:
-            OSError: a file is unreadable or has changed.
         """
         paths, sizes = self.examples[index], self.examples.sizes(index).tolist()
         if len(paths) == 1:
@@ -260,10 +245,7 @@ def balanced_parts(lengths, count):
 
 
 class Batch:
-    """Sequences of different lengths, padded with 256 on the right.
-
-    Args:
-        sequences: iterable of (patches int16 (P, S), counted bool (P, S), context), see `ByteDataset`.
+    """Sequences (patches int16 (P, S), counted bool (P, S), context) as in `ByteDataset`, padded with 256 on the right.
 
     Attributes:
         lengths: int64 array (B,), patches of each sequence.
@@ -328,15 +310,9 @@ def _begin_worker(index):
 def batches(dataset, index_batches, num_workers=0):
     """Yields the Batch of every array of indices; for an empty array a dummy batch, one empty file.
 
-    Args:
-        dataset: a ByteDataset or `bgpt.windows.Windows`.
-        index_batches: sequence of integer arrays.
-        num_workers: processes that read. NumPy arrays travel through pipes, not through the shared memory that containers
-            have little of. The workers ignore stop signals: the main process ends them after its current step.
-
-    Raises:
-        OSError: a file is unreadable or has changed.
-        ChildProcessError: a worker was killed.
+    `num_workers` processes read the items of `dataset`, a ByteDataset or `bgpt.windows.Windows`. NumPy arrays travel through
+    pipes, not through the shared memory that containers have little of. The workers ignore stop signals: the main process
+    ends them after its current step. Raises ChildProcessError if one was killed, OSError for a file unreadable or changed.
     """
     patches = np.full((2, dataset.patch_size), END, dtype=np.int16)
     dummy = [(patches, patches != END, 1)]
@@ -424,10 +400,7 @@ class Ragged:
 
     Only attention sees sequences. It pads each to a length that follows from its own, so that a sequence's numbers do not
     depend on the others. The rows begin with the shortest, so that sequences padded alike are neighbours.
-
-    Args:
-        lengths: int (B,), patches of each sequence, 0 or more.
-        device: of the rows.
+    `lengths`, int (B,), are the patches of each sequence, 0 or more. `device` is the rows'.
 
     Attributes:
         sequence, position: int64 (N,), each row's sequence, and its position in it.
@@ -519,16 +492,12 @@ def finish_block(block, x, attended, rate):
 def run_gpt2(gpt2, inputs, attend, parts=(project_qkv, finish_block)):
     """Returns the outputs of a GPT2Model, (…, D), for inputs (…, D), positions added.
 
-    It computes the same as its own forward, with faster dropout and attention, and for rows of any sequences.
-
-    Args:
-        attend: function of queries, keys and values (…, 3, H, 64) and a rate of dropout. It returns (…, H, 64).
-        parts: `project_qkv` and `finish_block`, or their compiled versions.
+    It computes the same as its own forward, with faster dropout and attention, and for rows of any sequences: `attend` returns
+    (…, H, 64) for queries, keys and values (…, 3, H, 64) and a rate of dropout. `parts` may be compiled.
     """
     config, (project, finish) = gpt2.config, parts
-    embd_pdrop, attn_pdrop, resid_pdrop = (
-        rate if gpt2.training else 0.0 for rate in (config.embd_pdrop, config.attn_pdrop, config.resid_pdrop)
-    )
+    rates = config.embd_pdrop, config.attn_pdrop, config.resid_pdrop
+    embd_pdrop, attn_pdrop, resid_pdrop = rates if gpt2.training else (0.0, 0.0, 0.0)
     x = dropout(inputs, embd_pdrop)
     for block in gpt2.h:
         qkv = project(block, x).unflatten(-1, (3, config.n_head, HEAD_SIZE))  # (…, 3·D) -> (…, 3, H, 64)
@@ -565,8 +534,7 @@ class FileModel(ByteModel):
 class PatchLevelDecoder(ByteModel):
     """GPT-2 over patches: each patch becomes one embedding, each output encodes the patches up to it (paper, 3.1).
 
-    Args:
-        config: GPT2Config; its n_positions is L. PATCH_SIZE is its attribute `patch_size`, 16 if it has none.
+    `config` is a GPT2Config with n_positions L. PATCH_SIZE is its attribute `patch_size`, 16 if it has none.
     """
 
     def __init__(self, config):
@@ -589,15 +557,10 @@ class PatchLevelDecoder(ByteModel):
         return F.embedding_bag(columns, weight, mode="sum") + self.patch_embedding.bias
 
     def encode(self, patches, masks):
-        """Returns (outputs (N, D) of the N real patches, their Ragged).
+        """Returns (outputs (N, D) of the N real patches, their Ragged) for patches int64 (B, P, S) or (B, P·S).
 
-        Args:
-            patches: int64 (B, P, S) or (B, P·S).
-            masks: integers (B, P), 1 at real patches, 0 at the padding on the right. None = all are real. Best on the CPU:
-                reading them from a GPU waits for it.
-
-        Raises:
-            ValueError: there are more patches than positions, or real patches after padding.
+        `masks`, integers (B, P), are 1 at real patches, 0 at the padding on the right. None = all are real. They are best on
+        the CPU: reading them from a GPU waits for it. Raises ValueError for too many patches, or real ones after padding.
         """
         patches = patches.reshape(len(patches), -1, self.patch_size)  # (B, P·S) -> (B, P, S)
         if patches.shape[1] > self.config.n_positions:
@@ -620,8 +583,7 @@ class PatchLevelDecoder(ByteModel):
 class ByteLevelDecoder(ByteModel):
     """GPT-2 over the symbols of one patch, conditioned on the patch-level output before it (paper, 3.1).
 
-    Args:
-        config: GPT2Config; its n_positions is S + 1 and its vocab_size 257.
+    `config` is a GPT2Config with n_positions S + 1 and vocab_size 257.
     """
 
     def __init__(self, config):
@@ -645,12 +607,7 @@ class ByteLevelDecoder(ByteModel):
 class bGPTLMHeadModel(FileModel):
     """The generative byte model: a patch-level and a byte-level decoder (paper, 3.1 and 3.2).
 
-    Args:
-        patch_config: GPT2Config of the patch-level decoder.
-        byte_config: GPT2Config of the byte-level decoder.
-
-    Raises:
-        ValueError: the two differ in PATCH_SIZE or width.
+    Raises ValueError if the two GPT2Configs differ in PATCH_SIZE or width.
     """
 
     def __init__(self, patch_config, byte_config):
@@ -666,10 +623,8 @@ class bGPTLMHeadModel(FileModel):
     def forward(self, patches, masks, targets=None):
         """Returns the BytePrediction of all real patches but the first of each sequence, in order of sequence, patch.
 
-        Args:
-            patches: int64 (B, P, S) or (B, P·S).
-            masks: integers (B, P), 1 at real patches, 0 at the padding on the right.
-            targets: bool (B, P-1), which of patches 1.. to predict; None = all real ones.
+        `patches`, int64 (B, P, S) or (B, P·S), and `masks`, integers (B, P): see `PatchLevelDecoder.encode`.
+        `targets`, bool (B, P-1): which of patches 1.. to predict; None = all real ones.
         """
         patches = patches.reshape(len(patches), -1, self.patch_size)  # (B, P·S) -> (B, P, S)
         encoded, ragged = self.patch_level_decoder.encode(patches, masks)  # (N real patches, D)
@@ -685,9 +640,7 @@ class bGPTLMHeadModel(FileModel):
 class bGPTForClassification(FileModel):
     """The classifier: the mean of the patch-level outputs over a file's real patches, then one linear layer (paper, 3.3).
 
-    Args:
-        patch_config: GPT2Config of the patch-level decoder; see `PatchLevelDecoder`.
-        num_labels: number of labels.
+    `patch_config` is the GPT2Config of a `PatchLevelDecoder`.
     """
 
     def __init__(self, patch_config, num_labels):
@@ -697,12 +650,7 @@ class bGPTForClassification(FileModel):
         nn.init.normal_(self.classifier.weight, std=0.02)
 
     def forward(self, patches, masks=None):
-        """Returns logits (B, labels). Those of a file do not depend on the rest of its batch.
-
-        Args:
-            patches: int64 (B, P, S) or (B, P·S).
-            masks: integers (B, P), 1 at real patches. None = all are real.
-        """
+        """Returns logits (B, labels). Those of a file do not depend on the rest of its batch. See `PatchLevelDecoder.encode`."""
         encoded = self.patch_level_decoder(patches, masks).last_hidden_state  # (B, P, D), 0 at padding
         counts = encoded.shape[1] if masks is None else to_device(masks.cpu().sum(1, keepdim=True), encoded.device)  # (B, 1)
         return self.classifier(encoded.sum(1) / counts)
