@@ -75,17 +75,14 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(path, name, mmap=False):
     """Returns the dict in a checkpoint, its tensors on the CPU. No code in the file is ever run.
 
-    Args:
-        path, name: the file, and the constant with its path for messages.
-        mmap: leave the tensors in the file until they are used.
-
-    Raises:
-        UserError: the file is missing or unreadable.
-        DamagedCheckpoint: it is no checkpoint, or needs more than plain types and tensors.
+    Messages begin with `name`, the constant with the path. With `mmap` the tensors stay in the file until they are used.
+    Raises UserError if the file is missing or unreadable, DamagedCheckpoint if it is no checkpoint or could run code.
     """
     system.check_checkpoint(path, name)
     try:
-        if _is_safetensors(path):
+        with open(path, "rb") as file:
+            is_safetensors = file.read(9)[8:] == b"{"  # 8 bytes of length, then a JSON dict
+        if is_safetensors:
             from safetensors.torch import load_file
 
             checkpoint = {"model": load_file(path)}
@@ -104,12 +101,6 @@ def load_checkpoint(path, name, mmap=False):
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
     checkpoint["model"] = {key: value for key, value in state.items() if not re.search(r"\.attn\.(masked_)?bias$", key)}
     return checkpoint
-
-
-def _is_safetensors(path):
-    """Returns whether a file is in safetensors format: 8 bytes of length, then a JSON dict."""
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
 
 
 def _what_it_is(path, error):
@@ -184,10 +175,8 @@ def load_weights(model, state, where):
 def load_optimizer(optimizer, state):
     """Checks and loads an AdamW's moments. The optimizer keeps its learning rates and other settings.
 
-    The fused step does not check shapes: with moments of a wrong one it would read beyond their memory.
-
-    Raises:
-        ValueError, KeyError, TypeError, IndexError, AttributeError: these are not the moments of the optimizer's parameters.
+    The fused step does not check shapes: with moments of a wrong one it would read beyond their memory. Raises ValueError,
+    KeyError, TypeError, IndexError or AttributeError if these are not the moments of the optimizer's parameters.
     """
     groups, parameters = optimizer.state_dict()["param_groups"], [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
@@ -203,11 +192,7 @@ def load_optimizer(optimizer, state):
 
 
 def load_model(path, name="path"):
-    """Returns (model, checkpoint), the model with the checkpoint's sizes and weights, in training mode.
-
-    Raises:
-        UserError: see `load_checkpoint`, `model_sizes` and `load_weights`. It names the constant `name`.
-    """
+    """Returns (model, checkpoint), the model with the checkpoint's sizes and weights, in training mode; see `load_checkpoint`."""
     checkpoint, where = load_checkpoint(path, name), f"{name}: {path!r}"
     model = model_sizes(checkpoint["model"], where).build()
     load_weights(model, checkpoint["model"], where)
@@ -282,10 +267,7 @@ class RunFiles:
         return self.best in self._own
 
     def save(self, path, contents):
-        """Saves a checkpoint at one of the two paths, and returns whether that succeeded; another run's file gets a backup.
-
-        A full disk does not end the run: the file at `path` stays.
-        """
+        """Saves a checkpoint at one of the two paths, and returns whether that succeeded; another run's file gets a backup."""
         try:
             if path not in self._own:
                 system.print_backups([system.keep_backup(path)])
