@@ -98,22 +98,13 @@ def override(config, argv=None):
     """Checks config.py and sets its constants from a command line, for example ["--BATCH_SIZE", "4", "--EVAL_FOLDERS"].
 
     None, True and False are understood. An option without values is an empty list. Every constant that changes is printed
-    with its value in config.py. `--help` lists all.
-
-    Args:
-        config: the module.
-        argv: None = this process's command line.
-
-    Raises:
-        SystemExit: status 2 and one line on stderr for an unknown option or an illegal value, here or in config.py.
+    with its value in config.py. `--help` lists all. An unknown option or an illegal value, here or in config.py, raises
+    SystemExit with status 2 after one line on stderr. `config` is the module. `argv`: None = this process's command line.
     """
     vars(config).update(_overridden)
     _overridden.clear()
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--NAME VALUE ...]",
-        description="Settings are the constants of config.py; each can be overridden here for one run.",
-        allow_abbrev=False,
-    )
+    text = "Settings are the constants of config.py; each can be overridden here for one run."
+    parser = argparse.ArgumentParser(usage="%(prog)s [--NAME VALUE ...]", description=text, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     comments = _comments(config.__file__)
     for name, kind in CONSTANTS.items():
