@@ -52,13 +52,8 @@ class Files:
 def list_files(folders, name, extension=None, own=()):
     """Returns all files below the folders as Files, each once, without hidden files and folders; prints those left out.
 
-    Args:
-        folders, name: list of paths, and the constant that has them for messages.
-        extension: only files of this one, in upper or lower case. None = all.
-        own: files and folders that runs write, to be left out unless they are in `folders`.
-
-    Raises:
-        UserError: one of the folders is missing, is a file, or is unreadable.
+    `extension` is the only one to list, in upper or lower case. None = all. `own` are files and folders that runs write, to be
+    left out unless they are in `folders`. Raises UserError with the constant `name` if a folder is missing, a file or unreadable.
     """
     check_folders(folders, name)
     roots = [os.path.normpath(folder) for folder in folders]
