@@ -118,10 +118,8 @@ def attend_cached(qkv, view, where, mask):
     A row's numbers do not depend on the others. PyTorch's scaled_dot_product_attention is no faster for one query on a CPU,
     and the last digits of its results there depend on the row's place in the batch.
 
-    Args:
-        qkv: (B, 3, H, 64).
-        view: one layer of `KVCache.views`, in which to cache at the indices `where`, (rows, positions).
-        mask: (B·H, 1, longest), see `KVCache.mask`; or (1, 1, longest), if it is the same for all.
+    `qkv` is (B, 3, H, 64). `view` is one layer of `KVCache.views`, in which to cache at the indices `where`, (rows, positions).
+    `mask` is (B·H, 1, longest), see `KVCache.mask`, or (1, 1, longest) if it is the same for all.
     """
     (kv, keys, values), (rows, positions), dtype = view, where, qkv.dtype
     qkv = qkv.to(kv.dtype)
