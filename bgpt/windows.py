@@ -46,13 +46,9 @@ def count_training_windows(examples, patch_size, patch_length, seeds):
 class Windows:
     """A data set of windows, numbered example by example; a pair is one window that predicts its target.
 
-    A window is (first patch, last patch + 1, first predicted patch) within the example's whole sequence.
-
-    Args:
-        examples: Examples. Pairs must fit in `patch_length`.
-        patch_size, patch_length: S and L.
-        advance: patches by which a window advances, from 1 to L - 1.
-        rng: numpy Generator that draws the end of a longer file's first window. None = it is as long as possible.
+    A window is (first patch, last patch + 1, first predicted patch) within the example's whole sequence. Pairs must fit in one
+    of `patch_length` patches. Windows advance by `advance` patches, from 1 to L - 1. `rng`, a numpy Generator, draws the end of
+    a longer file's first window. None = it is as long as possible.
 
     Attributes:
         sizes: int64 (n,), bytes of each file that is predicted.
