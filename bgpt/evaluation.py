@@ -63,11 +63,6 @@ class SymbolTotals(Totals):
         self._counts = [self._counts[0] + nats.numel(), self._counts[1] + num_bytes]
 
     @property
-    def bytes(self):
-        """Bytes of content."""
-        return self._counts[1]
-
-    @property
     def loss(self):
         """Mean cross-entropy over all symbols of all targets, nats per symbol: the published measure. None without any."""
         return self._mean(0, self._counts[0])
@@ -156,16 +151,11 @@ def surprising_stretches(bits, count=10, longest=16):
 
 
 def score_files(model, windows, folder, batch_size, dtype, progress, failed):
-    """Yields the FileScore of every example, the longest examples first.
+    """Yields the FileScore of every example of `bgpt.windows.Windows`, the longest examples first.
 
-    Args:
-        model: bGPTLMHeadModel in eval mode.
-        windows: `bgpt.windows.Windows` of the examples.
-        folder: names are relative to it.
-        batch_size: most windows at once.
-        dtype: torch.dtype to compute in.
-        progress: called with the number of bytes scored, after each batch.
-        failed: (path, reason) of each file that cannot be read is appended to it.
+    `model` is a bGPTLMHeadModel in eval mode, which computes in `dtype`, with `batch_size` windows at once. Names are relative to
+    `folder`. `progress` is called with the number of bytes scored, after each batch. (path, reason) of each file that cannot be
+    read is appended to `failed`.
     """
     pieces, unreadable = {}, set()  # {index: [(nats (n, S), whether each symbol is the likeliest (n, S)) of a window]}
 
@@ -269,14 +259,12 @@ def classification_report(confusion, labels, most=30):
     table, details = aligned(table), ""
     if len(labels) > most:
         ranked = sorted(np.flatnonzero(files), key=lambda label: (correct[label] / files[label], -files[label]))[:20]
-        lines.append(f"the {len(ranked)} labels of lowest recall of {len(labels):,}:")
-        details, table = "\n".join(table) + "\n", [table[0], *(table[1 + label] for label in ranked)]
-    lines += table
-    if len(labels) <= most:
-        lines.append("true label by row, predicted label by column:")
+        lines += [f"the {len(ranked)} labels of lowest recall of {len(labels):,}:", table[0], *(table[1 + i] for i in ranked)]
+        details = "\n".join(table) + "\n"
+    else:
         indices = range(len(labels))
         rows = [[f"{row} {labels[row]}", *(f"{confusion.get((row, column), 0):.0f}" for column in indices)] for row in indices]
-        lines += aligned([["", *map(str, indices)], *rows])
+        lines += [*table, "true label by row, predicted label by column:", *aligned([["", *map(str, indices)], *rows])]
     return "\n".join(lines) + "\n", details
 
 
