@@ -124,10 +124,8 @@ def generate(model, prompts, batch_size, sampling, on_patches=None):
     A sequence ends at its first drawn 256, or when PATCH_LENGTH patches are full. The next prompt then takes its place.
     A sequence's random numbers are its own, so that its content depends neither on `batch_size` nor on the other prompts.
 
-    Args:
-        prompts: iterable of Prompts of fewer than L·S symbols, read as places become free.
-        batch_size: most sequences at once.
-        on_patches: called with the number of patches written, after each step.
+    `prompts`, an iterable of Prompts of fewer than L·S symbols, is read as places become free. `batch_size` is the most
+    sequences at once. `on_patches` is called with the number of patches written, after each step.
     """
     prompts, writer = iter(prompts), PatchWriter(model, batch_size, sampling)
     while True:
@@ -143,15 +141,12 @@ def generate(model, prompts, batch_size, sampling, on_patches=None):
 class PatchWriter:
     """A batch of sequences, written one patch of each at a time. Every buffer is allocated once.
 
-    Args:
-        model: bGPTLMHeadModel in eval mode.
-        batch_size: B, the most rows. A row is one sequence.
-        on_device: compute each patch without reading from the device, in few different shapes, rounded up to powers of two.
-            The results are the same in float32. None = on CUDA only, where each shape is captured as a graph.
+    `model` is a bGPTLMHeadModel in eval mode, `batch_size` B, the most rows. With `on_device` each patch is computed without
+    reading from the device, in few different shapes, rounded up to powers of two. The results are the same in float32.
+    None = on CUDA only, where each shape is captured as a graph.
 
-    Attributes:
-        rows: the sequences under way, a list of at most B `_Row`s. The first rows of every buffer are theirs.
-        captures: whether steps run as CUDA graphs.
+    Its `rows` are the sequences under way, a list of `_Row`s. The first rows of every buffer are theirs. If it `captures`, steps
+    run as CUDA graphs.
     """
 
     def __init__(self, model, batch_size, sampling, on_device=None):
@@ -291,11 +286,8 @@ class PatchWriter:
         where = torch.arange(rows, device=self.device), positions
         mask = self.patch_cache.mask(positions, longest)  # (B·H, 1, longest): a row sees its own patches
 
-        def attend(layer, qkv):
-            return attend_cached(qkv, views[layer], where, mask)
-
-        embedded = self.patch_level.embed(self.newest[:rows])  # (B, D)
-        return self.patch_blocks(embedded + self.patch_level.base.wpe(positions), attend)
+        embedded = self.patch_level.embed(self.newest[:rows]) + self.patch_level.base.wpe(positions)  # (B, D)
+        return self.patch_blocks(embedded, lambda layer, qkv: attend_cached(qkv, views[layer], where, mask))
 
     def choose(self, logits, uniforms):
         """Returns the next symbol of each row, see `sample_symbols`. A subclass may choose otherwise."""

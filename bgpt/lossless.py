@@ -191,8 +191,7 @@ def pack(content, extension, coder, codes):
 def unpack(container, extension, coder):
     """Returns (CRC-32 of the content, the content or None if it is coded, then its Decodings).
 
-    Raises:
-        BadContainer: the bytes are no container of a file with this extension, damaged, or not for this Coder.
+    Raises BadContainer if it is no container of a file with this extension, damaged, or not for this Coder.
     """
     if container[:1] not in (bytes([STORED]), bytes([CODED])):
         raise BadContainer("is no container of MODE 'compress', or one of another version")
@@ -236,10 +235,8 @@ def _split(view):
 def compress(coder, files, verify, progress, failed):
     """Yields (path, content, container) of files, an iterable of paths, each as soon as it is finished.
 
-    Args:
-        verify: also decode each container. A file that does not come back has failed.
-        progress: called with the number of bytes encoded or decoded, after each step.
-        failed: (path, reason) of each file that cannot be compressed is appended to it.
+    With `verify` each container is decoded, too. A file that does not come back has failed. `progress` is called with the number
+    of bytes coded, after each step. (path, reason) of each file that cannot be compressed is appended to `failed`.
     """
 
     def code(path):
