@@ -51,11 +51,9 @@ def extension_patch(extension, patch_size):
     """Returns the extension patch, int16 (S,): the UTF-8 bytes of `extension`, cut at S, padded with 256."""
     if "." in extension:
         raise ValueError(f"the extension {extension!r} has a dot: give it without, as in 'mid'")
-    patch = np.full(patch_size, END, dtype=np.int16)
     # surrogateescape: a file name may contain bytes that are not UTF-8, which Python keeps as surrogates
     symbols = extension.encode("utf-8", "surrogateescape")[:patch_size]
-    patch[: len(symbols)] = np.frombuffer(symbols, dtype=np.uint8)
-    return patch
+    return np.array([*symbols, *[END] * (patch_size - len(symbols))], dtype=np.int16)
 
 
 def to_patches(content, extension, patch_size):
@@ -363,10 +361,7 @@ def dropout(x, rate):
 
 
 def attend(qkv, rate=0.0):
-    """Returns causal attention (B, T, H, 64) of queries, keys and values (B, T, 3, H, 64), with dropout of its weights.
-
-    It is PyTorch's scaled_dot_product_attention where that is fast.
-    """
+    """Returns causal attention (B, T, H, 64) of queries, keys and values (B, T, 3, H, 64), with dropout of its weights."""
     if qkv.device.type == "cuda" and len(qkv) > MOST_SEQUENCES:
         return torch.cat([attend(part, rate) for part in qkv.split(MOST_SEQUENCES)])
     queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, 64) each
@@ -599,8 +594,7 @@ class ByteLevelDecoder(ByteModel):
         hidden = run_gpt2(self.base.transformer, inputs, attend, self.parts)  # (N, S, D)
         logits = self.base.lm_head(hidden)  # (N, S, V)
         # (N, S, V) -> (N·S, V) -> (N, S)
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), target_patches.flatten(), reduction="none")
-        nats = nats.view(target_patches.shape)
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), target_patches.flatten(), reduction="none").view_as(target_patches)
         return BytePrediction(loss=nats.mean(), logits=logits, nats=nats)
 
 
@@ -628,8 +622,7 @@ class bGPTLMHeadModel(FileModel):
         """
         patches = patches.reshape(len(patches), -1, self.patch_size)  # (B, P·S) -> (B, P, S)
         encoded, ragged = self.patch_level_decoder.encode(patches, masks)  # (N real patches, D)
-        if targets is None:
-            targets = masks[:, 1:] == 1  # (B, P-1)
+        targets = masks[:, 1:] == 1 if targets is None else targets  # (B, P-1)
         # (2, N): the targets' sequences, and the patches before them
         sequence, before = to_device(targets.cpu().nonzero().t().contiguous(), patches.device)
         # index_select: its gradient is added up faster than indexing's
@@ -674,9 +667,8 @@ class ModelSizes:
 
     def build(self, dropout=0.1, embedding_start="published"):
         """Returns a new model of these sizes, with random weights; `embedding_start` is EMBEDDING_START."""
-        configs = make_configs(
-            self.PATCH_SIZE, self.PATCH_LENGTH, self.HIDDEN_SIZE, self.PATCH_NUM_LAYERS, self.BYTE_NUM_LAYERS or 1, dropout
-        )
+        layers = self.PATCH_NUM_LAYERS, self.BYTE_NUM_LAYERS or 1
+        configs = make_configs(self.PATCH_SIZE, self.PATCH_LENGTH, self.HIDDEN_SIZE, *layers, dropout)
         model = bGPTLMHeadModel(*configs) if self.num_labels is None else bGPTForClassification(configs[0], self.num_labels)
         if embedding_start == "smooth":
             smoothen(model.patch_level_decoder.patch_embedding.weight)
