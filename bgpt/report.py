@@ -98,12 +98,11 @@ def figures_table(groups):
 def comparison(gains):
     """Returns a sentence on which compressors the model beats, from the `gains` of `sum_up`."""
     verdicts = {"beats": [], "does not clearly differ from": [], "is beaten by": []}
-    for name, figure in gains.items():
-        gain, low, high = figure
+    for name, (gain, low, high) in gains.items():
         if gain is None:
             return "There are no bytes to compare the compressors by."
         if (gain if low is None else low) > 0:  # a single file has no interval
-            verdicts["beats"].append(f"{name} by {with_interval(figure, 2)}")
+            verdicts["beats"].append(f"{name} by {with_interval((gain, low, high), 2)}")
         elif (gain if high is None else high) < 0:
             loss = [each and -each for each in (gain, high, low)]
             verdicts["is beaten by"].append(f"{name} by {with_interval(loss, 2)}")
@@ -145,10 +144,8 @@ def table_of_files(files):
 # ---- The page of an evaluation --------------------------------------------------------------------------------------
 
 def choose_files(scores):
-    """Returns [(FileScore, its rank as text)] of the 3 worst, median and best files each by bits per byte, each file once.
-
-    Empty files have no bits per byte. One is shown only if all are empty.
-    """
+    """Returns [(FileScore, its rank as text)] of the 3 worst, median and best files each by bits per byte, each file once."""
+    # empty files have no bits per byte; one is shown only if all are empty
     ranked = sorted((each for each in scores if each.bytes), key=lambda each: (-each.bits_per_byte, each.name)) or scores[:1]
     count, titles = len(ranked), {}  # {rank: text}
     for title, first in (("worst", 0), ("best", max(count - 3, 0)), ("median", max((count - 3) // 2, 0))):
@@ -158,14 +155,11 @@ def choose_files(scores):
 
 
 def shown_parts(score, most):
-    """Returns the parts of a file's symbols to show, in order: all, or at most `most` around its most surprising stretches.
-
-    Parts are (start, stop), with starts at multiples of 16.
-    """
+    """Returns the parts (start, stop) of a file's symbols to show: all, or at most `most` around its surprising stretches."""
     total = score.bytes + 1
     if total <= most:
         return [(0, total)]
-    width, parts = max(most // max(len(score.stretches), 1) // 16, 1) * 16, []
+    width, parts = max(most // max(len(score.stretches), 1) // 16, 1) * 16, []  # starts are multiples of 16
     for offset, _, _ in sorted(score.stretches):
         start = max(offset - width // 2, 0) // 16 * 16
         stop = min(start + width, total)
@@ -176,13 +170,11 @@ def shown_parts(score, most):
 
 
 def _characters(symbols):
-    """Returns the shown text of each symbol (n,), and whether they look like UTF-8: at most one byte in twenty is odd.
-
-    The first byte of a longer character shows it, the others a dot.
-    """
+    """Returns the shown text of each symbol (n,), and whether they look like UTF-8: at most one byte in twenty is odd."""
     content, shown = symbols[symbols != END].astype(np.uint8).tobytes(), []
     for character in content.decode("utf-8", "surrogateescape"):  # an odd byte becomes a character that is not printable
         name = {"\n": "↵\n", "\t": "→\t", "\r": "␍"}.get(character, character if character.isprintable() else "\ufffd")
+        # the first byte of a longer character shows it, the others a dot
         shown += [name, *"·" * (len(character.encode("utf-8", "surrogateescape")) - 1)]
     return shown + ["⏹"] * (len(symbols) - len(content)), 20 * shown.count("\ufffd") <= len(content)
 
@@ -201,11 +193,7 @@ def _cells(start, symbols, bits, likeliest, probabilities):
 
 
 def build_page(notes, groups, files):
-    """Returns the page as bytes.
-
-    `notes` are lines of text, `groups` is a result of `sum_up_groups`, and `files` are (FileScore, title, parts, symbols), see
-    `choose_files`, `shown_parts` and `score_symbols`.
-    """
+    """Returns the page as bytes, from lines of text, a `sum_up_groups`, and (FileScore, title, parts, their `score_symbols`)."""
     with_bytes, most_groups = [name for name in groups if groups[name]["bytes"]], 12
     largest = sorted(with_bytes, key=lambda name: -groups[name]["bytes"])[: most_groups + 1]  # "all" is the largest
     bars = []  # (group, [("model" or a compressor, bits per byte)])
@@ -294,8 +282,7 @@ def write_index(folder, rows):
         listed[escape_name(file)] = [escape_name(file), escape_name(source), str(num_bytes), bits, how, str(seed)]
     # numbers in names are sorted as numbers: 2 before 10
     names = sorted(listed, key=lambda name: [part.zfill(20) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
-    paths = {name: os.path.join(folder, system.unescape_name(name)) for name in names}
-    paths = {name: path for name, path in paths.items() if os.path.isfile(path)}
+    paths = {name: path for name in names if os.path.isfile(path := os.path.join(folder, system.unescape_name(name)))}
     system.write_whole(table, "".join("\t".join(fields) + "\n" for fields in [INDEX_COLUMNS, *map(listed.get, paths)]).encode())
     shown, others, room = [], [], SHOWN_BYTES  # shown: (fields, kind, content)
     for name in sorted(reversed(paths), key=lambda name: -os.stat(paths[name]).st_mtime_ns):
