@@ -173,7 +173,7 @@ def translate(args):
 def evaluate(args):
     """Prints how much of the .bin files below args.dir_path is right."""
     R, memory_size = args.num_registers, args.memory_size
-    paths = list_files([args.dir_path], "--dir_path", "bin")
+    paths = list_files([args.dir_path], "--dir_path", "bin").paths
     total, folder, parts = len(paths), system.escape_name(args.dir_path), []
     if not total:
         raise system.UserError(f"--dir_path {folder}: there are no .bin files in it")
@@ -182,8 +182,8 @@ def evaluate(args):
         parts.append(part)
         bar.update(len(part[0]))
 
-    batches = (range(start, min(start + BATCH, total)) for start in range(0, total, BATCH))
-    jobs = ((shard, evaluate_files, [paths[i] for i in batch], R, memory_size) for shard, batch in enumerate(batches))
+    batches = (paths[start : start + BATCH] for start in range(0, total, BATCH))
+    jobs = ((shard, evaluate_files, batch, R, memory_size) for shard, batch in enumerate(batches))
     with progress_bar(total, "files") as bar:
         run_jobs(jobs, count_workers(total), receive)
     found = {"dir_path": folder, "num_registers": R, "memory_size": memory_size, **summarize(parts, R)}

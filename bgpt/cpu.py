@@ -189,12 +189,11 @@ def draw(rng, count, num_registers, memory_size, shortest, longest):
             fewest, choices, choices_bits = counts[opcode]
             while (choice := getrandbits(choices_bits)) >= choices:
                 pass
-            word, shift = opcode, 8
-            for _ in range(fewest + choice):
+            word = opcode
+            for shift in (8, 16, 24)[: fewest + choice]:
                 while (register := 1 + getrandbits(register_bits)) > R:
                     pass
                 word |= register << shift
-                shift += 8
             words.append(word)
         words.append(HLT)
     memory = np.zeros((count, memory_size // 4), "<u4")

@@ -204,6 +204,4 @@ def report(found):
         ]
     if found["malformed"]:
         lines += ["", "malformed"]
-    for problem, entry in found["malformed"].items():
-        lines.append(f"{entry['files']:>12,} files: {problem}, e.g. {entry['example']}")
-    return lines
+    return lines + [f"{each['files']:>12,} files: {why}, e.g. {each['example']}" for why, each in found["malformed"].items()]
