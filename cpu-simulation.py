@@ -194,6 +194,8 @@ def evaluate(args):
     if args.json is not None:
         system.write_results({args.json: f"{json.dumps(found, indent=1)}\n".encode()})
     print(*report(found), "", f"{total:,} files in {folder}, {R} registers, {memory_size} bytes of memory", sep="\n")
+    if unread := found["malformed"].get("unreadable"):
+        raise system.UserError(f"--dir_path: {unread['files']:,} files could not be read, e.g. {unread['example']}")
 
 
 def main(argv=None):
