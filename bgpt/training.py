@@ -268,7 +268,7 @@ class Run:
         where = f"{self.dtype} on {ranks.count} x {ranks.device.type}"
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         print(f"{parameters:,} parameters, {where}, seed {settings['SEED']}, {steps[state.epoch]} steps an epoch")
-        self._print_memory(parameters)
+        self._print_memory(parameters, counts[state.epoch])
         self.wandb = start_wandb(settings, state.run_id) if settings["WANDB_LOG"] and ranks.rank == 0 else None
         if settings["COMPILE"]:
             for decoder in self.model.children():
@@ -280,10 +280,10 @@ class Run:
         self._steps_to_time = steps[state.epoch]  # of the epoch; 0 once the first step has been timed
         return ranks.wrap(self.model)
 
-    def _print_memory(self, parameters):
-        """Prints about how much memory a step takes, and a warning if that is more than there is."""
+    def _print_memory(self, parameters, count):
+        """Prints about how much memory a step takes in an epoch of `count` examples, and a warning if there is less."""
         settings, sizes, device = self.settings, self.sizes, self.ranks.device
-        sequences = min(settings["BATCH_SIZE"] // settings["ACCUMULATION_STEPS"], len(self.train))
+        sequences = min(settings["BATCH_SIZE"] // settings["ACCUMULATION_STEPS"], count)
         rows = sequences * min(int(self.train.lengths(sizes.PATCH_SIZE).max()), sizes.PATCH_LENGTH)  # patches of a micro-batch
         byte_rows = min(rows, settings["PATCH_SAMPLING_BATCH_SIZE"] or rows) * sizes.PATCH_SIZE
         layers = rows * sizes.PATCH_NUM_LAYERS + byte_rows * (sizes.BYTE_NUM_LAYERS or 0)
@@ -292,7 +292,8 @@ class Run:
         needed, total = fixed + activations, total_memory(device)
         how = f"{fixed / 1e9:.2f} GB of it for weights, gradients and optimizer"
         print(f"training takes about {needed / 1e9:.2f} GB of memory for each process, {how}")
-        if needed * (1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > total:
+        is_shared = device.type == "cpu" and self.ranks.count > 1  # else LOCAL_WORLD_SIZE may be left over from a job system
+        if needed * (int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_shared else 1) > total:
             print(f"warning: there are {total / 1e9:.1f} GB: raise ACCUMULATION_STEPS, or lower BATCH_SIZE or PATCH_LENGTH")
 
     # ---- steps -----------------------------------------------------------------------------------------------------
