@@ -35,7 +35,9 @@ HIDDEN_SIZE: int = 768
 
 # Passes over the training files. 1 or more.
 NUM_EPOCHS: int = 32
-# Learning rate of AdamW at its peak. Above 0.
+# "muon" (Muon for the matrices of the layers, AdamW for the rest) learns more in each step; "adamw" is published.
+OPTIMIZER: str = "adamw"
+# Learning rate at its peak. Above 0.
 LEARNING_RATE: float = 1e-4
 # Learning rate after a linear warm-up over the first tenth of all steps. "cosine" (to 0) or "constant".
 LR_SCHEDULE: str = "cosine"

@@ -670,21 +670,34 @@ class ModelSizes:
         layers = self.PATCH_NUM_LAYERS, self.BYTE_NUM_LAYERS or 1
         configs = make_configs(self.PATCH_SIZE, self.PATCH_LENGTH, self.HIDDEN_SIZE, *layers, dropout)
         model = bGPTLMHeadModel(*configs) if self.num_labels is None else bGPTForClassification(configs[0], self.num_labels)
-        if embedding_start == "smooth":
-            smoothen(model.patch_level_decoder.patch_embedding.weight)
+        if embedding_start != "published":
+            patch_embedding = model.patch_level_decoder.patch_embedding.weight  # (D, S·V)
+            vectors = structured_vectors(embedding_start, self.PATCH_SIZE, self.HIDDEN_SIZE)  # (S, V, D)
+            with torch.no_grad():
+                patch_embedding.copy_(vectors.flatten(0, 1).t())
+                if embedding_start == "bits" and self.num_labels is None:
+                    model.byte_level_decoder.base.lm_head.weight.copy_(structured_vectors("bits", 1, self.HIDDEN_SIZE)[0])
         return model
 
 
-@torch.no_grad()
-def smoothen(weight):
-    """Fills a patch embedding's weight (D, S·V) such that close byte values have close vectors, and 256 has none near.
+def structured_vectors(start, count, width):
+    """Returns `count` embeddings (count, V, width) in which related byte values have related vectors.
 
-    At each of the S positions in a patch, 98 % of the variance are sines and cosines of half a period to four periods over
-    the bytes, in random directions. The standard deviation is 0.12.
+    The bytes' features go in random directions, with a little noise on top. Symbol 256 gets noise alone.
+
+    Args:
+        start: "smooth" (waves of half a period to four periods over the bytes: close values have close vectors) or "bits"
+            (the eight bits, and waves of 1, 2, 4 … 64 periods).
     """
-    angles = torch.arange(256)[:, None] * torch.tensor([0.5, 1.0, 2.0, 4.0]) * (2 * torch.pi / 256)  # (256, 4)
-    waves = torch.cat((angles.sin(), angles.cos()), dim=1) / 2  # (256, 8), rows of norm 1
-    vectors = torch.randn(weight.shape[1] // NUM_SYMBOLS, NUM_SYMBOLS, len(weight))  # (S, V, D)
-    vectors[:, :256] *= 0.02**0.5
-    vectors[:, :256] += 0.98**0.5 * waves @ torch.randn(len(vectors), 8, len(weight))
-    weight.copy_(vectors.flatten(0, 1).t() * 0.12)  # (S, V, D) -> (S·V, D) -> (D, S·V)
+    periods, noise, std = ((0.5, 1, 2, 4), 0.02, 0.12) if start == "smooth" else ([2.0**n for n in range(7)], 0.05, 0.2)
+    values = torch.arange(256)[:, None]
+    angles = values * torch.tensor(periods) * (2 * torch.pi / 256)  # (256, waves)
+    features = torch.cat((angles.sin(), angles.cos()), dim=1)  # (256, F)
+    if start == "bits":
+        bits = ((values >> torch.arange(8)) & 1) * 2.0 - 1  # (256, 8)
+        features = torch.cat((features / len(periods) ** 0.5, bits / 8**0.5), dim=1)  # half of the variance each
+    features = features / features[0].norm()  # rows of norm 1
+    vectors = torch.randn(count, NUM_SYMBOLS, width)
+    vectors[:, :256] *= noise**0.5
+    vectors[:, :256] += (1 - noise) ** 0.5 * features @ torch.randn(count, features.shape[1], width)
+    return vectors * std

@@ -173,20 +173,24 @@ def load_weights(model, state, where):
 
 
 def load_optimizer(optimizer, state):
-    """Checks and loads an AdamW's moments. The optimizer keeps its learning rates and other settings.
+    """Checks and loads an optimizer's moments. The optimizer keeps its learning rates and other settings.
 
     The fused step does not check shapes: with moments of a wrong one it would read beyond their memory. Raises ValueError,
     KeyError, TypeError, IndexError or AttributeError if these are not the moments of the optimizer's parameters.
     """
-    groups, parameters = optimizer.state_dict()["param_groups"], [p for group in optimizer.param_groups for p in group["params"]]
+    groups = optimizer.state_dict()["param_groups"]
+    # Muon's groups have a momentum
+    parameters = [(p, "momentum" in group) for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
-        if set(values) != {"step", "exp_avg", "exp_avg_sq"}:
+        parameter, is_muon = parameters[index]
+        moments = {"momentum_buffer"} if is_muon else {"exp_avg", "exp_avg_sq"}
+        if set(values) != (moments if is_muon else moments | {"step"}):
             raise ValueError(f"optimizer: it has {sorted(map(str, values))}")
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in moments:
             moment = values[name]
-            if not _is_plain_tensor(moment) or moment.shape != parameters[index].shape or not moment.isfinite().all():
-                raise ValueError(f"optimizer: an {name} is not {tuple(parameters[index].shape)} numbers")
-        if torch.as_tensor(values["step"]).numel() != 1 or not math.isfinite(values["step"]):
+            if not _is_plain_tensor(moment) or moment.shape != parameter.shape or not moment.isfinite().all():
+                raise ValueError(f"optimizer: {name} is not {tuple(parameter.shape)} numbers")
+        if not is_muon and (torch.as_tensor(values["step"]).numel() != 1 or not math.isfinite(values["step"])):
             raise ValueError("optimizer: a step is not one number")
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 

@@ -57,11 +57,40 @@ class Steps:
 # ---- Learning rate, logs --------------------------------------------------------------------------------------------
 
 
-def parameter_groups(model, embedding_start):
-    """Returns AdamW's groups, in the order of `model.parameters()`; `lr_factor` scales the learning rate of each."""
-    first, *others = model.parameters()
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for matrices and AdamW for the rest, as one optimizer for the scheduler, the scaler and the checkpoint.
+
+    Args:
+        groups: AdamW's parameter groups.
+        matrices: list of 2-D parameters for Muon.
+        lr: learning rate of both. Muon scales it so that its updates are as large as AdamW's.
+    """
+
+    def __init__(self, groups, matrices, lr):
+        self.adamw = torch.optim.AdamW(groups, lr=lr, fused=True)
+        self.muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        super().__init__([*self.adamw.param_groups, *self.muon.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        *groups, matrices = self.param_groups  # new objects after a checkpoint was loaded
+        self.adamw.state = self.muon.state = self.state
+        self.adamw.param_groups, self.muon.param_groups = groups, [matrices]
+        self.adamw.step()
+        self.muon.step()
+
+
+def make_optimizer(model, name, learning_rate, embedding_start):
+    """Returns OPTIMIZER `name` of a model; `lr_factor` of a parameter group scales its learning rate.
+
+    Muon gets the matrices of the decoders' blocks. AdamW's groups keep the order of `model.parameters()`, as published.
+    """
+    (_, first), *others = model.named_parameters()
     assert first is model.patch_level_decoder.patch_embedding.weight
-    return [{"params": [first], "lr_factor": 0.1 if embedding_start == "smooth" else 1.0}, {"params": others, "lr_factor": 1.0}]
+    matrices = [weight for key, weight in others if ".h." in key and weight.dim() == 2] if name == "muon" else []
+    rest = [weight for key, weight in others if not (matrices and ".h." in key and weight.dim() == 2)]
+    groups = [{"params": [first], "lr_factor": 0.1 if embedding_start == "smooth" else 1.0}, {"params": rest, "lr_factor": 1.0}]
+    return MuonAdamW(groups, matrices, learning_rate) if matrices else torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 
 def make_scheduler(optimizer, name, learning_rate, num_steps, steps_done):
@@ -142,8 +171,7 @@ class Run:
         self.file_hashes = torch.from_numpy(hash_texts(real_paths(paths))).unique()
         self.digests = {"TRAIN_FOLDERS": digest(self.train), "EVAL_FOLDERS": digest(self.held_out)}
         self.files = checkpoint.RunFiles(settings["WEIGHTS_PATH"], settings["LOGS_PATH"])
-        groups = parameter_groups(model, settings["EMBEDDING_START"])
-        self.optimizer = torch.optim.AdamW(groups, lr=settings["LEARNING_RATE"], fused=True)
+        self.optimizer = make_optimizer(model, settings["OPTIMIZER"], settings["LEARNING_RATE"], settings["EMBEDDING_START"])
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
         self.state = State(ranks.gather(os.urandom(8).hex())[0])
         self._random_state = None  # this rank's, to restore before the next step
@@ -180,7 +208,12 @@ class Run:
             data = found.get("data") or {}
             other_files = [name for name in self.digests if data.get(name, self.digests[name]) != self.digests[name]]
             self._check_same_task(path, found, before, changed, other_files)
-            checkpoint.load_optimizer(self.optimizer, found["optimizer"])
+            old_optimizer = before.get("OPTIMIZER", "adamw")  # published runs have AdamW
+            if old_optimizer == settings["OPTIMIZER"]:
+                checkpoint.load_optimizer(self.optimizer, found["optimizer"])
+            else:
+                what = f"{path!r} has the moments of {old_optimizer!r}"
+                print(f"OPTIMIZER: {what}, so those of {settings['OPTIMIZER']!r} start from zero")
             if found.get("scaler"):
                 self.scaler.load_state_dict(found["scaler"])
             self._load_state(found)

@@ -8,11 +8,12 @@ import resource
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import FORKSERVER, TINY, as_batch, fill_by_recipe, load_script
 from transformers import GPT2Config
 
 import utils
-from bgpt import training
+from bgpt import checkpoint, training
 from bgpt.distributed import autocast
 
 train_gen = load_script("train-gen")
@@ -381,9 +382,52 @@ def test_a_smooth_start_of_the_patch_embedding():
     far = (vectors[:, 128:256] - vectors[:, :128]).norm(dim=-1)
     assert steps.max() < 0.5 * far.min()  # close values have close vectors, distant ones do not
     assert (vectors[:, :256] - vectors[:, 256:]).norm(dim=-1).min() > 2 * steps.max()  # 256 is close to none
-    groups = training.parameter_groups(model, "smooth")
+    optimizer = training.make_optimizer(model, "adamw", 1.0, "smooth")
+    groups = optimizer.param_groups
     assert [group["lr_factor"] for group in groups] == [0.1, 1.0] and groups[0]["params"] == [weight]
     assert [p for group in groups for p in group["params"]] == list(model.parameters())  # as checkpoints count them
-    optimizer = torch.optim.AdamW(groups, lr=1.0)
     scheduler = training.make_scheduler(optimizer, "constant", 2e-3, 10, steps_done=5)
     assert scheduler.get_last_lr() == [pytest.approx(2e-4), 2e-3]
+
+
+def test_a_start_from_bits():
+    """Bytes that differ in one bit, or by 1, have closer vectors than others, in both embeddings; 256 is close to none."""
+    torch.manual_seed(0)
+    model = utils.ModelSizes(**{**TINY, "HIDDEN_SIZE": 256}).build(embedding_start="bits")
+    patch_embedding, head = model.patch_level_decoder.patch_embedding.weight, model.byte_level_decoder.base.lm_head.weight
+    assert head is model.byte_level_decoder.base.transformer.wte.weight
+    for vectors in (*patch_embedding.detach().t().view(4, 257, 256), head.detach()):
+        assert vectors.std().item() == pytest.approx(0.2, rel=0.05)
+        likeness = F.cosine_similarity(vectors[:, None], vectors[None], dim=-1)  # (V, V)
+        values = torch.arange(256)
+        typical = likeness[:256, :256].mean()
+        assert (likeness[values, values ^ 0x40] > typical + 0.1).all() and (likeness[values[1:], values[:-1]] > typical + 0.1).float().mean() > 0.9
+        assert likeness[256, :256].abs().max() < 0.5
+
+
+def test_muon_is_pytorchs_for_the_matrices_of_the_blocks():
+    """Its steps are those of torch.optim.Muon and AdamW, also after its state went through a checkpoint."""
+    models = [utils.ModelSizes(**TINY).build() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    named = dict(models[1].named_parameters())
+    matrices = {name: p for name, p in named.items() if ".h." in name and p.dim() == 2}
+    assert len(matrices) == 4 * (TINY["PATCH_NUM_LAYERS"] + TINY["BYTE_NUM_LAYERS"])
+    expected = [
+        torch.optim.Muon(matrices.values(), lr=1e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([p for name, p in named.items() if name not in matrices], lr=1e-2),
+    ]
+    optimizer = training.make_optimizer(models[0], "muon", 1e-2, "published")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in range(4):
+        for p, q in zip(models[0].parameters(), models[1].parameters()):
+            q.grad = torch.randn_like(q)
+            p.grad = q.grad * scaler.get_scale() if step < 3 else torch.full_like(p, torch.inf)
+        scaler.scale(torch.zeros(()))
+        scaler.step(optimizer)  # in step 3 not at all
+        scaler.update()
+        for each in expected if step < 3 else ():
+            each.step()
+        state, optimizer = optimizer.state_dict(), training.make_optimizer(models[0], "muon", 1e-2, "published")
+        checkpoint.load_optimizer(optimizer, state)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)

@@ -80,7 +80,9 @@ def assert_same_end(folder, name, other):
     assert set(lines[0]) <= set(lines[1]) or set(lines[1]) <= set(lines[0])  # a kill may lose or repeat a line
     for part in ("", "-last"):
         states = [load(folder, run + part) for run in (name, other)]
-        for key in ("model", "optimizer", "epoch", "position", "best_epoch", "min_eval_loss", "figures", "totals", "random_states"):
+        for state in states:
+            state["moments"] = state["optimizer"]["state"]
+        for key in ("model", "moments", "epoch", "position", "best_epoch", "min_eval_loss", "figures", "totals", "random_states"):
             torch.testing.assert_close(*(state[key] for state in states), rtol=0, atol=0)
     assert not list(folder.glob("*.bak"))
 
@@ -96,10 +98,11 @@ def stop(folder, name, number, after=0.0, **changes):
     return interrupt(start(folder, name, **changes), folder / f"{name}-last.pth", number, after)
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[(1, "muon"), (2, "adamw")])
 def uninterrupted(folder, request):
     """The settings of a long run, with one process or two, and the name of one that nothing happened to."""
-    name, settings = f"whole{request.param}", {"num_processes": request.param, "NUM_EPOCHS": 12}
+    num_processes, optimizer = request.param
+    name, settings = f"whole{num_processes}", {"num_processes": num_processes, "OPTIMIZER": optimizer, "NUM_EPOCHS": 12}
     train(folder, name, **settings)
     return settings, name
 
@@ -130,7 +133,7 @@ def test_sigterm_saves_the_step_in_hand(folder, uninterrupted):
 
 def test_the_gradient_is_that_of_the_whole_batch(folder):
     """One process, micro-batches and two processes, with ragged lengths and a short last batch, learn the same."""
-    same = {"DROPOUT": 0, "PATCH_SAMPLING_BATCH_SIZE": 0, "NUM_EPOCHS": 2}
+    same = {"DROPOUT": 0, "PATCH_SAMPLING_BATCH_SIZE": 0, "NUM_EPOCHS": 2, "OPTIMIZER": "adamw"}
     train(folder, "eight", BATCH_SIZE=8, **same)
     train(folder, "micro", BATCH_SIZE=8, ACCUMULATION_STEPS=4, **same)
     train(folder, "halves", BATCH_SIZE=4, num_processes=2, **same)
@@ -138,6 +141,23 @@ def test_the_gradient_is_that_of_the_whole_batch(folder):
     expected = load(folder, "eight-last")["figures"]
     for name in ("micro", "halves", "micro-halves"):
         assert load(folder, f"{name}-last")["figures"] == pytest.approx(expected, rel=1e-5), name
+    same["OPTIMIZER"] = "muon"  # it rounds to bf16, so its steps agree less closely
+    train(folder, "muon", BATCH_SIZE=8, **same)
+    train(folder, "muon-halves", BATCH_SIZE=4, ACCUMULATION_STEPS=2, num_processes=2, **same)
+    expected, found = (load(folder, f"{name}-last")["figures"] for name in ("muon", "muon-halves"))
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_another_optimizer(folder):
+    """A run may continue with the other optimizer, whose moments are then new."""
+    for before, now in [("adamw", "muon"), ("muon", "adamw")]:
+        train(folder, before, NUM_EPOCHS=1, OPTIMIZER=before)
+        first = load(folder, f"{before}-last")
+        done = train(folder, before, NUM_EPOCHS=2, OPTIMIZER=now)
+        assert "OPTIMIZER" in done.stdout and "moments" in done.stdout
+        second = load(folder, f"{before}-last")
+        steps = {moments["step"].item() for moments in second["optimizer"]["state"].values() if "step" in moments}
+        assert steps == {second["lr_sched"]["last_epoch"] - first["lr_sched"]["last_epoch"]}  # those of the second epoch alone
 
 
 def test_more_processes_than_files_are_left(folder):
