@@ -35,7 +35,7 @@ HIDDEN_SIZE: int = 768
 
 # Passes over the training files. 1 or more.
 NUM_EPOCHS: int = 32
-# "muon" (Muon for the matrices of the layers, AdamW for the rest) learns more in each step; "adamw" is published.
+# "muon" (Muon for the matrices of the layers, AdamW for the rest; learns more in each step) or "adamw" (published).
 OPTIMIZER: str = "adamw"
 # Learning rate at its peak. Above 0.
 LEARNING_RATE: float = 1e-4
@@ -49,8 +49,9 @@ ACCUMULATION_STEPS: int = 1
 SAVE_MINUTES: float = 10
 # Most target patches per micro-batch that go through the byte-level decoder in training, drawn at random. 0 = all.
 PATCH_SAMPLING_BATCH_SIZE: int = 0
-# Start of the patch embedding. "published" (normally distributed), or "smooth": nearby byte values start with nearby vectors,
-# trained at LEARNING_RATE / 10, which helps on raw images and audio and hurts on text. Pre-trained weights keep their start.
+# Start of the embeddings. "published" (normally distributed; best on text), "bits" (bytes that share bits start with near
+# vectors; best on machine code) or "smooth" (nearby values start with near vectors in the patch embedding, trained at
+# LEARNING_RATE / 10; best on raw images and audio). Pre-trained weights keep their start.
 EMBEDDING_START: str = "published"
 # Gradients are scaled down to this norm when theirs is larger. 0 = off.
 MAX_GRAD_NORM: float = 1.0

@@ -685,9 +685,8 @@ def structured_vectors(start, count, width):
 
     The bytes' features go in random directions, with a little noise on top. Symbol 256 gets noise alone.
 
-    Args:
-        start: "smooth" (waves of half a period to four periods over the bytes: close values have close vectors) or "bits"
-            (the eight bits, and waves of 1, 2, 4 … 64 periods).
+    `start` is "smooth" (waves of half a period to four periods over the bytes: close values have close vectors) or "bits" (the
+    eight bits, and waves of 1, 2, 4 … 64 periods).
     """
     periods, noise, std = ((0.5, 1, 2, 4), 0.02, 0.12) if start == "smooth" else ([2.0**n for n in range(7)], 0.05, 0.2)
     values = torch.arange(256)[:, None]

@@ -60,10 +60,8 @@ class Steps:
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for matrices and AdamW for the rest, as one optimizer for the scheduler, the scaler and the checkpoint.
 
-    Args:
-        groups: AdamW's parameter groups.
-        matrices: list of 2-D parameters for Muon.
-        lr: learning rate of both. Muon scales it so that its updates are as large as AdamW's.
+    `groups` are AdamW's parameter groups, `matrices` the 2-D parameters for Muon, which scales the learning rate `lr` of both so
+    that its updates are as large as AdamW's.
     """
 
     def __init__(self, groups, matrices, lr):
@@ -85,11 +83,12 @@ def make_optimizer(model, name, learning_rate, embedding_start):
 
     Muon gets the matrices of the decoders' blocks. AdamW's groups keep the order of `model.parameters()`, as published.
     """
-    (_, first), *others = model.named_parameters()
-    assert first is model.patch_level_decoder.patch_embedding.weight
-    matrices = [weight for key, weight in others if ".h." in key and weight.dim() == 2] if name == "muon" else []
-    rest = [weight for key, weight in others if not (matrices and ".h." in key and weight.dim() == 2)]
-    groups = [{"params": [first], "lr_factor": 0.1 if embedding_start == "smooth" else 1.0}, {"params": rest, "lr_factor": 1.0}]
+    matrices, rest = [], []
+    for key, weight in model.named_parameters():
+        (matrices if name == "muon" and ".h." in key and weight.dim() == 2 else rest).append(weight)
+    assert rest[0] is model.patch_level_decoder.patch_embedding.weight
+    slow = {"params": rest[:1], "lr_factor": 0.1 if embedding_start == "smooth" else 1.0}
+    groups = [slow, {"params": rest[1:], "lr_factor": 1.0}]
     return MuonAdamW(groups, matrices, learning_rate) if matrices else torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 

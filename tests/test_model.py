@@ -401,7 +401,8 @@ def test_a_start_from_bits():
         likeness = F.cosine_similarity(vectors[:, None], vectors[None], dim=-1)  # (V, V)
         values = torch.arange(256)
         typical = likeness[:256, :256].mean()
-        assert (likeness[values, values ^ 0x40] > typical + 0.1).all() and (likeness[values[1:], values[:-1]] > typical + 0.1).float().mean() > 0.9
+        assert (likeness[values, values ^ 0x40] > typical + 0.1).all()
+        assert (likeness[values[1:], values[:-1]] > typical + 0.1).float().mean() > 0.9
         assert likeness[256, :256].abs().max() < 0.5
 
 

@@ -151,11 +151,12 @@ def test_the_gradient_is_that_of_the_whole_batch(folder):
 def test_another_optimizer(folder):
     """A run may continue with the other optimizer, whose moments are then new."""
     for before, now in [("adamw", "muon"), ("muon", "adamw")]:
-        train(folder, before, NUM_EPOCHS=1, OPTIMIZER=before)
-        first = load(folder, f"{before}-last")
-        done = train(folder, before, NUM_EPOCHS=2, OPTIMIZER=now)
+        name = f"was-{before}"
+        train(folder, name, NUM_EPOCHS=1, OPTIMIZER=before)
+        first = load(folder, f"{name}-last")
+        done = train(folder, name, NUM_EPOCHS=2, OPTIMIZER=now)
         assert "OPTIMIZER" in done.stdout and "moments" in done.stdout
-        second = load(folder, f"{before}-last")
+        second = load(folder, f"{name}-last")
         steps = {moments["step"].item() for moments in second["optimizer"]["state"].values() if "step" in moments}
         assert steps == {second["lr_sched"]["last_epoch"] - first["lr_sched"]["last_epoch"]}  # those of the second epoch alone
 
