@@ -41,7 +41,7 @@ def pick_dtype(precision, device):
 
 
 def total_memory(device):
-    """Returns the bytes of memory that a device has; of a CPU, that of the machine or of its container."""
+    """Returns the total memory of a device in bytes. For the CPU this is the machine's, or its container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -168,7 +168,7 @@ def find_sets(settings, own):
 
 
 def draw_by_name(examples, seed):
-    """Returns a number from 0 to 1 for each example, float64 (n,), by its path below its folder; that of a pair has no extension.
+    """Returns a number from 0 to 1 for each example, float64 (n,), by its path below its folder, of pairs without extension.
 
     It does not depend on other files, so that a file stays held out, or in training, when others come or go.
     """
@@ -212,8 +212,12 @@ def hold_out_parts(examples, share, seed, patch_size, longest):
     lengths = examples.lengths(patch_size)
     least = math.inf if longest is None else longest if len(examples) == 1 else 8 * longest  # patches of a large file
     is_large = (lengths > min(10 * share, 0.5) * lengths.sum()) & (lengths > least)
-    large, is_chosen = np.flatnonzero(is_large), (draw_by_name(examples, seed) < share) & ~is_large
-    kept, chosen = map(np.flatnonzero, (~is_chosen, is_chosen)) if len(large) else hold_out(examples, share, seed)
+    large = np.flatnonzero(is_large)
+    if len(large):
+        is_chosen = (draw_by_name(examples, seed) < share) & ~is_large
+        kept, chosen = np.flatnonzero(~is_chosen), np.flatnonzero(is_chosen)
+    else:
+        kept, chosen = hold_out(examples, share, seed)
     # enough bytes in all, but at most a tenth of a file; no window predicts the first patch of a part
     fewest = np.minimum(FEW_BYTES // patch_size // max(len(large), 1), lengths // 10).clip(min=3)
     cuts = lengths - np.clip((share * lengths).round().astype(np.int64), fewest, lengths - 2)
@@ -264,24 +268,29 @@ def labels_of(examples, mode):
     return [folder or label_of(path, "folder") for folder, (path,) in zip(folders, examples)]
 
 
+def merged_folders(train):
+    """Returns the labels by "path" that "folder" does not tell apart, sorted."""
+    folders = set(zip(labels_of(train, "folder"), labels_of(train, "path")))
+    counts = collections.Counter(name for name, _ in folders)
+    return sorted(path for name, path in folders if counts[name] > 1)
+
+
 def find_labels(train, mode):
     """Returns the label indices of Examples, int64 (n,), and {label: index}, sorted. Raises UserError for a useless LABELS."""
-    names, folders = labels_of(train, mode), set(zip(labels_of(train, "folder"), labels_of(train, "path")))
-    counts = collections.Counter(name for name, _ in folders)
-    merged = sorted(path for name, path in folders if counts[name] > 1)
-    if mode == "folder" and merged:
+    names = labels_of(train, mode)
+    if mode == "folder" and (merged := merged_folders(train)):
         what = f"LABELS 'folder' would make one label of folders of the same name: {first_names(merged)}"
         raise UserError(f"TRAIN_FOLDERS: {what}. --LABELS path makes a label of each, or rename them")
     labels = {label: index for index, label in enumerate(sorted(set(names)))}
     if len(labels) < 2:
-        rules = [other for other in LABEL_RULES if other != ("folder" if merged else "path")]
+        rules = [other for other in LABEL_RULES if other != ("folder" if merged_folders(train) else "path")]
         counts = {other: len(set(labels_of(train, other))) for other in rules}
         others = "".join(f"; --LABELS {other} finds {count} labels" for other, count in counts.items() if count > 1)
         only = f"the only label of its {len(train)} files is {names[0]!r}, but training needs two or more"
         raise UserError(f"TRAIN_FOLDERS: {only}. With LABELS {mode!r} it is {LABEL_RULES[mode]}{others}")
-    count = len(set(zip(names, train.files.places[train.indices[:, 0]].tolist()))) - len(labels)
-    if mode in ("folder", "path") and count:
-        print(f"note: {count} folders have the same label as folders of the same name in another of TRAIN_FOLDERS")
+    if mode in ("folder", "path"):
+        if count := len(set(zip(names, train.files.places[train.indices[:, 0]].tolist()))) - len(labels):
+            print(f"note: {count} folders have the same label as folders of the same name in another of TRAIN_FOLDERS")
     return np.array([labels[name] for name in names], dtype=np.int64), labels
 
 

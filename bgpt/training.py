@@ -166,7 +166,7 @@ class Run:
         self.best_name = "min_eval_bits_per_byte" if labels is None else "max_eval_acc"
         self.cuts_windows = labels is None and cuts_windows(settings)
         self.extensions = extensions_of(self.train)
-        paths = (self.train.files[file] for file in self.train.indices.reshape(-1).tolist())
+        paths = (self.train.files[file] for file in np.unique(self.train.indices).tolist())  # both directions have the same
         self.file_hashes = torch.from_numpy(hash_texts(real_paths(paths))).unique()
         self.digests = {"TRAIN_FOLDERS": digest(self.train), "EVAL_FOLDERS": digest(self.held_out)}
         self.files = checkpoint.RunFiles(settings["WEIGHTS_PATH"], settings["LOGS_PATH"])
