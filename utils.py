@@ -1,6 +1,6 @@
-"""bGPT, a language model of bytes: files as patches, data sets and batches, attention, the two decoders.
+"""bGPT, a language model of bytes: patches, data sets, batches, attention and the two decoders.
 
-A file is a sequence of patches of S symbols. Symbols 0-255 are bytes; 256 is padding and end of file. `tune.abc` with
+A file is a sequence of patches of S symbols. Symbols 0-255 are bytes, 256 is padding and end of file. `tune.abc` with
 20 bytes and S = 16 has 4 patches. The first is the extension patch, the last the end patch (`.` is the symbol 256):
 
     patch 0  | a b c . . . . . . . . . . . . . |  extension
@@ -12,11 +12,11 @@ The patch-level decoder reads whole patches and encodes patches 0..i as one vect
 predicts patch i+1, symbol by symbol. The first is deep and runs once per patch, the second is shallow and runs once per byte.
 A byte enters the model twice: within its patch (`PatchLevelDecoder.embed`) and by itself (`ByteLevelDecoder.forward`).
 
-Dimensions in shape comments: B sequences in a batch, P patches in a sequence, S symbols in a patch (PATCH_SIZE),
-D width (HIDDEN_SIZE), N real patches in a batch, or its targets, V = 257 symbols, H = D/64 attention heads, T positions of an
-attended sequence, L the most patches in a sequence (PATCH_LENGTH).
+Dimensions in shape comments: B sequences in a batch, P patches in a sequence, L the most patches in a sequence (PATCH_LENGTH),
+S symbols in a patch (PATCH_SIZE), D width (HIDDEN_SIZE), V = 257 symbols, H = D/64 attention heads, T positions of a sequence
+in attention, N real patches, or target patches, of a batch.
 
-This file needs PyTorch, transformers and NumPy only, and reads no settings: sizes are arguments.
+This file needs only PyTorch, transformers and NumPy. Sizes are arguments.
 """
 
 import copy
@@ -48,7 +48,7 @@ HEAD_SIZE = 64  # width of an attention head
 
 
 def extension_patch(extension, patch_size):
-    """Returns the extension patch, int16 (S,): the UTF-8 bytes of `extension`, cut at S, padded with 256."""
+    """Returns the extension patch, int16 (S,): UTF-8 bytes, cut at S, padded with 256."""
     if "." in extension:
         raise ValueError(f"the extension {extension!r} has a dot: give it without, as in 'mid'")
     # surrogateescape: a file name may contain bytes that are not UTF-8, which Python keeps as surrogates
@@ -57,7 +57,7 @@ def extension_patch(extension, patch_size):
 
 
 def to_patches(content, extension, patch_size):
-    """Returns a whole file as patches, int16 (P, S), from its content (bytes or uint8 array) and extension."""
+    """Returns a file as patches, int16 (P, S). `content` is bytes or a uint8 array."""
     content = np.frombuffer(content, dtype=np.uint8)
     patches = np.full((count_patches(len(content), patch_size), patch_size), END, dtype=np.int16)
     patches[0] = extension_patch(extension, patch_size)
@@ -66,27 +66,27 @@ def to_patches(content, extension, patch_size):
 
 
 def to_content(symbols):
-    """Returns the bytes of a file from its symbols after the extension patch, any integer shape, up to the first 256."""
+    """Returns a file's content, bytes, from its symbols after the extension patch. It ends at the first 256."""
     symbols = np.asarray(symbols).reshape(-1)
     ends = np.flatnonzero(symbols == END)
     return symbols[: ends[0] if len(ends) else None].astype(np.uint8).tobytes()
 
 
 def count_patches(size, patch_size):
-    """Returns the patches of a file of `size` bytes (an integer or array), extension patch and end patch included."""
+    """Returns how many patches files of `size` bytes have, extension patch and end patch included."""
     return -(-size // patch_size) + 2
 
 
 def read_bytes(path, start=0, stop=None, size=None):
-    """Returns the bytes of a file from `start` to `stop`, or to its end.
+    """Returns the bytes `start` to `stop` - 1 of a file (None = to its end).
 
-    Raises an OSError with its name if it is unreadable, ends before or after its size, or has another than `size` (None = any).
+    Raises OSError with the path if the file is unreadable, is longer or shorter than its size, or has not `size` bytes.
     """
     try:
         with open(path, "rb", buffering=0) as file:
             actual = os.fstat(file.fileno()).st_size
             if size is not None and actual != size:
-                raise OSError(errno.ESTALE, f"has {actual:,} bytes now, and had {size:,} when it was listed")
+                raise OSError(errno.ESTALE, f"has {actual:,} bytes now, but had {size:,} when it was listed")
             end, content = actual if stop is None else min(stop, actual), b""
             file.seek(start)
             while len(content) < end - start:
@@ -94,18 +94,18 @@ def read_bytes(path, start=0, stop=None, size=None):
                     raise OSError(errno.EIO, f"ends {end - start - len(content):,} bytes too early")
                 content += part
             file.seek(end)
-            if end == actual and file.read(1):  # some file systems give 0 or a multiple of 4096 as the size of any file
-                raise OSError(errno.ESTALE, f"has more than the {actual:,} bytes of its size")
+            if end == actual and file.read(1):  # some file systems report 0 or a multiple of 4096 for any file
+                raise OSError(errno.ESTALE, f"is longer than its reported size, {actual:,} bytes")
     except OSError as error:  # a read error has no file name
         raise OSError(error.errno, error.strerror, path) from None
     return content
 
 
 def read_patches(path, patch_size, first=0, last=None, size=None, lower_case=False):
-    """Reads the patches `first` to `last` - 1 of a file (None = to the end patch), and no other bytes of it.
+    """Reads only the patches `first` to `last` - 1 of a file (None = to its end).
 
-    Returns `patches`, int16 (P, S), and `counted`, bool (P, S), true at the symbols that bits per byte count: the content and
-    the first 256 after it. With `lower_case` the extension patch is in lower case. `size` and errors: see `read_bytes`.
+    Returns (patches int16 (P, S), counted bool (P, S)). `counted` is true at the symbols that count for bits per byte: the
+    content and the first 256 after it. `lower_case` applies to the extension patch. `size` and errors are as in `read_bytes`.
     """
     size = os.stat(path).st_size if size is None else size
     total = count_patches(size, patch_size)
@@ -122,14 +122,14 @@ def read_patches(path, patch_size, first=0, last=None, size=None, lower_case=Fal
 
 
 def crop(total, length, rng=None):
-    """Returns the range (first, last) of `length` patches that are kept of a longer file with `total`.
+    """Returns the patches (first, last + 1) to keep of a file with `total` > `length` patches.
 
     `rng`, a numpy Generator, draws the head, a window of the body, or the tail, with equal chance. None = the head.
     """
     part = "head" if rng is None else ("head", "body", "tail")[rng.integers(3)]
     if part != "body":
         return (0, length) if part == "head" else (total - length, total)
-    # neither extension patch nor end patch; if only one patch is too many there is no such window, and this is the tail
+    # a window without extension patch and end patch; with total = length + 1 there are no such windows, and this is the tail
     first = int(rng.integers(1, max(total - length, 2)))
     return first, first + length
 
@@ -138,12 +138,12 @@ def crop(total, length, rng=None):
 
 
 class Examples:
-    """A sequence of tuples of paths: (file,) alone, or (input, target) of a conversion.
+    """A sequence of tuples of paths: (file,), or (input, target) of a conversion.
 
     Args:
         files: sequence of paths with `sizes`, int64 (n,), and a method `name(index)`, see `bgpt.files.Files`.
-        indices: int64 (n, 1) or (n, 2), the examples' paths by their index in `files`. None = each file alone.
-        parts: {example: (first patch, last patch + 1)} of single files of which only a part is taken.
+        indices: int64 (n, 1) or (n, 2), the examples' files as indices into `files`. None = each file alone.
+        parts: {index of an example: (first patch, last patch + 1)} of files that are used in part.
     """
 
     def __init__(self, files, indices=None, parts=None):
@@ -163,23 +163,23 @@ class Examples:
         return self.indices.shape[1] == 2
 
     def sizes(self, index=slice(None)):
-        """Returns the bytes of the files of some examples, int64 (…, 1) or (…, 2)."""
+        """Returns the sizes in bytes of the files of some examples, int64 (…, 1) or (…, 2)."""
         return self.files.sizes[self.indices[index]].clip(min=0)
 
     def select(self, indices):
-        """Returns the Examples at `indices`, integers, in their order."""
+        """Returns the Examples at `indices`, in that order."""
         indices = np.asarray(indices, dtype=np.int64)
         olds = indices.tolist() if self.parts else []
         parts = {new: self.parts[old] for new, old in enumerate(olds) if old in self.parts}
         return Examples(self.files, self.indices[indices], parts)
 
     def lengths(self, patch_size, indices=slice(None)):
-        """Returns the patches of the whole sequences of some examples, int64 (n,)."""
+        """Returns how many patches the whole sequences of some examples have, int64 (n,)."""
         sizes = self.sizes(indices)
         return -(-sizes // patch_size).sum(-1) + sizes.shape[-1] + 1  # an extension patch for each file, one end patch
 
     def spans(self, patch_size):
-        """Returns int64 (n, 2): of each example's sequence, the first patch that is taken and the last one + 1."""
+        """Returns the patches used of each example, int64 (n, 2): the first, and the last + 1."""
         lengths = self.lengths(patch_size)
         spans = np.stack((np.zeros_like(lengths), lengths), axis=1)
         for index, part in self.parts.items():
@@ -190,8 +190,8 @@ class Examples:
 class ByteDataset:
     """Examples as sequences of patches.
 
-    Of a file of more than `patch_length` patches, L, a crop is taken. `crop_seed` is a list of integers, for example
-    [seed, epoch]: with the file's name it seeds its crop. None = the head.
+    A file of more than `patch_length` patches, L, is cropped. `crop_seed`, a list of integers, for example [seed, epoch],
+    seeds its crop together with the file's name. None = the head.
     """
 
     def __init__(self, examples, patch_size, patch_length, crop_seed=None):
@@ -201,9 +201,9 @@ class ByteDataset:
         return len(self.examples)
 
     def __getitem__(self, index):
-        """Returns (patches int16 (P, S), counted bool (P, S), context), see `read_patches`; OSError if a file has changed.
+        """Returns (patches int16 (P, S), counted bool (P, S), context), see `read_patches`.
 
-        `context` is the number of patches at the beginning that are given, not predicted: 1.
+        The first `context` patches, here 1, are given, not predicted. Raises OSError if a file has changed.
         """
         paths, sizes = self.examples[index], self.examples.sizes(index).tolist()
         if len(paths) == 1:
@@ -221,7 +221,7 @@ class ByteDataset:
         return np.random.default_rng([*self.crop_seed, zlib.crc32(os.fsencode(name))])
 
     def lengths(self, indices):
-        """Returns the patches of the sequences at `indices`, an integer array."""
+        """Returns how many patches the sequences at `indices`, an integer array, have; int64 (n,)."""
         return self.examples.lengths(self.patch_size, indices).clip(max=self.patch_length)
 
 
@@ -229,10 +229,10 @@ class ByteDataset:
 
 
 def balanced_parts(lengths, count):
-    """Splits sequences into parts with nearly the same number of patches: the longest first, each to the smallest part.
+    """Splits sequences into `count` parts with nearly equal numbers of patches.
 
-    `lengths`, int (n,), are the patches of each sequence. Returns a list of `count` int64 arrays, the ascending indices of
-    each part's sequences. With n < count, the last are empty.
+    The longest sequences are assigned first, each to the smallest part. `lengths`, int (n,), are their numbers of patches.
+    Returns a list of int64 arrays with the ascending indices of each part's sequences. With n < count, the last are empty.
     """
     parts, sums = [[] for _ in range(count)], [0] * count
     for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
@@ -243,14 +243,14 @@ def balanced_parts(lengths, count):
 
 
 class Batch:
-    """Sequences (patches int16 (P, S), counted bool (P, S), context) as in `ByteDataset`, padded with 256 on the right.
+    """Sequences from a `ByteDataset`, padded with 256 on the right.
 
     Attributes:
         lengths: int64 array (B,), patches of each sequence.
         patches: int16 (B, P, S).
         masks: uint8 (B, P), 1 at real patches.
-        counted: bool (B, P, S), true at the symbols that bits per byte count.
-        targets: bool (B, P-1), of all patches but the first, true at those to predict.
+        counted: bool (B, P, S), true at the symbols that count for bits per byte.
+        targets: bool (B, P-1), true at the patches to predict, starting with each sequence's second patch.
     """
 
     def __init__(self, sequences):
@@ -265,21 +265,21 @@ class Batch:
         self.targets = ((position >= torch.tensor(contexts)[:, None]) & (position < lengths))[:, 1:]
 
     def split(self, parts):
-        """Returns at most `parts` pairs of sequences' indices (int64 array) and their Batch, see `balanced_parts`."""
+        """Returns at most `parts` pairs (indices, an int64 array, and their Batch), see `balanced_parts`."""
         return [(rows, Batch(self._sequences[i] for i in rows)) for rows in balanced_parts(self.lengths, parts) if len(rows)]
 
     def patches_on(self, device):
-        """Returns the patches as the models take them, int64 (B, P, S), on a device."""
+        """Returns the patches as input of the models, int64 (B, P, S), on a device."""
         return to_device(self.patches, device).long()
 
 
 def to_device(tensor, device):
-    """Returns a CPU tensor on a device; a GPU copies it without making the CPU wait."""
+    """Copies a CPU tensor to a device, asynchronously to a GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class _BatchReader:
-    """A map-style data set for DataLoader whose items are whole batches, or the OSError that kept one from being read."""
+    """A data set of whole batches for DataLoader. The item of a failed read is its OSError."""
 
     def __init__(self, dataset, index_batches):
         self.dataset, self.index_batches = dataset, index_batches
@@ -290,7 +290,7 @@ class _BatchReader:
     def __getitem__(self, number):
         try:
             return [self.dataset[index] for index in self.index_batches[number]]
-        except OSError as error:  # returned, since DataLoader would turn it into a text with a traceback
+        except OSError as error:  # returned, since DataLoader would raise it with a traceback as its text
             return error
 
 
@@ -301,67 +301,67 @@ def _return_as_is(item):
 def _begin_worker(index):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()  # DataLoader's own watch misses a parent that is killed while a worker starts
+    parent = multiprocessing.parent_process()  # DataLoader's watchdog misses a parent that is killed while a worker starts
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def batches(dataset, index_batches, num_workers=0):
-    """Yields the Batch of every array of indices; for an empty array a dummy batch, one empty file.
+    """Yields a Batch for each array of indices, for an empty array a dummy batch.
 
-    `num_workers` processes read the items of `dataset`, a ByteDataset or `bgpt.windows.Windows`. NumPy arrays travel through
-    pipes, not through the shared memory that containers have little of. The workers ignore stop signals: the main process
-    ends them after its current step. Raises ChildProcessError if one was killed, OSError for a file unreadable or changed.
+    `num_workers` processes read the items of `dataset`, a ByteDataset or `bgpt.windows.Windows`. They send NumPy arrays through
+    pipes, since containers have little shared memory. They ignore stop signals. The main process ends them after its current
+    step. Raises ChildProcessError if a worker was killed, OSError if a file is unreadable or has changed.
     """
     patches = np.full((2, dataset.patch_size), END, dtype=np.int16)
-    dummy = [(patches, patches != END, 1)]
+    dummy = [(patches, patches != END, 1)]  # an empty file
     loader = DataLoader(
         _BatchReader(dataset, index_batches), batch_size=None, collate_fn=_return_as_is, num_workers=num_workers,
-        worker_init_fn=_begin_worker, generator=torch.Generator(),  # its own, to leave dropout's random numbers alone
-        # a forked worker has the data set at once, without a copy, and does not import PyTorch again
+        worker_init_fn=_begin_worker, generator=torch.Generator(),  # the default one would change dropout's random numbers
+        # a forked worker needs no copy of the data set, and no second import of PyTorch
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
     )  # fmt: skip
     handler = signal.getsignal(signal.SIGCHLD)
     try:
         for sequences in loader:
             if num_workers:
-                signal.signal(signal.SIGCHLD, handler)  # DataLoader's own would raise its error within a step
+                signal.signal(signal.SIGCHLD, handler)  # DataLoader's handler would raise its error within a step
             if isinstance(sequences, OSError):
                 raise sequences
             yield Batch(sequences or dummy)
     except RuntimeError as error:
         if num_workers == 0:
             raise
-        hint = "the system may have run out of memory; lower NUM_WORKERS"
-        raise ChildProcessError(f"NUM_WORKERS: a process that reads files has ended: {hint} ({error})") from error
+        problem = "NUM_WORKERS: a worker process exited unexpectedly, perhaps for lack of memory"
+        raise ChildProcessError(f"{problem}; lower NUM_WORKERS ({error})") from error
 
 
 # ---- Attention and dropout ------------------------------------------------------------------------------------------
 
-MOST_SEQUENCES = 2**15  # in one attention on a GPU; CUDA has no kernel for 2**16 and more
-BLOCK = 128  # queries in a block on a CPU: smaller ones make slower products, larger ones more weights that causality masks
-# The most weights (B·H·T²) of an attention in several blocks on a CPU that are kept for the backward pass: 0.4 GB in float32
-# for each layer. Beyond, the backward pass recomputes them.
+MOST_SEQUENCES = 2**15  # of one attention call on a GPU; CUDA has no kernel for 2**16 and more
+BLOCK = 128  # queries in a block on a CPU; smaller blocks multiply slower, larger ones compute more masked weights
+# Most attention weights (B·H·T²) in several blocks on a CPU that are kept for the backward pass, 0.4 GB per layer in float32.
+# Above that, the backward pass recomputes them.
 MOST_KEPT = 2**26
 
 
 def dropout(x, rate):
-    """Returns x with each element zero with probability `rate` (to within 2**-17), the others scaled up accordingly.
+    """Returns x after dropout. On a CPU, `rate` is accurate to 2**-17.
 
-    On a CPU, PyTorch draws one number for each element. Here 16 bits of its generator decide each, several times faster.
+    PyTorch's own dropout draws a whole random number for each element. 16 bits for each are several times faster on a CPU.
     """
     if rate == 0:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, rate)
-    threshold = min(round(rate * 2**16), 2**16 - 1)  # of an element's 2**16 possible values, this many drop it
+    threshold = min(round(rate * 2**16), 2**16 - 1)  # of the 2**16 values of the bits, this many drop the element
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    kept = torch.ge(bits, threshold - 2**15, out=torch.empty_like(x, requires_grad=False))  # 1 or 0, in x's dtype at once
+    kept = torch.ge(bits, threshold - 2**15, out=torch.empty_like(x, requires_grad=False))  # 1 or 0, directly in x's dtype
     return x * kept.mul_(2**16 / (2**16 - threshold))
 
 
 def attend(qkv, rate=0.0):
-    """Returns causal attention (B, T, H, 64) of queries, keys and values (B, T, 3, H, 64), with dropout of its weights."""
+    """Returns causal attention (B, T, H, 64) of queries, keys and values (B, T, 3, H, 64), with dropout."""
     if qkv.device.type == "cuda" and len(qkv) > MOST_SEQUENCES:
         return torch.cat([attend(part, rate) for part in qkv.split(MOST_SEQUENCES)])
     queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, 64) each
@@ -374,16 +374,16 @@ def attend(qkv, rate=0.0):
     blocks = []
     for start in range(0, length, BLOCK):
         end = min(start + BLOCK, length)
-        # sliced just before its block, so that the backward pass adds up and frees the slices' gradients block by block
+        # slices made block by block, so that the backward pass adds up and frees their gradients block by block
         block = queries[:, start:end], keys[:, :end], values[:, :end], rate
-        # the recomputation draws the same dropout: it restores the state of the generator
+        # recomputation draws the same dropout, since it restores the state of the generator
         blocks.append(_attend_block(*block) if is_kept else recompute(_attend_block, *block, use_reentrant=False))
     attended = torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]  # one block needs no copy
     return attended.view(shape).transpose(1, 2)  # (B·H, T, 64) -> (B, H, T, 64) -> (B, T, H, 64)
 
 
 def _attend_block(queries, keys, values, rate):
-    """Returns the attention of a block's t queries (B·H, t, 64) to the U keys and values (B·H, U, 64) up to its end."""
+    """Returns the attention of t queries (B·H, t, 64) to U keys and values (B·H, U, 64), up to the last query."""
     num_queries, num_keys = queries.shape[1], keys.shape[1]
     later = queries.new_full((num_queries, num_keys), -torch.inf).triu(num_keys - num_queries + 1)  # (t, U)
     scores = torch.baddbmm(later, queries, keys.transpose(1, 2), alpha=queries.shape[-1] ** -0.5)  # (B·H, t, U)
@@ -391,21 +391,21 @@ def _attend_block(queries, keys, values, rate):
 
 
 class Ragged:
-    """Sequences of different lengths as rows (N, ·), one sequence after another: padding costs nothing.
+    """Sequences of different lengths, concatenated without padding into rows (N, ·).
 
-    Only attention sees sequences. It pads each to a length that follows from its own, so that a sequence's numbers do not
-    depend on the others. The rows begin with the shortest, so that sequences padded alike are neighbours.
-    `lengths`, int (B,), are the patches of each sequence, 0 or more. `device` is the rows'.
+    Only attention needs the sequences. It pads each to `padded_length` of its own length, so that its numbers do not depend on
+    the rest of the batch. The shortest come first, so that sequences of the same padded length are adjacent.
+    `lengths`, int (B,), are the patches of each sequence, 0 or more. `device` is the device of the rows.
 
     Attributes:
-        sequence, position: int64 (N,), each row's sequence, and its position in it.
+        sequence, position: int64 (N,), each row's sequence, and its position there.
         starts: int64 (B,), the first row of each sequence.
     """
 
     def __init__(self, lengths, device):
         lengths = np.asarray(lengths, dtype=np.int64)
         order = np.argsort(lengths, kind="stable")
-        ends = lengths[order].cumsum()  # (B,), rows up to the end of each sequence, in their order
+        ends = lengths[order].cumsum()  # (B,), the last row + 1 of each sequence, in the order of the rows
         starts = np.empty_like(ends)
         starts[order] = ends - lengths[order]
         sequence = order.repeat(lengths[order])
@@ -415,16 +415,16 @@ class Ragged:
         for length in np.unique(padded[padded > 0]).tolist():
             members = np.flatnonzero(padded == length)
             rows = slice(int(starts[order[members[0]]]), int(ends[members[-1]]))
-            member = np.arange(len(members)).repeat(lengths[order[members]])  # each row's sequence, by its index in the group
+            member = np.arange(len(members)).repeat(lengths[order[members]])  # each row's sequence, as an index into the group
             groups.append((rows, (len(members), length)))
             cells.append(member * length + position[rows])
-        arrays = [sequence, position, starts, *cells]  # copied to the device together
+        arrays = [sequence, position, starts, *cells]  # one copy to the device
         tensors = to_device(torch.from_numpy(np.concatenate(arrays)), torch.device(device)).split([len(a) for a in arrays])
         self.sequence, self.position, self.starts, *cells = tensors
         self._groups = [(*group, each) for group, each in zip(groups, cells)]  # (rows, (sequences, padded length), cells)
 
     def attend(self, qkv, rate=0.0):
-        """Returns each row's attention (N, H, 64) to the rows of its sequence up to itself; qkv: (N, 3, H, 64)."""
+        """Returns causal attention (N, H, 64) within each sequence, of `qkv` (N, 3, H, 64)."""
         attended = []
         for rows, shape, cells in self._groups:
             group = qkv[rows]  # (n, 3, H, 64)
@@ -438,7 +438,7 @@ class Ragged:
 
 
 def padded_length(length):
-    """Returns the padded length of a sequence in attention: at most 15, or a quarter of its length, more."""
+    """Returns a sequence's padded length in attention, at most 15 or a quarter more."""
     step = max(16, 1 << (max(length - 1, 4).bit_length() - 3))  # from an eighth to a quarter of the length
     return -(-length // step) * step
 
@@ -457,7 +457,7 @@ def make_configs(patch_size, patch_length, hidden_size, patch_num_layers, byte_n
 
 
 def _fused(config):
-    """Returns a copy of a GPT2Config that computes GPT-2's tanh-GELU in one fused operation."""
+    """Returns a copy of a GPT2Config with GPT-2's tanh-GELU as one fused operation."""
     config = copy.deepcopy(config)
     if config.activation_function == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"
@@ -479,16 +479,16 @@ def project_qkv(block, x):
 
 
 def finish_block(block, x, attended, rate):
-    """Returns a GPT2Block's output for x (…, D) and its attention (…, D), with dropout of both branches."""
+    """Returns a GPT2Block's output (…, D) for x (…, D) and its attention (…, D), with dropout."""
     x = x + dropout(block.attn.c_proj(attended), rate)
     return x + dropout(block.mlp.c_proj(block.mlp.act(block.mlp.c_fc(block.ln_2(x)))), rate)
 
 
 def run_gpt2(gpt2, inputs, attend, parts=(project_qkv, finish_block)):
-    """Returns the outputs of a GPT2Model, (…, D), for inputs (…, D), positions added.
+    """Returns the outputs (…, D) of a GPT2Model for inputs (…, D) that include positions.
 
-    It computes the same as its own forward, with faster dropout and attention, and for rows of any sequences: `attend` returns
-    (…, H, 64) for queries, keys and values (…, 3, H, 64) and a rate of dropout. `parts` may be compiled.
+    Same as its forward, with faster dropout and attention, for rows of any sequences. `attend` takes queries, keys and values
+    (…, 3, H, 64) and a dropout rate, and returns (…, H, 64). `parts` may be compiled.
     """
     config, (project, finish) = gpt2.config, parts
     rates = config.embd_pdrop, config.attn_pdrop, config.resid_pdrop
@@ -508,7 +508,7 @@ class ByteModel(PreTrainedModel):
     parts = project_qkv, finish_block  # of a block, compiled by `compile_blocks`
 
     def compile_blocks(self):
-        """Compiles the blocks but for their attention, once for all layers and any number of rows; names and weights stay."""
+        """Compiles the blocks without their attention, once for all layers and numbers of rows. Names and weights stay."""
         self.parts = tuple(torch.compile(part, dynamic=True) for part in self.parts)
 
 
@@ -527,7 +527,7 @@ class FileModel(ByteModel):
 
 
 class PatchLevelDecoder(ByteModel):
-    """GPT-2 over patches: each patch becomes one embedding, each output encodes the patches up to it (paper, 3.1).
+    """GPT-2 over patches, each one embedding (paper, 3.1). Each output encodes the patches up to it.
 
     `config` is a GPT2Config with n_positions L. PATCH_SIZE is its attribute `patch_size`, 16 if it has none.
     """
@@ -537,7 +537,7 @@ class PatchLevelDecoder(ByteModel):
         super().__init__(config)
         self.patch_size = getattr(config, "patch_size", 16)
         self.patch_embedding = nn.Linear(self.patch_size * NUM_SYMBOLS, config.n_embd)
-        # the weight is (D, S·V), as published, but laid out by columns: each symbol's vector is then contiguous
+        # (D, S·V) as published, but column-major, so that the vector of each symbol is contiguous
         by_columns = torch.empty(self.patch_size * NUM_SYMBOLS, config.n_embd).normal_(std=0.02)
         self.patch_embedding.weight = nn.Parameter(by_columns.t())
         self.base = GPT2Model(config)
@@ -545,17 +545,17 @@ class PatchLevelDecoder(ByteModel):
     def embed(self, patches):
         """Returns the embeddings (N, D) of patches, int64 (N, S), before positions are added.
 
-        The product of the one-hot patches and the weight is the sum of the S columns that the ones select.
+        A linear layer's output for a one-hot patch is the sum of the S columns that the ones select.
         """
         columns = patches + torch.arange(self.patch_size, device=patches.device) * NUM_SYMBOLS  # (N, S)
         weight = self.patch_embedding.weight.t().contiguous()  # (S·V, D), no copy: see __init__
         return F.embedding_bag(columns, weight, mode="sum") + self.patch_embedding.bias
 
     def encode(self, patches, masks):
-        """Returns (outputs (N, D) of the N real patches, their Ragged) for patches int64 (B, P, S) or (B, P·S).
+        """Returns (outputs (N, D) of the real patches, their Ragged) for patches int64 (B, P, S) or (B, P·S).
 
-        `masks`, integers (B, P), are 1 at real patches, 0 at the padding on the right. None = all are real. They are best on
-        the CPU: reading them from a GPU waits for it. Raises ValueError for too many patches, or real ones after padding.
+        `masks`, integers (B, P), are 1 at real patches, 0 at the padding on the right. None = all are real. Keep them on the
+        CPU, since reading them from a GPU waits for it. Raises ValueError for too many patches, or real ones after padding.
         """
         patches = patches.reshape(len(patches), -1, self.patch_size)  # (B, P·S) -> (B, P, S)
         if patches.shape[1] > self.config.n_positions:
@@ -569,14 +569,14 @@ class PatchLevelDecoder(ByteModel):
         return outputs, ragged
 
     def forward(self, patches, masks=None):
-        """Returns transformers' output, whose `last_hidden_state` is (B, P, D), 0 at padding; see `encode`."""
+        """Returns an output with `last_hidden_state` (B, P, D), 0 at padding. Arguments as in `encode`."""
         outputs, ragged = self.encode(patches, masks)
         hidden = outputs.new_zeros(len(patches), patches[0].numel() // self.patch_size, outputs.shape[-1])
         return BaseModelOutput(last_hidden_state=hidden.index_put((ragged.sequence, ragged.position), outputs))
 
 
 class ByteLevelDecoder(ByteModel):
-    """GPT-2 over the symbols of one patch, conditioned on the patch-level output before it (paper, 3.1).
+    """GPT-2 over the symbols of a patch, given the patch-level output before it (paper, 3.1).
 
     `config` is a GPT2Config with n_positions S + 1 and vocab_size 257.
     """
@@ -587,7 +587,7 @@ class ByteLevelDecoder(ByteModel):
         self.base = GPT2LMHeadModel(config)
 
     def forward(self, encoded_patches, target_patches):
-        """Returns the BytePrediction of targets, int64 (N, S); encoded_patches: (N, D), the patch-level output before each."""
+        """Returns the BytePrediction of targets int64 (N, S), given the patch-level output before each, (N, D)."""
         symbols = self.base.transformer.wte(target_patches[:, :-1])  # (N, S-1, D)
         inputs = torch.cat((encoded_patches.unsqueeze(1).to(symbols.dtype), symbols), dim=1)  # (N, S, D)
         inputs = inputs + self.base.transformer.wpe.weight[: inputs.shape[1]]
@@ -615,23 +615,23 @@ class bGPTLMHeadModel(FileModel):
         self.byte_level_decoder = ByteLevelDecoder(byte_config)
 
     def forward(self, patches, masks, targets=None):
-        """Returns the BytePrediction of all real patches but the first of each sequence, in order of sequence, patch.
+        """Returns the BytePrediction of the N target patches, ordered by sequence, then patch.
 
-        `patches`, int64 (B, P, S) or (B, P·S), and `masks`, integers (B, P): see `PatchLevelDecoder.encode`.
-        `targets`, bool (B, P-1): which of patches 1.. to predict; None = all real ones.
+        `patches`, int64 (B, P, S) or (B, P·S), and `masks`, integers (B, P), are as in `PatchLevelDecoder.encode`.
+        `targets`, bool (B, P-1), is true at the patches to predict, from the second on. None = all real ones.
         """
         patches = patches.reshape(len(patches), -1, self.patch_size)  # (B, P·S) -> (B, P, S)
         encoded, ragged = self.patch_level_decoder.encode(patches, masks)  # (N real patches, D)
         targets = masks[:, 1:] == 1 if targets is None else targets  # (B, P-1)
-        # (2, N): the targets' sequences, and the patches before them
+        # (2, N): each target's sequence, and the patch before it
         sequence, before = to_device(targets.cpu().nonzero().t().contiguous(), patches.device)
-        # index_select: its gradient is added up faster than indexing's
+        # index_select has a faster gradient than indexing
         encoded = encoded.index_select(0, ragged.starts[sequence] + before)  # (N, D)
         return self.byte_level_decoder(encoded, patches[sequence, before + 1])
 
 
 class bGPTForClassification(FileModel):
-    """The classifier: the mean of the patch-level outputs over a file's real patches, then one linear layer (paper, 3.3).
+    """The classifier: one linear layer on the mean output over the real patches (paper, 3.3).
 
     `patch_config` is the GPT2Config of a `PatchLevelDecoder`.
     """
@@ -643,7 +643,7 @@ class bGPTForClassification(FileModel):
         nn.init.normal_(self.classifier.weight, std=0.02)
 
     def forward(self, patches, masks=None):
-        """Returns logits (B, labels). Those of a file do not depend on the rest of its batch. See `PatchLevelDecoder.encode`."""
+        """Returns logits (B, labels), each row independent of the rest. Arguments as in `PatchLevelDecoder.encode`."""
         encoded = self.patch_level_decoder(patches, masks).last_hidden_state  # (B, P, D), 0 at padding
         counts = encoded.shape[1] if masks is None else to_device(masks.cpu().sum(1, keepdim=True), encoded.device)  # (B, 1)
         return self.classifier(encoded.sum(1) / counts)
@@ -666,7 +666,7 @@ class ModelSizes:
         return "generative model" if self.num_labels is None else "classifier"
 
     def build(self, dropout=0.1, embedding_start="published"):
-        """Returns a new model of these sizes, with random weights; `embedding_start` is EMBEDDING_START."""
+        """Returns a new model of these sizes with random weights. `embedding_start` is EMBEDDING_START."""
         layers = self.PATCH_NUM_LAYERS, self.BYTE_NUM_LAYERS or 1
         configs = make_configs(self.PATCH_SIZE, self.PATCH_LENGTH, self.HIDDEN_SIZE, *layers, dropout)
         model = bGPTLMHeadModel(*configs) if self.num_labels is None else bGPTForClassification(configs[0], self.num_labels)
@@ -681,12 +681,11 @@ class ModelSizes:
 
 
 def structured_vectors(start, count, width):
-    """Returns `count` embeddings (count, V, width) in which related byte values have related vectors.
+    """Returns random embeddings (count, V, width) in which related bytes have similar vectors.
 
-    The bytes' features go in random directions, with a little noise on top. Symbol 256 gets noise alone.
-
-    `start` is "smooth" (waves of half a period to four periods over the bytes: close values have close vectors) or "bits" (the
-    eight bits, and waves of 1, 2, 4 … 64 periods).
+    A byte's vector is a random linear map of its features, plus a little noise. Symbol 256 gets only noise. `start` "smooth"
+    has waves of half a period to four periods over the bytes, so that close values have close vectors. "bits" has the eight
+    bits, and waves of 1, 2, 4 … 64 periods.
     """
     periods, noise, std = ((0.5, 1, 2, 4), 0.02, 0.12) if start == "smooth" else ([2.0**n for n in range(7)], 0.05, 0.2)
     values = torch.arange(256)[:, None]

@@ -263,6 +263,6 @@ def test_a_file_that_changes_on_the_way_is_named(tmp_path, tiny_model):
     assert not score(tiny_model, pairs, tmp_path, 2, failed) and failed.pop()[1].startswith("has 6 bytes now")
     assert set(scores) == {"b.x"}
     assert sorted(failed) == [
-        (str(tmp_path / "a.x"), "has 201 bytes now, and had 200 when it was listed"),
+        (str(tmp_path / "a.x"), "has 201 bytes now, but had 200 when it was listed"),
         (str(tmp_path / "c.x"), "No such file or directory"),
     ]

@@ -476,7 +476,7 @@ def test_a_reader_that_is_killed_ends_a_run(folder):
     done = running.wait(60)
     state = load(folder, "reader-last")
     message = one_message(done)
-    assert "error: NUM_WORKERS: a process that reads files has ended" in message
+    assert "error: NUM_WORKERS: a worker process exited unexpectedly" in message
     assert f"in epoch {state['epoch'] + 1} after {state['position']} examples: the same command resumes" in message
 
 
