@@ -88,7 +88,7 @@ WANDB_LOG: bool = False
 
 # Checkpoint for inference.py. The model's sizes are read from it.
 INFERENCE_WEIGHTS_PATH: str = "weights.pth"
-# Extension of the input files without the dot, in upper or lower case. None = all files, except in MODE "convert".
+# Extension of the input files without the dot, in upper or lower case. None = all files, but MODE "convert" requires one.
 INPUT_EXT: str | None = None
 # Extension of the files to generate or to convert to, without the dot. "" = no extension, None = the model's own.
 TARGET_EXT: str | None = None

@@ -1,4 +1,4 @@
-"""CPU states: the data on which bGPT learns to be a processor. bgpt/cpu.py describes the machine and its files.
+"""CPU states: the data to learn a processor from. bgpt/cpu.py describes the machine and its files.
 
     python cpu-simulation.py --mode generate     writes random programs and their states to DIR/train and DIR/test
     python cpu-simulation.py --mode translate    shows one .bin file as text
@@ -16,13 +16,13 @@ STORED = "num_registers memory_size num_min_program num_max_program num_train_in
 
 
 def parse(argv):
-    """Returns the options from the command line; a wrong one is one line on stderr and exit status 2."""
+    """Returns the options from the command line. A wrong one exits with one line on stderr and status 2."""
     parser = argparse.ArgumentParser(description="A toy CPU: generate, translate and evaluate its states.", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"cpu-simulation.py: {message}\n")
     parser.add_argument("--mode", required=True, choices=["generate", "translate", "evaluate"])
     number, path = {"type": int, "metavar": "N"}, {"metavar": "PATH"}
     for name, kind, default, text in (
-        ("num_registers", number, None, "1 to 26 (default 10; translate and evaluate: as in cpu_states.json, if there)"),
+        ("num_registers", number, None, "1 to 26 (default 10; translate and evaluate: from cpu_states.json, if it exists)"),
         ("memory_size", number, None, "bytes, a multiple of 4 up to 1024 (default 1024; likewise)"),
         ("dir_path", path, "cpu_states", "generate: data set to write; evaluate: folder of .bin files"),
         ("states_path", path, "cpu_states/cpu.bin", "translate: the file to read"),
@@ -48,7 +48,7 @@ def parse(argv):
     if args.mode == "generate":
         args.num_registers, args.memory_size = R or 10, size or 1024
         most, longest = args.memory_size // 4, args.num_max_program
-        check("num_max_program", longest <= most, f"{most} or less, the instructions that --memory_size {args.memory_size} holds")
+        check("num_max_program", longest <= most, f"{most} or less, as --memory_size is {args.memory_size}, 4 per instruction")
         check("num_min_program", 1 <= args.num_min_program <= longest, f"1 to --num_max_program, which is {longest}")
         for name in ("num_train_instance", "num_test_instance", "random_seed"):
             check(name, getattr(args, name) >= 0, "0 or more")
@@ -57,14 +57,14 @@ def parse(argv):
 
 
 def read_options(argv=None):
-    """Returns the options from the command line, or from `argv`; raises UserError if a path cannot be read or written."""
+    """Returns the options from the command line or `argv`. Raises UserError for unusable paths."""
     args = parse(argv)
     if args.mode == "generate":
         return args
     folder, output, name = args.dir_path, args.json, "--json"
     if args.mode == "translate":
         if not os.path.isfile(args.states_path):
-            raise system.UserError(f"--states_path: there is no file {args.states_path!r}; it must be a .bin file")
+            raise system.UserError(f"--states_path: {args.states_path!r} does not exist; give a .bin file")
         folder, output, name = os.path.dirname(args.states_path) or ".", args.output_path, "--output_path"
         if os.path.exists(output) and os.path.samefile(args.states_path, output):
             raise system.UserError(f"--output_path: {output!r} is the file to translate; give another")
@@ -73,7 +73,7 @@ def read_options(argv=None):
     for size, default in (("num_registers", 10), ("memory_size", 1024)):
         given = getattr(args, size)
         if stored and given not in (None, stored[size]):
-            raise system.UserError(f"--{size} {given}: cpu_states.json says that these files have {stored[size]}")
+            raise system.UserError(f"--{size} {given}: cpu_states.json has {stored[size]} for these files")
         setattr(args, size, given or stored.get(size, default))
     if output is not None:
         system.check_writable(output, name)
@@ -92,11 +92,11 @@ def stored_options(folder):
     except OSError as error:
         raise system.UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        raise system.UserError(f"{path}: is damaged; it must hold the options of the data set as JSON") from None
+        raise system.UserError(f"{path}: is damaged; it must contain the options of the data set as JSON") from None
 
 
 if __name__ == "__main__":
-    system.start(read_options)  # here, so that mistakes are answered before NumPy has loaded
+    system.start(read_options)  # before NumPy loads, so that mistakes are answered at once
 
 from tqdm import tqdm
 
@@ -106,7 +106,7 @@ from bgpt.files import list_files
 
 
 def count_workers(total):
-    """Returns the number of worker processes for that many instances or files. 0: workers would take longer to start."""
+    """Returns the number of worker processes. 0 for few instances or files, since workers take time to start."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores if total > 3000 else 0
 
@@ -116,15 +116,15 @@ def progress_bar(total, unit):
 
 
 def claim(args, folders):
-    """Creates the folders of a data set and its cpu_states.json; raises UserError if they have another data set."""
+    """Creates the folders and cpu_states.json of a data set. Raises UserError if another one is there."""
     options, stored = {name: getattr(args, name) for name in STORED}, stored_options(args.dir_path)
     other = [f"{name} {stored[name]}, not {options[name]}" for name in stored if stored[name] != options[name]]
     existing = filter(os.path.isdir, (args.dir_path, *folders))
     if not stored and any(entry.name.endswith(".bin") for folder in existing for entry in os.scandir(folder)):
         other = [".bin files but no cpu_states.json"]
     if other:
-        problem = f"there is a data set with {', '.join(other)}"
-        raise system.UserError(f"--dir_path {args.dir_path}: {problem}; give another folder, or delete this one first")
+        problem = f"contains a data set with {', '.join(other)}"
+        raise system.UserError(f"--dir_path {args.dir_path}: {problem}; give another folder, or delete this one")
     for folder in folders:
         os.makedirs(folder, exist_ok=True)
     if not stored:
@@ -132,7 +132,7 @@ def claim(args, folders):
 
 
 def generate(args):
-    """Writes the data set of a seed. It is byte for byte that of the published generator."""
+    """Writes a data set, byte for byte the same as the published generator's."""
     system.make_folder(args.dir_path, "--dir_path")
     folders = [os.path.join(args.dir_path, name) for name in ("train", "test")]
     totals = args.num_train_instance, args.num_test_instance
@@ -155,11 +155,11 @@ def generate(args):
 
 
 def translate(args):
-    """Writes a .bin file as text, to the screen and to args.output_path; raises UserError in the end if it is malformed."""
+    """Writes a .bin file as text to stdout and args.output_path. Raises UserError at the end if it is malformed."""
     name = system.escape_name(args.states_path)
     data, size = read_file(args.states_path, os.path.getsize(args.states_path) + 1)
     if size < 0:
-        raise system.UserError(f"--states_path: {name} cannot be read to its end")
+        raise system.UserError(f"--states_path: {name} cannot be read completely")
     lines, problems = describe(data, args.num_registers, args.memory_size)
     title = f"{name}: {len(data):,} bytes, {args.num_registers} registers, {args.memory_size} bytes of memory; * marks changes"
     problems = [f"malformed at byte {byte}: {problem}" for byte, problem in problems]
@@ -171,12 +171,12 @@ def translate(args):
 
 
 def evaluate(args):
-    """Prints how much of the .bin files below args.dir_path is right."""
+    """Prints how much of the .bin files below args.dir_path is predicted correctly."""
     R, memory_size = args.num_registers, args.memory_size
     paths = list_files([args.dir_path], "--dir_path", "bin").paths
     total, folder, parts = len(paths), system.escape_name(args.dir_path), []
     if not total:
-        raise system.UserError(f"--dir_path {folder}: there are no .bin files in it")
+        raise system.UserError(f"--dir_path {folder}: contains no .bin files")
 
     def receive(part):
         parts.append(part)
@@ -186,15 +186,15 @@ def evaluate(args):
     jobs = ((shard, evaluate_files, batch, R, memory_size) for shard, batch in enumerate(batches))
     with progress_bar(total, "files") as bar:
         run_jobs(jobs, count_workers(total), receive)
-    found = {"dir_path": folder, "num_registers": R, "memory_size": memory_size, **summarize(parts, R)}
-    if not found["byte_accuracy"]["total"]:
+    results = {"dir_path": folder, "num_registers": R, "memory_size": memory_size, **summarize(parts, R)}
+    if not results["byte_accuracy"]["total"]:
         problem = f"none of its {total:,} .bin files has a whole program, the {memory_size} bytes of --memory_size"
-        reasons = ", ".join(f"{each['files']:,} {why}, e.g. {each['example']}" for why, each in found["malformed"].items())
+        reasons = ", ".join(f"{each['files']:,} {why}, e.g. {each['example']}" for why, each in results["malformed"].items())
         raise system.UserError(f"--dir_path {folder}: {problem}: {reasons}")
     if args.json is not None:
-        system.write_results({args.json: f"{json.dumps(found, indent=1)}\n".encode()})
-    print(*report(found), "", f"{total:,} files in {folder}, {R} registers, {memory_size} bytes of memory", sep="\n")
-    if unread := found["malformed"].get("unreadable"):
+        system.write_results({args.json: f"{json.dumps(results, indent=1)}\n".encode()})
+    print(*report(results), "", f"{total:,} files in {folder}, {R} registers, {memory_size} bytes of memory", sep="\n")
+    if unread := results["malformed"].get("unreadable"):
         raise system.UserError(f"--dir_path: {unread['files']:,} files could not be read, e.g. {unread['example']}")
 
 

@@ -1,4 +1,4 @@
-"""Generates, converts, completes, classifies, evaluates or compresses files with a trained model; the settings are in config.py.
+"""Generates, converts, completes, classifies, evaluates or compresses files. The settings are in config.py.
 
     python inference.py --MODE generate --TARGET_EXT mid --NUM_SAMPLES 10
     python inference.py --MODE convert --INPUT_EXT abc --TARGET_EXT mid --INPUT_FOLDER tunes
@@ -22,13 +22,13 @@ def check_settings():
     """Raises UserError for mistakes that can be found without PyTorch."""
     system.check_checkpoint(config.INFERENCE_WEIGHTS_PATH, "INFERENCE_WEIGHTS_PATH")
     if config.MODE == "convert" and config.INPUT_EXT is None:
-        raise system.UserError('INPUT_EXT is None; to convert, it must be the extension of the input files, for example "abc"')
+        raise system.UserError('INPUT_EXT is None, but MODE "convert" needs the inputs\' extension, for example "abc"')
     if config.MODE != "generate":
         system.check_folders([config.INPUT_FOLDER], "INPUT_FOLDER")
         inputs, outputs = (os.path.realpath(folder) for folder in (config.INPUT_FOLDER, config.OUTPUT_FOLDER))
         if os.path.commonpath([inputs, outputs]) in (inputs, outputs):
             both = f"{config.OUTPUT_FOLDER!r} and INPUT_FOLDER {config.INPUT_FOLDER!r}"
-            raise system.UserError(f"OUTPUT_FOLDER: {both} are within each other, so results could replace inputs; give another")
+            raise system.UserError(f"OUTPUT_FOLDER: {both} overlap, so that results could replace inputs; give another")
     if config.MODE in CODING_MODES:
         if importlib.util.find_spec("constriction") is None:
             raise system.UserError(f"MODE {config.MODE!r} needs the package constriction: pip install -r requirements.txt")
@@ -37,7 +37,7 @@ def check_settings():
 
 
 if __name__ == "__main__":
-    system.start(lambda: settings.override(config), check_settings)  # before the seconds that PyTorch takes to load
+    system.start(lambda: settings.override(config), check_settings)  # before PyTorch loads, which takes seconds
 
 import collections
 import functools
@@ -53,12 +53,12 @@ from bgpt.files import describe_extensions, extension_of, list_files
 from bgpt.model import Classifier, load_model
 from bgpt.windows import evaluation_windows
 
-INDEX_SECONDS = 60  # seconds between writes of the index, so that a killed run's outputs are listed, too
+INDEX_SECONDS = 60  # between writes of the index, so that most outputs of a killed run are listed
 
 
 def find_inputs():
-    """Returns the input files of every MODE but generate. Raises UserError if there are none."""
-    pairs = config.MODE == "evaluate" and config.CONVERSION_MODE is not None  # INPUT_EXT is then that of the pairs' inputs
+    """Returns the files of INPUT_FOLDER to process. Raises UserError if there are none."""
+    pairs = config.MODE == "evaluate" and config.CONVERSION_MODE is not None  # then INPUT_EXT selects pairs by their input
     extension = None if pairs else config.INPUT_EXT
     files = list_files([config.INPUT_FOLDER], "INPUT_FOLDER", extension)
     if not files:
@@ -69,30 +69,28 @@ def find_inputs():
 
 
 def list_failed(failed):
-    """Prints the files that failed, pairs of path and reason; returns the exit status."""
+    """Prints the failed files, pairs (path, reason), and returns the exit status."""
     if failed:
-        print(f"{len(failed)} could not be done:")
+        print(f"{len(failed)} files failed:")
         print_first(f"{system.escape_name(path)}: {why}" for path, why in failed)
     return 1 if failed else 0
 
 
 def print_first(lines):
-    """Prints the first lines of an iterable, and how many more there are."""
+    """Prints the first lines of an iterable, and the number of the others."""
     lines = [f"  {line}" for line in lines]
     more = [f"  and {len(lines) - system.SHOWN_NAMES} more"] * (len(lines) > system.SHOWN_NAMES)
     print(*lines[: system.SHOWN_NAMES], *more, sep="\n")
 
 
 def write_output(path, content, backups, failed):
-    """Writes an output file and returns whether that succeeded; appends (path, reason) to `failed` if not.
+    """Writes an output file and returns True, or appends (path, reason) to `failed` and returns False.
 
-    A file of other content in its place gets a backup, which is appended to `backups`.
-
-    Raises:
-        OSError: the disk is full, so that no other file would fit either.
+    An existing file with other content is backed up, and the backup is appended to `backups`. Raises OSError if the disk is
+    full, since no other file would fit either.
     """
     if os.path.islink(path):
-        failed.append((path, "a symlink is in its place, and its target may be a file of yours"))
+        failed.append((path, "is a symlink, and its target may be a file of yours"))
         return False
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -110,14 +108,14 @@ def write_output(path, content, backups, failed):
 # ---- Generate, convert, complete ------------------------------------------------------------------------------------
 
 
-# path of the file, of its input or "", its beginning before the model's continuation, index of the candidate
+# path, path of the input or "", the bytes before the model's continuation, index of the candidate
 Output = collections.namedtuple("Output", "path source prefix candidate")
 
 
 def new_prompts(model, target):
-    """Yields the Prompts of NUM_SAMPLES new files, named YYYYmmdd-HHMMSS-i.`target`; their keys are Outputs."""
+    """Yields Prompts for NUM_SAMPLES new files YYYYmmdd-HHMMSS-i.`target`. Their keys are Outputs."""
     taken = {name[:15] for name in os.listdir(config.OUTPUT_FOLDER)}
-    while (stamp := time.strftime("%Y%m%d-%H%M%S")) in taken:  # another run of this very second
+    while (stamp := time.strftime("%Y%m%d-%H%M%S")) in taken:  # another run started in this second
         time.sleep(0.1)
     suffix = f".{target}" if target else ""
     for i in range(1, config.NUM_SAMPLES + 1):
@@ -126,13 +124,13 @@ def new_prompts(model, target):
 
 
 def input_prompts(model, files, target, num_candidates, failed):
-    """Yields `num_candidates` Prompts for each input file; appends (path, reason) to `failed` for those that cannot be done."""
+    """Yields `num_candidates` Prompts for each input file. Failed files are appended to `failed` as (path, reason)."""
     patch_size, patch_length = model.net.patch_size, model.net.patch_length
     for path in files:
         name = os.path.relpath(path, config.INPUT_FOLDER)
         output, prefix = os.path.join(config.OUTPUT_FOLDER, name), b""
         try:
-            # as many bytes as fill the context are enough to notice a file that is too long
+            # bytes that fill the context are enough to detect a file that is too long
             most = config.PROMPT_BYTES if config.MODE == "complete" and config.PROMPT_BYTES else model.num_symbols
             content = utils.read_bytes(path, stop=min(most, model.num_symbols))
         except OSError as error:
@@ -144,46 +142,46 @@ def input_prompts(model, files, target, num_candidates, failed):
         else:
             symbols, prefix = model.completion_prompt(content, extension_of(path)), content
         if len(symbols) >= model.num_symbols:
-            why = f"too long: no room is left in the model's {patch_length} patches of {patch_size} bytes"
+            why = f"too long: it fills the model's {patch_length} patches of {patch_size} bytes"
             if config.MODE == "complete":
-                why += f"; PROMPT_BYTES {patch_size * (patch_length - 1) - 1} or fewer leave some"
+                why += f"; set PROMPT_BYTES to {patch_size * (patch_length - 1) - 1} or less"
             failed.append((path, why))
             continue
         if os.path.relpath(output, config.OUTPUT_FOLDER).lower() in report.INDEX_NAMES:
-            failed.append((path, "its output would have the name of a file that lists the outputs"))
+            failed.append((path, "its output would replace the index of the outputs"))
             continue
         for candidate in range(num_candidates):
-            # the random numbers of a file depend on its name, not on the other files; a 0 at the end changes nothing
+            # seeded by the file's name, so that other files do not change its random numbers
             stream = [config.SEED, zlib.crc32(os.fsencode(name)), candidate]
             yield generation.Prompt(Output(output, path, prefix, candidate), symbols, stream)
 
 
 def best_candidates(continuations, count):
-    """Yields the likeliest Continuation of each path, the first of equals, once all `count` candidates have ended."""
+    """Yields the likeliest of each path's `count` Continuations once all have ended, the first of equals."""
     ended = collections.defaultdict(list)  # {path: continuations}
     for continuation in continuations:
-        found = ended[continuation.key.path]
-        found.append(continuation)
-        if len(found) == count:
+        candidates = ended[continuation.key.path]
+        candidates.append(continuation)
+        if len(candidates) == count:
             yield max(ended.pop(continuation.key.path), key=lambda each: (each.mean_log_probability(), -each.key.candidate))
 
 
 def write_files(model, files, stop_signals, target):
-    """Writes new files, or the model's conversions or continuations of the input files; returns the exit status.
+    """Writes new files, or conversions or continuations of the input files. Returns the exit status.
 
     Args:
         model: the Generator.
         files: the input files, or None for new ones.
         stop_signals: the `system.StopSignals`.
-        target: TARGET_EXT, or in place of None the model's own.
+        target: TARGET_EXT, or the model's own if that is None.
     """
     rows, cut_off, backups, failed = [], [], [], []  # rows: of the index
     indexed_at = time.monotonic()
-    report.read_index(os.path.join(config.OUTPUT_FOLDER, report.INDEX_NAMES[0]))  # one that cannot be read is an error now
+    report.read_index(os.path.join(config.OUTPUT_FOLDER, report.INDEX_NAMES[0]))  # UserError if unreadable
     num_outputs, num_candidates = (config.NUM_SAMPLES, 1) if files is None else (len(files), config.NUM_CANDIDATES)
     if config.NUM_CANDIDATES > 1 and (files is None or config.TEMPERATURE == 0 or config.TOP_K == 1):
-        why = "MODE 'generate'" if files is None else "TEMPERATURE 0 or TOP_K 1, with which all are equal,"
-        print(f"note: NUM_CANDIDATES is {config.NUM_CANDIDATES}, but {why} makes one")
+        why = "MODE 'generate' has none" if files is None else "they are equal with TEMPERATURE 0 or TOP_K 1"
+        print(f"note: NUM_CANDIDATES is {config.NUM_CANDIDATES}, but {why}; 1 is drawn")
         num_candidates = 1
     prompts = new_prompts(model, target) if files is None else input_prompts(model, files, target, num_candidates, failed)
     batch_size = min(config.INFERENCE_BATCH_SIZE, num_outputs * num_candidates)
@@ -211,7 +209,7 @@ def write_files(model, files, stop_signals, target):
                 if time.monotonic() - indexed_at > INDEX_SECONDS:
                     report.write_index(config.OUTPUT_FOLDER, rows)
                     indexed_at = time.monotonic()
-    finally:  # also after Ctrl-C or on a full disk: the written files stay and are listed
+    finally:  # also after Ctrl-C or on a full disk, to list the files that were written
         print(f"{len(rows)} files written to {config.OUTPUT_FOLDER}")
         system.print_backups(backups)
         if cut_off:
@@ -226,16 +224,16 @@ def write_files(model, files, stop_signals, target):
 
 
 def classify_files(model, files, stop_signals):
-    """Writes predictions.tsv, each file's three likeliest labels with their probabilities; returns the exit status.
+    """Writes each file's three likeliest labels to predictions.tsv. Returns the exit status.
 
-    A run that is stopped writes predictions-partial.tsv. The arguments are as in `write_files`, the model is a Classifier.
+    A stopped run writes predictions-partial.tsv. The arguments are as in `write_files`, the model is a Classifier.
     """
     dataset = utils.ByteDataset(utils.Examples(files), model.net.patch_size, model.net.patch_length)
     lengths = dataset.examples.lengths(model.net.patch_size)
     if longer := int((lengths > model.net.patch_length).sum()):
         print(f"{longer} of {len(files)} files exceed the model's {model.net.patch_length} patches: their heads are classified")
     order = np.argsort(lengths.clip(max=model.net.patch_length), kind="stable").tolist()  # least padding
-    found, failed = {}, []  # found: {index of a file: (probabilities, indices of labels), the three likeliest first}
+    predictions, failed = {}, []  # predictions: {index of a file: (probabilities, label indices) of the likeliest labels}
     try:
         with tqdm(total=len(files), unit="file", desc=config.MODE, **system.progress_options()) as bar:
             for start in range(0, len(order), config.INFERENCE_BATCH_SIZE):
@@ -249,37 +247,37 @@ def classify_files(model, files, stop_signals):
                 if sequences:
                     probabilities = model.probabilities(utils.Batch(sequences.values()))  # (B, labels)
                     likeliest = probabilities.topk(min(3, len(model.labels)))  # (B, 3) each
-                    found |= dict(zip(sequences, zip(likeliest.values.tolist(), likeliest.indices.tolist())))
+                    predictions |= dict(zip(sequences, zip(likeliest.values.tolist(), likeliest.indices.tolist())))
                 bar.update(len(chosen))
-    finally:  # also after Ctrl-C: an earlier run's predictions are not replaced by a part
-        is_whole = len(found) + len(failed) == len(files)
+    finally:  # also after Ctrl-C; a partial table must not replace an earlier run's whole one
+        is_whole = len(predictions) + len(failed) == len(files)
         if is_whole:
-            report_labels(model, files, found)
+            report_labels(model, files, predictions)
         list_failed(failed)
-        if found or is_whole:
-            write_predictions(model, files, found, "predictions.tsv" if is_whole else "predictions-partial.tsv")
+        if predictions or is_whole:
+            write_predictions(model, files, predictions, "predictions.tsv" if is_whole else "predictions-partial.tsv")
     return 1 if failed else 0
 
 
-def write_predictions(model, files, found, name):
-    """Writes a table into OUTPUT_FOLDER; `found` is {index of a file: (probabilities, indices of labels)}."""
+def write_predictions(model, files, predictions, name):
+    """Writes `predictions`, {index of a file: (probabilities, label indices)}, as a table into OUTPUT_FOLDER."""
     path = os.path.join(config.OUTPUT_FOLDER, name)
     lines = [["file"]]
     for rank in ("", " 2", " 3")[: len(model.labels)]:
         lines[0] += [f"label{rank}", f"probability{rank}"]
-    for index in sorted(found):
+    for index in sorted(predictions):
         lines.append([system.escape_name(os.path.relpath(files[index], config.INPUT_FOLDER))])
-        for probability, label in zip(*found[index]):
+        for probability, label in zip(*predictions[index]):
             lines[-1] += [system.escape_name(model.labels[label]), f"{probability:.4f}"]
     system.write_results({path: "".join("\t".join(line) + "\n" for line in lines).encode()})
-    print(f"{len(found)} of {len(files)} files classified in {path}")
+    print(f"{len(predictions)} of {len(files)} files classified in {path}")
 
 
-def report_labels(model, files, found):
-    """Prints how many predictions are right, among the files whose names (or folders) have one of its labels."""
+def report_labels(model, files, predictions):
+    """Prints the accuracy on the files whose names or folders have one of the model's labels."""
     truth = examples.labels_of(utils.Examples(files), model.label_mode)
     confusion, indices = collections.Counter(), {label: index for index, label in enumerate(model.labels)}
-    for index, (_, likeliest) in found.items():
+    for index, (_, likeliest) in predictions.items():
         if truth[index] in indices:
             confusion[indices[truth[index]], likeliest[0]] += 1
     if confusion:
@@ -292,7 +290,7 @@ def report_labels(model, files, found):
 
 
 def examples_to_score(files, patch_size, patch_length):
-    """Returns (Examples to evaluate, [(name, patches)] of the pairs that do not fit). Raises UserError if none is left."""
+    """Returns (Examples to evaluate, [(name, patches)] of pairs that do not fit). Raises UserError if no pair fits."""
     if config.CONVERSION_MODE is None:
         return utils.Examples(files), []
     pairs = examples.directed(examples.find_pairs(files, config.CONVERSION_MODE, "INPUT_FOLDER"), config.CONVERSION_MODE)
@@ -311,7 +309,7 @@ def examples_to_score(files, patch_size, patch_length):
 
 
 def evaluate_files(model, files, stop_signals):
-    """Writes evaluation.tsv, .json and .html, and prints bits per byte; arguments and result are as in `write_files`."""
+    """Writes evaluation.tsv, .json and .html, and prints bits per byte. Arguments and result as in `write_files`."""
     net = model.net
     scored, unfit = examples_to_score(files, net.patch_size, net.patch_length)
     windows, scores, failed = evaluation_windows(scored, net.patch_size, net.patch_length), [], []
@@ -328,7 +326,7 @@ def evaluate_files(model, files, stop_signals):
             bar.set_postfix_str(f"{len(scores)}/{len(scored)} files", refresh=False)
     if scores:
         scores.sort(key=lambda score: score.index)
-        # the constants of training are the model's own, not config.py's, except for these
+        # config.py's constants of training do not apply to this model, except for these two
         hidden = settings.as_dict(config, training_only=True).keys() - {"PRECISION", "CONVERSION_MODE"}
         constants = {name: value for name, value in settings.as_dict(config).items() if name not in hidden}
         print(report.write_report(config.OUTPUT_FOLDER, net, windows, scores, model.dtype, constants, unfit, failed))
@@ -342,8 +340,8 @@ def evaluate_files(model, files, stop_signals):
 
 
 def code_files(model, files, stop_signals):
-    """Compresses or decompresses the input files and prints their sizes; arguments and result are as in `write_files`."""
-    from bgpt import lossless  # needs constriction, which no other MODE does
+    """Compresses or decompresses the input files. Arguments and result as in `write_files`."""
+    from bgpt import lossless  # imported here, since only these MODEs need constriction
 
     is_compressing, backups, failed = config.MODE == "compress", [], []
     paths = [files[i] for i in np.argsort(-files.sizes, kind="stable")]  # the longest first, so that the last batches are full
@@ -373,7 +371,7 @@ def code_files(model, files, stop_signals):
                 if write_output(output, container if is_compressing else content, backups, failed):
                     sizes.append((len(content), len(container), len(evaluation.COMPRESSORS["xz -9e"](content))))
                 bar.set_postfix_str(f"{len(sizes)}/{len(paths)} files", refresh=False)
-    finally:  # also after Ctrl-C or on a full disk: the written files stay
+    finally:  # also after Ctrl-C or on a full disk, to count the files that were written
         print(f"{len(sizes)} files written to {config.OUTPUT_FOLDER}")
         system.print_backups(backups)
         if sizes:
@@ -396,9 +394,9 @@ def main():
     model = load_model(config.INFERENCE_WEIGHTS_PATH, device, precision, "INFERENCE_WEIGHTS_PATH")
     if isinstance(model, Classifier) != (mode == "classify"):
         kinds = {False: ("generative model", "train-gen.py"), True: ("classifier", "train-cls.py")}
-        (found, _), (wanted, script) = kinds[isinstance(model, Classifier)], kinds[mode == "classify"]
+        (kind, _), (wanted, script) = kinds[isinstance(model, Classifier)], kinds[mode == "classify"]
         hint = "; MODE 'classify' reports a classifier's accuracy" * (mode == "evaluate")
-        raise system.UserError(f"{where} is a {found}; MODE {mode!r} needs a {wanted}, from {script}{hint}")
+        raise system.UserError(f"{where} is a {kind}; MODE {mode!r} needs a {wanted}, from {script}{hint}")
     constants = config.INPUT_EXT, config.TARGET_EXT, config.CONVERSION_MODE
     target = None if mode == "classify" else model.check_task(mode, *constants)
     if mode not in ("generate", "decompress"):

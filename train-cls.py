@@ -1,10 +1,10 @@
-"""Trains a classifier of files, whose names or folders are their labels; the settings are in config.py.
+"""Trains a classifier of files, labelled by name or folder. The settings are in config.py.
 
     python train-cls.py --TRAIN_FOLDERS news/train --EVAL_FOLDERS news/test --WEIGHTS_PATH news.pth
     python train-cls.py --LOAD_FROM_PRE_CHECKPOINT True --PRE_WEIGHTS_PATH weights-text.pth
 
 The label of `Business_1.txt` is `Business.txt`, see LABELS. The best model is saved at WEIGHTS_PATH, the latest state next to
-it; the same command resumes from the latest.
+it. The same command resumes from the latest state.
 """
 
 import config
@@ -19,7 +19,7 @@ def check_settings():
 
 
 if __name__ == "__main__":
-    system.start(lambda: settings.override(config), check_settings)  # before the seconds that PyTorch takes to load
+    system.start(lambda: settings.override(config), check_settings)  # before PyTorch loads, which takes seconds
 
 import collections
 import dataclasses
@@ -33,10 +33,9 @@ from bgpt import checkpoint, distributed, evaluation, examples, training
 
 
 def find_examples():
-    """Returns the training Examples, their label indices int64 (n,), the same of evaluation, and {label: index}, sorted.
+    """Returns (training Examples, their label indices int64 (n,), evaluation Examples, theirs, sorted {label: index}).
 
-    Raises:
-        UserError: there are too few files or labels, or an evaluation file has a label that no training file has.
+    Raises UserError if there are too few files or labels, or if an evaluation file has a label that no training file has.
     """
     constants = settings.as_dict(config)
     train, held_out = examples.find_sets(constants, training.own_paths(constants))
@@ -56,19 +55,19 @@ def find_examples():
 
 
 def load_pre_trained(model, sizes, labels, path, name):
-    """Loads a checkpoint's patch-level decoder into a classifier, and its head if it has the same labels; prints which.
+    """Loads a checkpoint's patch-level decoder into a classifier, and its head if the labels are equal.
 
     Args:
         model, sizes, labels: the bGPTForClassification, its ModelSizes and {label: index}.
-        path, name: the checkpoint of a generative model or a classifier, and the constant with the path, for messages.
+        path, name: the checkpoint of a generative model or classifier, and the name of its constant for messages.
     """
     loaded, where = checkpoint.load_checkpoint(path, name), f"{name}: {path!r}"
-    found = checkpoint.model_sizes(loaded["model"], where)
-    # the two may differ in these
-    wanted = dataclasses.replace(sizes, BYTE_NUM_LAYERS=found.BYTE_NUM_LAYERS, num_labels=found.num_labels)
+    loaded_sizes = checkpoint.model_sizes(loaded["model"], where)
+    # the byte-level decoder and the labels may differ
+    wanted = dataclasses.replace(sizes, BYTE_NUM_LAYERS=loaded_sizes.BYTE_NUM_LAYERS, num_labels=loaded_sizes.num_labels)
     checkpoint.check_sizes(wanted, loaded["model"], where)
     state = {key: value for key, value in loaded["model"].items() if not key.startswith(("byte_level_decoder.", "classifier."))}
-    has_labels = found.num_labels is not None and "labels" in loaded  # a file of tensors alone has no labels
+    has_labels = loaded_sizes.num_labels is not None and "labels" in loaded  # a file of tensors alone has no labels
     keep_head = has_labels and set(checkpoint.label_list(loaded, where)) == set(labels)
     if keep_head:  # its rows in the order of `labels`
         rows = [loaded["labels"][label] for label in sorted(labels, key=labels.get)]
@@ -76,14 +75,14 @@ def load_pre_trained(model, sizes, labels, path, name):
     else:
         state |= {key: value for key, value in model.state_dict().items() if key.startswith("classifier.")}
     checkpoint.load_weights(model, state, where)
-    print(f"a new run, from the patch-level decoder {'and the head ' if keep_head else ''}of {path}, a {found.kind}")
+    print(f"a new run, from the patch-level decoder {'and the head ' if keep_head else ''}of {path}, a {loaded_sizes.kind}")
 
 
 class LabelTotals(evaluation.Totals):
-    """Totals over files: their nats, how many are right, how many there are."""
+    """Totals over files: nats, correct predictions, and number."""
 
     def add(self, nats, logits, truth):
-        """Adds a batch: its cross-entropy (scalar), logits (B, labels) and the indices of its labels, int64 (B,)."""
+        """Adds a batch: summed cross-entropy (scalar), logits (B, labels) and true label indices, int64 (B,)."""
         self._sums += torch.stack((nats.detach(), (logits.argmax(-1) == truth).sum()))
         self._counts[0] += len(truth)
 
@@ -94,7 +93,7 @@ class LabelTotals(evaluation.Totals):
 
     @property
     def accuracy(self):
-        """Share of the files whose most likely label is right. None without files."""
+        """Share of correctly classified files. None without files."""
         return self._mean(1, self._counts[0])
 
     def shown(self):
@@ -104,9 +103,9 @@ class LabelTotals(evaluation.Totals):
 
 @torch.inference_mode()
 def evaluate(run, truth):
-    """Returns (LabelTotals, confusion) of all ranks over every evaluation example; of longer files, the head.
+    """Returns (LabelTotals, confusion) of all evaluation examples, over all ranks.
 
-    Confusion is a Counter of files by the indices of their true label and of the predicted one.
+    `confusion` is a Counter of (true label index, predicted label index). Only the head of a longer file is classified.
     """
     totals, confusion = LabelTotals(run.ranks.device), collections.Counter()
     dataset, steps = run.evaluation_steps()
@@ -125,7 +124,7 @@ def evaluate(run, truth):
 
 
 def train(ranks):
-    """Trains until NUM_EPOCHS, from the latest state if there is one."""
+    """Trains up to NUM_EPOCHS, from the latest state if there is one."""
     dtype = distributed.pick_dtype(config.PRECISION, ranks.device)
     if config.COMPILE:
         distributed.check_compiler(ranks.device)
@@ -154,8 +153,7 @@ def train(ranks):
                     batch_truth = truth[:1] if is_dummy else truth[indices]
                     run.begin_step()  # saves or stops the run when that is due
 
-                    # The gradient is that of the mean over the files of all ranks. DDP averages the ranks' gradients, hence
-                    # the factor `ranks.count`.
+                    # The loss is the mean over the files of all ranks. DDP averages gradients, hence `ranks.count`.
                     weight = 0 if is_dummy else ranks.count / steps.count(number)
                     micro_batches = batch.split(config.ACCUMULATION_STEPS)
                     for part, (rows, micro) in enumerate(micro_batches, 1):

@@ -1,9 +1,9 @@
-"""Trains a generative byte model on the files of TRAIN_FOLDERS; the settings are in config.py.
+"""Trains a generative byte model on the files of TRAIN_FOLDERS. The settings are in config.py.
 
     python train-gen.py
     python train-gen.py --TRAIN_FOLDERS midi/train --EVAL_FOLDERS midi/test --NUM_EPOCHS 8
 
-The best model is saved at WEIGHTS_PATH, the latest state next to it; the same command resumes from the latest.
+The best model is saved at WEIGHTS_PATH, the latest state next to it. The same command resumes from the latest state.
 """
 
 import os
@@ -16,14 +16,14 @@ def check_settings():
     """Raises UserError for mistakes that can be found without PyTorch."""
     if config.TRAIN_FOLDERS == ["cpu_states/train"] and not os.path.isdir("cpu_states/train"):
         raise system.UserError(
-            "TRAIN_FOLDERS: 'cpu_states/train' does not exist; make it with `python cpu-simulation.py --mode generate "
-            "--num_train_instance 20000 --num_test_instance 200`, or name folders of your own"
+            "TRAIN_FOLDERS: 'cpu_states/train' does not exist; give your own folders, or create it with "
+            "`python cpu-simulation.py --mode generate --num_train_instance 20000 --num_test_instance 200`"
         )
     settings.check_training_paths(settings.as_dict(config))
 
 
 if __name__ == "__main__":
-    system.start(lambda: settings.override(config), check_settings)  # before the seconds that PyTorch takes to load
+    system.start(lambda: settings.override(config), check_settings)  # before PyTorch loads, which takes seconds
 
 import torch
 
@@ -33,7 +33,7 @@ from bgpt.evaluation import SymbolTotals
 
 
 def find_examples():
-    """Returns the training and the held-out Examples, and prints them. Raises UserError if there are none."""
+    """Returns the training and evaluation Examples, and prints their counts. Raises UserError if there are none."""
     constants = settings.as_dict(config)
     train, held_out = examples.find_sets(constants, training.own_paths(constants))
     cuts_windows = training.cuts_windows(constants)
@@ -46,13 +46,7 @@ def find_examples():
 
 
 def sample_targets(targets, most, rng):
-    """Returns bool (B, P-1): at most `most` of the target patches (0 = all), drawn with a numpy Generator.
-
-    Args:
-        targets: bool (B, P-1), see `utils.Batch`.
-        most: PATCH_SAMPLING_BATCH_SIZE.
-        rng: numpy Generator.
-    """
+    """Returns at most `most` of the targets (0 = all), bool (B, P-1), drawn with a numpy Generator."""
     where = targets.nonzero()  # (N, 2)
     if most == 0 or len(where) <= most:
         return targets
@@ -64,7 +58,7 @@ def sample_targets(targets, most, rng):
 
 @torch.inference_mode()
 def evaluate(run):
-    """Returns the SymbolTotals of all ranks over every evaluation example."""
+    """Returns the SymbolTotals of all evaluation examples, over all ranks."""
     totals, (dataset, steps) = SymbolTotals(run.ranks.device), run.evaluation_steps()
     run.model.eval()
     with run.progress("eval", steps) as bar:
@@ -79,7 +73,7 @@ def evaluate(run):
 
 
 def train(ranks):
-    """Trains until NUM_EPOCHS, from the latest state if there is one."""
+    """Trains up to NUM_EPOCHS, from the latest state if there is one."""
     dtype = distributed.pick_dtype(config.PRECISION, ranks.device)
     if config.COMPILE:
         distributed.check_compiler(ranks.device)
@@ -109,8 +103,7 @@ def train(ranks):
                     num_targets = 0 if is_dummy else sum(int(chosen.sum()) for chosen in targets)
                     num_targets = run.begin_step(num_targets)  # of all ranks; saves or stops the run when that is due
 
-                    # The gradient is that of the mean over all symbols of all ranks. DDP averages the ranks' gradients,
-                    # hence the factor `ranks.count`.
+                    # The loss is the mean over all symbols of all ranks. DDP averages gradients, hence `ranks.count`.
                     weight = 0 if is_dummy else ranks.count / (num_targets * config.PATCH_SIZE)
                     for part, (micro, chosen) in enumerate(zip(micro_batches, targets), 1):
                         with ranks.accumulate(engine, is_last=part == len(micro_batches)):

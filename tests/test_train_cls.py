@@ -401,7 +401,7 @@ def test_classify_files_of_unknown_labels_and_such_as_cannot_be_read(folder, tra
     done = classify(folder, trained, status=1, INPUT_FOLDER="odd")
     assert "3 of 4 files classified in output/predictions.tsv" in done.stdout
     assert "the names of 1 of them have one of the model's labels" in done.stdout
-    assert "1 could not be done:" in done.stdout and "odd/gone_1.bin: No such file" in done.stdout
+    assert "1 files failed:" in done.stdout and "odd/gone_1.bin: No such file" in done.stdout
     assert [row[0] for row in read_predictions(folder)[1:]] == ["a\\tb\\n.bin", "low_1.bin", "low_2.txt"]
     done = classify(folder, trained, INPUT_FOLDER="odd", INPUT_EXT="txt")
     assert "1 of 1 files classified" in done.stdout and "carry a label" not in done.stdout and "longer" not in done.stdout
