@@ -48,7 +48,7 @@ def parse(argv):
     if args.mode == "generate":
         args.num_registers, args.memory_size = R or 10, size or 1024
         most, longest = args.memory_size // 4, args.num_max_program
-        check("num_max_program", longest <= most, f"{most} or less, as --memory_size is {args.memory_size}, 4 per instruction")
+        check("num_max_program", longest <= most, f"{most} or less, a quarter of --memory_size {args.memory_size}")
         check("num_min_program", 1 <= args.num_min_program <= longest, f"1 to --num_max_program, which is {longest}")
         for name in ("num_train_instance", "num_test_instance", "random_seed"):
             check(name, getattr(args, name) >= 0, "0 or more")

@@ -1,11 +1,11 @@
-"""What real containers take, beside other compressors, file by file; and how fast they are written and read.
+"""Compares the sizes of containers with other compressors, file by file, and times both directions.
 
     python benchmarks/bench_compress.py --weights weights.pth --folder midi/test [--files 100] [--batch 32]
     python benchmarks/bench_compress.py --sizes 16 512 768 12 3 --folder midi/test --files 32 --bytes 256
     python benchmarks/bench_compress.py --others --folder midi/test
 
-With --others, the other compressors alone. Without weights, the model of `--sizes` has random ones, and only its speed means
-something.
+With --others, only the other compressors run. Without weights, the model of `--sizes` has random ones, and only its speed is
+meaningful.
 """
 
 import argparse
@@ -36,13 +36,13 @@ ALL_COMPRESSORS = COMPRESSORS | {
 
 
 def time_coder(options, contents):
-    """Compresses and decompresses {path: content}, prints how fast that was, and returns the containers' bytes."""
+    """Compresses and decompresses {path: content}, prints the speeds, and returns the containers' total bytes."""
     tune_memory()
     torch.manual_seed(0)
     model = load_model(options.weights)[0] if options.weights else utils.ModelSizes(*options.sizes).build()
     coder, seconds = lossless.Coder(model.eval(), options.batch), []
     with tempfile.TemporaryDirectory() as folder:
-        # in files of their own, since --bytes may cut them; numbered, since names may come twice
+        # copies, since --bytes may cut files; numbered, since two may have the same name
         names = [f"{i}.{extension_of(path)}".rstrip(".") for i, path in enumerate(contents)]
         files = {os.path.join(folder, name): content for name, content in zip(names, contents.values())}
         for code in (lambda *arguments: lossless.compress(coder, files, False, *arguments),
@@ -68,13 +68,13 @@ def time_coder(options, contents):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split(";")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split(".")[0])
     parser.add_argument("--weights", help="a checkpoint")
-    parser.add_argument("--sizes", type=int, nargs=5, default=[16, 512, 768, 12, 3], help="those of utils.ModelSizes")
-    parser.add_argument("--others", action="store_true", help="the other compressors alone")
-    parser.add_argument("--folder", required=True, help="of the files")
-    parser.add_argument("--files", type=int, default=0, help="so many, drawn with seed 0; 0 = all")
-    parser.add_argument("--bytes", type=int, default=None, help="of each file, at most")
+    parser.add_argument("--sizes", type=int, nargs=5, default=[16, 512, 768, 12, 3], help="as in utils.ModelSizes")
+    parser.add_argument("--others", action="store_true", help="only the other compressors")
+    parser.add_argument("--folder", required=True, help="folder of files")
+    parser.add_argument("--files", type=int, default=0, help="number of files, drawn with seed 0; 0 = all")
+    parser.add_argument("--bytes", type=int, default=None, help="most bytes of each file")
     parser.add_argument("--batch", type=int, default=32, help="INFERENCE_BATCH_SIZE")
     options = parser.parse_args()
     paths = list(list_files([options.folder], "--folder"))
@@ -86,7 +86,7 @@ def main():
             contents[path] = file.read(options.bytes)
     total = sum(map(len, contents.values()))
     if not total:
-        raise system.UserError(f"--folder: {options.folder!r} holds no bytes to compress")
+        raise system.UserError(f"--folder: {options.folder!r} contains no bytes to compress")
     sizes = {name: sum(len(compress(content)) for content in contents.values()) for name, compress in ALL_COMPRESSORS.items()}
     if options.others:
         print(f"{len(contents)} files, {total:,} bytes")

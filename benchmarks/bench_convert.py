@@ -1,12 +1,15 @@
-"""How good the files are that MODE convert made, against the true ones.
+"""Compares the outputs of MODE convert with the true files.
 
     python inference.py --MODE convert --INPUT_EXT abc --TARGET_EXT mid --INPUT_FOLDER abc_midi/test --TEMPERATURE 0
     python benchmarks/bench_convert.py --true abc_midi/test --made output [--extension mid]
 
-Prints how many files are the true ones byte for byte; how many are whole: MIDI files whose track lengths add up, whose events
-can all be read and whose notes all end, or ABC tunes with the fields X and K; of MIDI files, which share of the notes is right:
-of those (pitch and length in ticks; rests and tempo do not count) in the blocks that difflib finds in both, by the notes of the
-longer file; and how many files were cut off, as index.tsv says.
+Prints the shares of
+
+    exact        files that equal the true one byte for byte
+    whole        MIDI files whose track lengths add up, all events are readable and all notes end, or ABC tunes with X and K
+    notes right  notes in the blocks that difflib finds in both MIDI files, over the notes of the longer file; a note is its
+                 pitch and length in ticks, without rests and tempo
+    cut off      files that are cut off according to index.tsv
 """
 
 import argparse
@@ -23,7 +26,7 @@ from bgpt.system import unescape_name
 
 
 def read_tracks(content):
-    """Returns the tracks of a MIDI file, bytes each. Raises ValueError unless its header and track lengths add up."""
+    """Returns the tracks of a MIDI file, bytes each. Raises ValueError for a wrong header or track length."""
     if content[:4] != b"MThd" or content[4:8] != b"\0\0\0\6" or len(content) < 14:
         raise ValueError("no MIDI header")
     tracks, position = [], 14
@@ -34,12 +37,12 @@ def read_tracks(content):
         tracks.append(content[position + 8 : position + 8 + size])
         position += 8 + size
     if len(tracks) != int.from_bytes(content[10:12], "big"):
-        raise ValueError("the header counts other tracks")
+        raise ValueError("the header has another number of tracks")
     return tracks
 
 
 def read_number(track, position):
-    """Returns the variable-length number at a position of a track, and the position after it."""
+    """Returns the variable-length number at a position of a track, and the next position."""
     number = 0
     while True:
         byte = track[position]
@@ -51,7 +54,7 @@ def read_number(track, position):
 def read_events(track):
     """Returns the notes of a track, (start, pitch, length) in ticks each, and whether it is whole.
 
-    That is: all of its events can be read, all notes end, and End of Track comes last.
+    A whole track has only readable events, all its notes end, and End of Track comes last.
     """
     notes, time, position = [], 0, 0
     sounding, status = {}, 0  # {(channel, pitch): start}; the running status, 0 = none
@@ -86,9 +89,9 @@ def read_events(track):
 
 
 def read_notes(content):
-    """Returns the notes of a MIDI file, (start, pitch, length) in ticks, in the order of their starts.
+    """Returns the notes of a MIDI file, (start, pitch, length) in ticks, ordered by start.
 
-    Of a file whose track lengths do not add up, those up to where its events cannot be read.
+    If its track lengths are wrong, reading ends at the first unreadable event of each track.
     """
     try:
         tracks = read_tracks(content)
@@ -98,7 +101,7 @@ def read_notes(content):
 
 
 def is_whole(content, extension):
-    """Returns whether a file of that extension, "mid" or "abc", is one."""
+    """Returns whether a file with `extension`, "mid" or "abc", is whole."""
     if extension == "abc":
         return all(re.search(rb"^%b:" % field, content, re.MULTILINE) for field in (b"X", b"K"))
     try:
@@ -108,7 +111,7 @@ def is_whole(content, extension):
 
 
 def share_right(true, made):
-    """Returns which share of two MIDI files' notes agrees, pitches and lengths, in blocks that both have in the same order."""
+    """Returns the share of equal notes of two MIDI files, by pitch and length, in matching blocks."""
     expected, heard = ([note[1:] for note in read_notes(content)] for content in (true, made))
     if not expected and not heard:
         return 1.0
@@ -117,11 +120,7 @@ def share_right(true, made):
 
 
 def read_pair(true_folder, made_folder, name):
-    """Returns the contents of a true file and of what MODE convert made in its place: tune.mid and tune.abc.mid.
-
-    Args:
-        name: of the latter, within its folder.
-    """
+    """Returns the contents of a true file and its conversion, tune.mid and tune.abc.mid. `name` is the latter's."""
     stem, extension = os.path.splitext(name)
     true_name = os.path.splitext(stem)[0] + extension
     with open(os.path.join(true_folder, true_name), "rb") as true, open(os.path.join(made_folder, name), "rb") as made:
@@ -136,7 +135,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     index = read_index(os.path.join(options.made, "index.tsv"))
     if index is None:
-        parser.error(f"{options.made!r} holds no index.tsv of MODE convert")
+        parser.error(f"{options.made!r} has no index.tsv of MODE convert")
     pairs, is_cut_off = [], []  # (true content, made content) of each file; whether it was cut off
     for name, fields in index.items():
         if name.endswith("." + options.extension):
@@ -146,7 +145,7 @@ def main(arguments=None):
                 parser.error(f"cannot read {error.filename!r}: {error.strerror}")
             is_cut_off.append(fields[INDEX_COLUMNS.index("cut off or ended")] == "cut off")
     if not pairs:
-        parser.error(f"{options.made!r} holds no .{options.extension} files")
+        parser.error(f"{options.made!r} has no .{options.extension} files")
 
     def show(what, values):
         print(f"{what:<12} {statistics.fmean(values):7.2%}  ({sum(values):.1f} of {len(values)})")

@@ -1,10 +1,9 @@
-"""How much faster cpu-simulation.py generates than the plain way: one instruction at a time, with the file opened anew to
-append each state. Prints the time per instruction and the instances per second of both, measured in turn, and their ratio; and
-the floor: how long the system takes to make as many files of the same sizes, and nothing else, in as many processes.
+"""Times cpu-simulation.py against a plain generator: one instruction at a time, reopening the file for each state.
 
     python benchmarks/bench_cpu.py [--instances 60000] [--plain 150] [--rounds 5] [--dir FOLDER]
 
-The tests use the plain machine below too: it says a second time, in other words, what each instruction does.
+Prints the time per instruction and the instances per second of both, in alternating rounds, and their ratio. The floor is the
+time to create as many files of the same sizes in as many processes. The tests compare bgpt/cpu.py with the plain machine below.
 """
 
 import argparse
@@ -21,7 +20,7 @@ import time
 
 SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "cpu-simulation.py")
 
-# Every instruction in the order of the opcodes, with the numbers of operands that it can have.
+# Instructions in the order of their opcodes, with their possible numbers of operands.
 OPERANDS = {"HLT": [0]}
 OPERANDS.update({name: [0, 1] for name in "CLR INC DEC SHL SHR ROL ROR NOT".split()})
 OPERANDS.update({"PUSH": [1], "POP": [1], "LOADI": [1], "SWAP": [1, 2]})
@@ -37,7 +36,7 @@ def assemble(line):
 
 
 def disassemble(instruction, num_registers):
-    """Returns the assembly line of 4 bytes, or None if no line of this machine assembles to them."""
+    """Returns the assembly line of 4 bytes, or None if they are malformed."""
     names = list(OPERANDS)
     if instruction[0] >= len(names):
         return None
@@ -52,7 +51,7 @@ def disassemble(instruction, num_registers):
 
 
 def execute(line, cells):
-    """Executes an assembly line on a dict of the values of ACC, A, B, …, which it changes."""
+    """Executes an assembly line on `cells`, a dict of ACC, A, B, …, in place."""
     name, *operands = line.split()
     if name in ("CLR", "INC", "DEC", "SHL", "SHR", "ROL", "ROR", "NOT"):
         where = operands[0] if operands else "ACC"
@@ -109,7 +108,7 @@ def execute(line, cells):
 
 
 def run(memory, acc, registers):
-    """Yields the state that each step writes, as bytes. A malformed instruction changes nothing."""
+    """Yields the state after each step, as bytes. A malformed instruction changes nothing."""
     cells = {"ACC": acc, **{chr(ord("A") + i): value for i, value in enumerate(registers)}}
     slots = len(memory) // 4
     pc = 0
@@ -142,7 +141,7 @@ def draw(rng, num_registers, num_min_program, num_max_program):
 
 
 def generate(folder, rng, count, num_registers=10, memory_size=1024, num_min_program=1, num_max_program=255):
-    """Writes `count` instances the plain way; returns how many instructions they executed."""
+    """Writes `count` instances the plain way. Returns the number of executed instructions."""
     steps = 0
     for _ in range(count):
         acc, registers, lines = draw(rng, num_registers, num_min_program, num_max_program)
@@ -159,7 +158,7 @@ def generate(folder, rng, count, num_registers=10, memory_size=1024, num_min_pro
 
 
 def make_files(folder, sizes):
-    """Makes files of so many bytes each, in the quickest way that leaves their names."""
+    """Creates files of the given sizes in bytes, as fast as possible with names like the data set's."""
     descriptor, content = os.open(folder, os.O_RDONLY), bytes(max(sizes))
     for number, size in enumerate(sizes):
         name = hashlib.md5(f"{os.getpid()} {number}".encode()).hexdigest()
@@ -170,7 +169,7 @@ def make_files(folder, sizes):
 
 
 def make_files_together(folder, sizes, count):
-    """Calls make_files in `count` processes."""
+    """Runs make_files in `count` processes."""
     processes = [multiprocessing.Process(target=make_files, args=(folder, sizes[start::count])) for start in range(count)]
     for process in processes:
         process.start()
@@ -180,18 +179,18 @@ def make_files_together(folder, sizes, count):
 
 def main():
     parser = argparse.ArgumentParser(description="Time cpu-simulation.py against the plain way.")
-    parser.add_argument("--instances", type=int, default=60000, help="of cpu-simulation.py, per round")
-    parser.add_argument("--plain", type=int, default=150, help="of the plain way, per round")
+    parser.add_argument("--instances", type=int, default=60000, help="instances of cpu-simulation.py per round")
+    parser.add_argument("--plain", type=int, default=150, help="instances of the plain way per round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dir", help="where to write (and delete); default: a temporary folder")
+    parser.add_argument("--dir", help="folder for the files, which are deleted; default: a temporary one")
     args = parser.parse_args()
 
     def fast(folder):
         command = [sys.executable, SCRIPT, "--mode", "generate", "--dir_path", folder, "--num_test_instance", "0"]
         subprocess.run([*command, "--num_train_instance", str(args.instances)], check=True, capture_output=True)
 
-    rng = random.Random(0)  # the same instances as the script's own, counted here
-    steps, lengths = 0, {}  # of all instances; of each program, which is one file
+    rng = random.Random(0)  # the same instances as the script's
+    steps, lengths = 0, {}  # steps of all instances, {program: its length}; equal programs share a file
     for _ in range(args.instances):
         *_, lines = draw(rng, 10, 1, 255)
         steps += len(lines)
@@ -211,7 +210,7 @@ def main():
             end = time.perf_counter()
             make_files_together(bare, sizes, cores)
             floor = time.perf_counter() - end
-            if turn:  # nothing is deleted between rounds: some file systems are slow for a while after that
+            if turn:  # no deletions between rounds, since some file systems are slow after them
                 plain_times.append((middle - begin) / plain_steps)
                 fast_times.append((end - middle) / steps)
                 ratios.append(plain_times[-1] / fast_times[-1])

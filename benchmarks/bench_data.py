@@ -1,5 +1,6 @@
-"""How fast files become batches, against the plain way: every byte appended to a list, and lists padded, in Python loops.
-The two take turns on the same files. Also prints the share of a training step at paper size that it takes.
+"""Times reading files into batches, against Python loops over bytes, in alternating rounds.
+
+Also prints its share of a training step at paper size.
 
     python benchmarks/bench_data.py [--files 256] [--bytes 8000] [--batch 16] [--rounds 5] [--step-sequences 1]
 """
@@ -59,7 +60,7 @@ def plain_batch(paths):
 
 
 def training_step(sequences):
-    """Returns the seconds of a training step at paper size, in auto precision, median of 3."""
+    """Returns (seconds of a training step at paper size, median of 3, its dtype with PRECISION auto)."""
     device = pick_device()
     dtype = pick_dtype("auto", device)
     tune_memory()
@@ -81,12 +82,12 @@ def training_step(sequences):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split(".")[0])
     parser.add_argument("--files", type=int, default=256)
     parser.add_argument("--bytes", type=int, default=8000, help="size of each file")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--step-sequences", type=int, default=1, help="sequences in the training step; 0: leave it out")
+    parser.add_argument("--step-sequences", type=int, default=1, help="sequences in the training step; 0 = no training step")
     options = parser.parse_args()
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, numpy {np.__version__}; "

@@ -1,5 +1,6 @@
-"""How fast files are scored, against the model's forward pass alone: files of equal and of mixed lengths, all within
-PATCH_LENGTH. The two take turns on the same files; both read them, and scoring also runs the three compressors.
+"""Times the scoring of files against the model's forward pass, in alternating rounds.
+
+The files have equal or mixed lengths within PATCH_LENGTH. Both read them. Scoring also runs the three compressors.
 
     python benchmarks/bench_evaluate.py [--files 32] [--batch 8] [--rounds 3] [--sizes 16 64 256 4 2]
 """
@@ -25,7 +26,7 @@ from bgpt.windows import evaluation_windows
 
 
 def measure(model, folder, options):
-    """Returns the median seconds of the forward pass alone and of scoring, and the patches and bytes of the files."""
+    """Returns (median seconds of the forward pass, of scoring, patches, bytes of the files)."""
     examples = utils.Examples(list_files([folder], "folder"))
     windows = evaluation_windows(examples, model.patch_size, model.patch_length)
     order = np.argsort(-windows.totals, kind="stable")
@@ -51,11 +52,11 @@ def measure(model, folder, options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split(".")[0])
     parser.add_argument("--files", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sizes", type=int, nargs=5, default=[16, 64, 256, 4, 2], help="those of utils.ModelSizes")
+    parser.add_argument("--sizes", type=int, nargs=5, default=[16, 64, 256, 4, 2], help="as in utils.ModelSizes")
     options = parser.parse_args()
     tune_memory()
     model, rng = utils.ModelSizes(*options.sizes).build().to(pick_device()).eval(), np.random.default_rng(0)
@@ -64,7 +65,7 @@ def main():
         f"sizes {options.sizes}, float32, {options.files} files, batches of {options.batch}, median of {options.rounds}"
     )
     equal = np.full(options.files, model.patch_length)
-    by_patch = []  # seconds of the forward pass for a patch of equal files
+    by_patch = []  # seconds of the forward pass per patch
     for name, patches in (("equal", equal), ("mixed", rng.integers(2, equal + 1))):
         with tempfile.TemporaryDirectory() as folder:
             for i, count in enumerate(patches):

@@ -1,25 +1,24 @@
-"""How fast files are generated, against the least that this machine could take and against the plain way of doing it.
+"""Times generation against the machine's floor and against generation without caches.
 
     python benchmarks/bench_generate.py [--size quick|small|paper] [--parts rate ragged memory] [--samples 1 8 32 100]
         [--contexts 16 128 500] [--precisions fp32 bf16] [--rounds 5]
     python benchmarks/bench_generate.py --size small --against FOLDER [--weights weights.pth] [--extension abc] [--samples 1 12 64]
 
-With --against, whole generations take turns with those of another commit (0609c34 or later) in the worktree FOLDER, made
-with `git worktree add FOLDER COMMIT`. Both draw the same random numbers, with TOP_P 0.9, and the bytes that they write are compared too.
+With --against, whole generations alternate with another commit (0609c34 or later) in the worktree FOLDER, made with
+`git worktree add FOLDER COMMIT`. Both draw the same random numbers, with TOP_P 0.9, and their outputs are compared.
 
-One step writes one patch of S = 16 bytes for each sample: one step of the patch-level decoder, and 16 of the byte-level
-one. At paper size (12 + 3 layers, D = 768), with C patches before it, a step of one sample takes
+A step writes one patch of S = 16 bytes for each sample, with one step of the patch-level decoder and 16 of the byte-level one.
+At paper size (12 + 3 layers, D = 768), with C patches before it, a step of one sample needs
 
-    multiply-adds  84,934,656 patch-level and 16 x 21,431,040 byte-level in the weights, together 427.8 million;
-                   18,432 x C and 626,688 in the attention
-    bytes read     the weights, once for all samples: 84,934,656 and 16 x 21,431,040 numbers of 2 bytes (bf16) or 4, together
-                   0.86 or 1.71 GB, for the byte-level ones (43 or 86 MB) are more than a usual cache keeps;
-                   keys and values of each sample: 18,432 x C numbers of 4 bytes on a CPU, of 2 in bf16 on a GPU
+    multiply-adds  84,934,656 patch-level and 16 x 21,431,040 byte-level for the weights, together 427.8 million,
+                   18,432 x C and 626,688 for the attention
+    bytes read     84,934,656 and 16 x 21,431,040 weights of 2 bytes (bf16) or 4, once for all samples, together 0.86 or
+                   1.71 GB, as the byte-level ones (43 or 86 MB) exceed a usual cache,
+                   18,432 x C keys and values of each sample, of 4 bytes on a CPU, of 2 in bf16 on a GPU
 
-The floor of a step is, for each of the two decoders, the larger of its multiply-adds at the machine's matrix rate and its
-bytes at the machine's read bandwidth; both are measured here first. With 1 sample that is the bandwidth, from about 8 on
-the matrix rate. The plain way has no caches: for each patch of its one sample it runs the whole prefix through the
-patch-level decoder, and for each byte the patch's whole prefix through the byte-level one, in float32.
+The floor of a step is, for each decoder, the larger of its multiply-adds at the machine's matrix rate and its bytes at the
+machine's read bandwidth, both measured first. The plain way generates one sample in float32 without caches. Each patch reruns
+the whole prefix through the patch-level decoder, each byte the patch's prefix through the byte-level one.
 """
 
 import argparse
@@ -37,7 +36,7 @@ import numpy as np
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-if __name__ == "__main__":  # a process that `compare` starts imports the modules of its own folder, in `serve`
+if __name__ == "__main__":  # the processes of `compare` import the modules of their folder in `serve`
     sys.path.insert(0, ROOT)
 
     import utils
@@ -54,13 +53,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build(args, dtype, device, **sizes):
-    """Returns a model of the size asked for, but for `sizes`, with the same random weights each time."""
+    """Returns a model of args.size, except for `sizes`, with fixed random weights."""
     torch.manual_seed(0)
     return utils.ModelSizes(**(SIZES[args.size] | sizes)).build().to(device, dtype).eval()
 
 
 def timed(function):
-    """Returns the seconds that a call takes, the device's work included."""
+    """Returns the seconds of a call, including the device's work."""
     begin = time.perf_counter()
     function()
     if torch.cuda.is_available():
@@ -69,20 +68,20 @@ def timed(function):
 
 
 def matrix_rate(dtype, device):
-    """Returns multiply-adds per second of a large product: the best of 20."""
+    """Returns the multiply-adds per second of a large product, the best of 20."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     return size**3 / min(timed(lambda: a @ b) for _ in range(20))
 
 
 def bandwidth(device):
-    """Returns bytes read per second by a sum over 1 GiB: the best of 20."""
+    """Returns the bytes read per second by a sum over 1 GiB, the best of 20."""
     numbers = torch.ones(2**28, device=device)
     return 4 * len(numbers) / min(timed(numbers.sum) for _ in range(20))
 
 
 def floor(model, samples, context, rate, read):
-    """Returns the least seconds of a step, see above; `rate` in multiply-adds per second, `read` in bytes per second."""
+    """Returns the floor of a step in seconds. `rate` is in multiply-adds per second, `read` in bytes per second."""
     patch_level, byte_level = model.patch_level_decoder, model.byte_level_decoder.base
     size, width, itemsize = patch_level.patch_size, patch_level.config.n_embd, model.dtype.itemsize
     cached = 2 * patch_level.config.n_layer * width * context  # numbers per sample
@@ -109,7 +108,7 @@ def write_plainly(model, prefix):
 
 
 def filled_writer(model, batch_size):
-    """Returns a PatchWriter whose rows hold full contexts of random symbols, keys and values."""
+    """Returns a PatchWriter with full contexts of random symbols, keys and values."""
     writer = PatchWriter(model, batch_size, Sampling())
     writer.patch_cache.kv.normal_()
     writer.newest.random_(256)
@@ -124,7 +123,7 @@ def step(writer, samples, context):
 
 
 def measure_rate(args, device):
-    """Prints bytes/s and the ratio to the plain way; all are measured in turn in every round."""
+    """Prints bytes/s and the ratio to the plain way, in alternating rounds."""
     read = bandwidth(device)
     plain, size = build(args, torch.float32, device), SIZES[args.size]["PATCH_SIZE"]
     prefixes = {context: torch.randint(256, (1, context, size), device=device) for context in args.contexts}
@@ -171,7 +170,7 @@ def measure_rate(args, device):
 
 
 def silence_end(model):
-    """Makes a model never write the symbol 256: the byte-level output gets a part that only that symbol's vector dislikes."""
+    """Makes a model never write symbol 256, by an output direction that only lowers its logit."""
     gpt2 = model.byte_level_decoder.base.transformer
     direction = torch.nn.functional.normalize(torch.randn(gpt2.config.n_embd), dim=0)
     with torch.no_grad():
@@ -181,7 +180,7 @@ def silence_end(model):
 
 
 def generation_rate(model, prompts, batch_size):
-    """Returns (bytes/s, how many bytes each sample got) of a whole run."""
+    """Returns (bytes/s, bytes of each sample) of a whole run."""
     lengths = []
     prompts = [Prompt(i, symbols, [0, i]) for i, symbols in enumerate(prompts)]
     seconds = timed(lambda: lengths.extend(len(c.symbols) for c in generate(model, prompts, batch_size, Sampling())))
@@ -189,12 +188,12 @@ def generation_rate(model, prompts, batch_size):
 
 
 def measure_ragged(args, device):
-    """Prints the rate of 200 prompts and outputs of very different lengths, against that of 32 equal ones as long on average."""
+    """Prints the rate of 200 prompts and outputs of different lengths, and of 32 of equal length."""
     rng = np.random.default_rng(0)
     size, longest = SIZES[args.size]["PATCH_SIZE"], min(60, SIZES[args.size]["PATCH_LENGTH"] // 2)
     prompts = [rng.integers(256, size=n * size) for n in rng.integers(4, longest + 1, 200)]
     for name in args.precisions:
-        # random weights end a sequence at each symbol with a chance of about 1/257
+        # with random weights, each symbol ends its sequence with probability 1/257
         various = build(args, DTYPES[name], device)
         _, lengths = generation_rate(various, prompts, 32)  # warms up, too
         mean = round(np.mean(lengths) / size)  # patches
@@ -213,7 +212,7 @@ def measure_ragged(args, device):
 
 
 def measure_memory(args, device):
-    """Prints the peak memory of 32 samples that fill the whole context, above what holds the model."""
+    """Prints the peak memory of 32 samples that fill the context, without the model."""
     model = silence_end(build(args, torch.bfloat16, device))
     prompt = np.zeros((model.patch_length - 12) * model.patch_size, dtype=np.int64)
     if device.type == "cuda":
@@ -223,21 +222,20 @@ def measure_memory(args, device):
     else:
         before = _memory("VmRSS")
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # Linux: forget the peak so far
+            file.write("5")  # resets the peak on Linux
         generation_rate(model, [prompt] * 32, 32)
         peak = _memory("VmHWM") - before
     print(f"bf16, 32 samples of all {model.patch_length} patches: {peak / 2**30:.2f} GiB above the model")
 
 
 def _memory(field):
-    """Returns a field of this process's status, in bytes."""
+    """Returns a field of this process's /proc status in bytes."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
 def serve(folder, sizes, weights, extension, pipe):
-    """The main function of a process that generates with the code in a folder: answers each number of samples and seed with
-    (seconds, bytes, a digest of them)."""
+    """Process that generates with the code in `folder`. Answers (samples, seed) with (seconds, bytes, their digest)."""
     sys.path.insert(0, folder)
     import utils
 
@@ -262,7 +260,7 @@ def serve(folder, sizes, weights, extension, pipe):
 
 
 def compare(args):
-    """Prints the rates of whole generations, in float32 on the CPU, of this code and that in another folder, in turns."""
+    """Prints the rates of whole generations by this code and another folder's, in float32 on the CPU."""
     sizes, weights = SIZES[args.size], None
     if args.weights:
         model, _ = load_model(args.weights)
@@ -308,10 +306,10 @@ def main():
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--size", choices=SIZES, default="paper")
     parser.add_argument("--samples", nargs="+", type=int, default=[1, 8, 32, 100])
-    parser.add_argument("--contexts", nargs="+", type=int, help="patches before the one that is written; at paper size 16 128 500")
+    parser.add_argument("--contexts", nargs="+", type=int, help="patches before the written one; at paper size 16 128 500")
     parser.add_argument("--against", help="a worktree of another commit, to compare whole generations with")
     parser.add_argument("--weights", help="a checkpoint, for --against")
-    parser.add_argument("--extension", default="abc", help="of the files that it writes, for --against")
+    parser.add_argument("--extension", default="abc", help="extension of the files to write, for --against")
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
@@ -327,7 +325,7 @@ def main():
     if len(args.parts) == 1:
         parts[args.parts[0]](args, device)
         return
-    for part in args.parts:  # in processes of their own, so that each starts with empty memory
+    for part in args.parts:  # one process per part, so that each starts with empty memory
         options = ["--samples", *map(str, args.samples), "--contexts", *map(str, args.contexts), "--precisions", *args.precisions]
         command = [sys.executable, __file__, "--size", args.size, "--parts", part, *options, "--rounds", str(args.rounds)]
         sys.stdout.flush()
@@ -335,7 +333,6 @@ def main():
 
 
 def _processor():
-    """Returns the processor's name."""
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             return next((line.split(": ")[1].strip() for line in file if line.startswith("model name")), platform.machine())

@@ -1,21 +1,22 @@
-"""How fast a step of training is, against a naive baseline: float32, eager attention with a mask, one-hot patch embedding,
-GPT-2's unfused GELU, AdamW parameter by parameter. Each variant has a process of its own, in which it takes its steps as
-train-gen.py would; the variants take turns. Prints the medians, each one's peak memory, the share of the device's own matrix
-rate, measured between the steps, and the median over the rounds of the speed against the first variant's.
+"""Times a training step against a naive baseline, in alternating rounds.
+
+The baseline has float32, eager attention with a mask, one-hot patch embedding, GPT-2's unfused GELU and AdamW per parameter.
+Each variant runs its steps like train-gen.py, in a separate process. Prints medians, peak memory, the share of the device's
+matrix rate, measured between the steps, and the median speed against the first variant.
 
     python benchmarks/bench_train.py [--size paper] [--batch 1] [--rounds 5] [--variants naive fp32 bf16] [--dropout 0.1]
     python benchmarks/bench_train.py --files abc_midi/train --batch 16 --variants padded-fp32 fp32 ideal-fp32
     python benchmarks/bench_train.py --size quick --batch 64 --against FOLDER --variants before-fp32 fp32
 
-Variants: naive, fp32, bf16, fp16 (CUDA only), with -compile for COMPILE (bf16-compile); megabyte-fp32 and megabyte-bf16 are
+Variants are naive, fp32, bf16, fp16 (CUDA only), and bf16-compile for COMPILE. megabyte-fp32 and megabyte-bf16 are
 MEGABYTE-pytorch of about the same size, if it is installed (`pip install MEGABYTE-pytorch==0.3.6`), with the same dropout of
-attention weights and within its feed-forward layers; megabyte-fp32-default leaves its dropout at its default, 0.
+attention weights and within its feed-forward layers. megabyte-fp32-default has its default dropout, 0.
 
-With --against, before-fp32, before-bf16 and before-fp16 are the steps of another commit (0609c34 or later) in the worktree
-FOLDER, made with `git worktree add FOLDER COMMIT`.
+With --against, before-fp32, before-bf16 and before-fp16 run another commit (0609c34 or later) in the worktree FOLDER, made with
+`git worktree add FOLDER COMMIT`.
 
-With --files, the sequences are those of files drawn at random, the same in all variants. padded-fp32 lets the patch-level
-decoder work on their padding too, as it did before; ideal-fp32 has as many real patches in as many sequences of one length.
+With --files, the sequences have the lengths of randomly drawn files, the same in all variants. padded-fp32 also computes the
+padding in the patch-level decoder. ideal-fp32 has as many real patches in as many sequences of equal length.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel, GPT2Model
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FOLDER = os.environ.get("BENCH_TRAIN_CODE", ROOT)  # of the code to measure: that of --against in a variant "before-…"
+FOLDER = os.environ.get("BENCH_TRAIN_CODE", ROOT)  # of the code to measure: --against for a variant "before-…"
 sys.path.insert(0, FOLDER)
 
 import utils
@@ -55,7 +56,7 @@ SIZES = {  # 0.9, 5.1 and 110 million parameters
 
 
 class Naive(nn.Module):
-    """The same model in the plain way; its weights would be ours."""
+    """The same model, implemented plainly with transformers."""
 
     def __init__(self, sizes, dropout):
         super().__init__()
@@ -79,12 +80,9 @@ class Naive(nn.Module):
 
 
 def step_flops(sizes, lengths):
-    """Returns the floating-point operations of the matrix products in a step of ours, the attention's left out: 6 for
-    each weight and each position that it is used at.
+    """Returns the floating-point operations of a step's matrix products, without attention.
 
-    Args:
-        sizes: the ModelSizes.
-        lengths: real patches of each sequence.
+    They are 6 for each weight and position. `lengths` are the real patches of each sequence.
     """
     block = 12 * sizes.HIDDEN_SIZE**2
     patch_level = sum(lengths) * sizes.PATCH_NUM_LAYERS * block
@@ -94,18 +92,18 @@ def step_flops(sizes, lengths):
 
 
 def make_batches(sizes, batch, files, kind, count):
-    """Yields (patches int64 (B, P, S), masks, targets or None) of `count` steps, then the same again.
+    """Yields (patches int64 (B, P, S), masks, targets or None) of `count` steps.
 
     Args:
-        files: folder to draw files from; None = full sequences of random bytes.
+        files: folder to draw files from. None = full sequences of random bytes.
         kind: "", "padded" or "ideal", see above.
     """
     random = np.random.default_rng(0)
     lengths = np.full(batch, sizes.PATCH_LENGTH)
-    found = files and list_files([files], "--files")
+    listed = files and list_files([files], "--files")
     for _ in range(count):
         if files:
-            chosen = found.sizes[random.permutation(len(found))[:batch]]
+            chosen = listed.sizes[random.permutation(len(listed))[:batch]]
             lengths = utils.count_patches(chosen, sizes.PATCH_SIZE).clip(max=sizes.PATCH_LENGTH)
             if kind == "ideal":
                 lengths = np.array([len(part) for part in np.array_split(np.arange(lengths.sum()), batch)])
@@ -115,7 +113,7 @@ def make_batches(sizes, batch, files, kind, count):
 
 
 def matrix_rate(device, dtype):
-    """Returns the operations a second of a product of the byte-level decoder's sizes on this device."""
+    """Returns the operations per second of a matrix product with the byte-level decoder's sizes."""
     a, b = torch.randn(8192, 768, device=device, dtype=dtype), torch.randn(768, 3072, device=device, dtype=dtype)
     repeats = 10 if device.type == "cpu" else 200
     for warm in (True, False):
@@ -133,7 +131,7 @@ def synchronize(device):
 
 
 def make_loss(variant, sizes, dropout, device):
-    """Returns (module, function of patches, masks and targets that returns the loss) of a variant."""
+    """Returns (module, loss function of patches, masks and targets) of a variant."""
     name, _, option = variant.removeprefix("before-").removeprefix("padded-").removeprefix("ideal-").partition("-")
     if name == "megabyte":
         from MEGABYTE_pytorch import MEGABYTE
@@ -168,7 +166,7 @@ def make_loss(variant, sizes, dropout, device):
 
 
 def run_variant(variant, sizes, options, pipe):
-    """The main function of a variant's process: answers every message with the times of a step and the peak memory."""
+    """Process of a variant. Answers each message with (times of a step, peak memory, loss)."""
     device = pick_device()
     torch.manual_seed(0)
     model, loss_of = make_loss(variant, sizes, options.dropout, device)
@@ -197,13 +195,13 @@ def run_variant(variant, sizes, options, pipe):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split(".")[0])
     parser.add_argument("--size", choices=SIZES, default="paper")
     parser.add_argument("--batch", type=int, default=1, help="sequences in a step")
-    parser.add_argument("--files", help="folder of files to draw the sequences from; else full ones of random bytes")
-    parser.add_argument("--against", help="a worktree of another commit, for the variants before-…")
+    parser.add_argument("--files", help="folder of files to draw the lengths from; default: full sequences")
+    parser.add_argument("--against", help="worktree of another commit, for the variants before-…")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--warm-up", type=int, default=2, help="steps before those that count")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before the measured ones")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--variants", nargs="+", default=["naive", "fp32", "bf16"])
     options = parser.parse_args()
@@ -223,7 +221,7 @@ def main():
         arguments = (variant, sizes, options, theirs)
         os.environ["BENCH_TRAIN_CODE"] = os.path.abspath(options.against) if variant.startswith("before-") else ROOT
         context.Process(target=run_variant, args=arguments, daemon=True).start()
-    found = {variant: [] for variant in options.variants}
+    results = {variant: [] for variant in options.variants}
     dtypes = {variant: torch.bfloat16 if "16" in variant else torch.float32 for variant in options.variants}
     rates = {dtype: [] for dtype in set(dtypes.values())}
     for number in range(options.warm_up + options.rounds):
@@ -233,7 +231,7 @@ def main():
             if number == 0:
                 print(f"{variant}: first step {sum(result[0]):.1f} s", flush=True)
             if number >= options.warm_up:
-                found[variant].append(result)
+                results[variant].append(result)
         for dtype in rates:
             rates[dtype].append(matrix_rate(device, dtype))
     rates = {dtype: statistics.median(values) for dtype, values in rates.items()}
@@ -244,10 +242,10 @@ def main():
     lengths = [m.sum(1).tolist() for _, m, _ in make_batches(sizes, options.batch, options.files, "", options.warm_up + options.rounds)]
     flops = [step_flops(sizes, each) for each in lengths[options.warm_up :]]
     kilobytes = [sum(each) * sizes.PATCH_SIZE / 1000 for each in lengths[options.warm_up :]]
-    for variant, results in found.items():
-        parts = [statistics.median(times) for times in zip(*(times for times, _, _ in results))]
-        steps = [sum(times) for times, _, _ in results]
-        step, peak = statistics.median(steps), max(peak for _, peak, _ in results)
+    for variant, measured in results.items():
+        parts = [statistics.median(times) for times in zip(*(times for times, _, _ in measured))]
+        steps = [sum(times) for times, _, _ in measured]
+        step, peak = statistics.median(steps), max(peak for _, peak, _ in measured)
         first_steps, first_peak = first_steps or steps, first_peak or peak
         speed = statistics.median(before / after for before, after in zip(first_steps, steps))  # within each round
         rate = rates[dtypes[variant]]

@@ -1,11 +1,10 @@
-"""Draws the pictures of README.md and docs/results.md from what runs leave: logs and outputs. Needs matplotlib.
+"""Draws pictures of README.md and docs/results.md from logs and outputs of runs. Needs matplotlib.
 
     python benchmarks/plots.py curves docs/learning.svg "random batches=new0.txt,new1.txt,new2.txt" "one length=old0.txt,old1.txt"
     python benchmarks/plots.py rolls docs/conversion.svg --true abc_midi/test --made output --files a.abc.mid b.abc.mid
 
-curves: eval bits per byte after each epoch, one line for each label: the mean of its logs (LOGS_PATH), and their range, over the epochs
-that all of them have.
-rolls: the notes of true MIDI files, and in their places those of the files that MODE convert made.
+curves: bits per byte of the evaluation after each epoch, mean and range of each label's logs (LOGS_PATH).
+rolls: the notes of true MIDI files and of their conversions.
 """
 
 import argparse
@@ -23,15 +22,15 @@ from logs import read_log  # noqa: E402
 
 
 def read_figure(path, name):
-    """Returns {epoch: value} of a figure in a log of training. Raises ValueError if it has none."""
-    found = {int(entry["epoch"]): entry[name] for entry in read_log(path) if name in entry}
-    if not found:
-        raise ValueError(f"{path} holds no {name}")
-    return found
+    """Returns {epoch: value} of a figure in a training log. Raises ValueError if it has none."""
+    values = {int(entry["epoch"]): entry[name] for entry in read_log(path) if name in entry}
+    if not values:
+        raise ValueError(f"{path} has no {name}")
+    return values
 
 
 def draw_curves(options):
-    """Returns a figure of the logs' evaluation."""
+    """Returns a figure of learning curves."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
     for label, _, paths in (line.partition("=") for line in options.lines):
@@ -47,7 +46,7 @@ def draw_curves(options):
 
 
 def draw_rolls(options):
-    """Returns a figure of piano rolls: true notes as grey bars, made ones as coloured lines within them."""
+    """Returns a figure of piano rolls, true notes as grey bars, converted ones as coloured lines."""
     figure = Figure(figsize=(9, 1.9 * len(options.files)), layout="constrained")
     rows = figure.subplots(len(options.files), squeeze=False)
     for name, axes in zip(options.files, rows[:, 0]):
@@ -64,7 +63,7 @@ def draw_rolls(options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     kinds = parser.add_subparsers(required=True)
     curves = kinds.add_parser("curves")
     curves.set_defaults(draw=draw_curves)
@@ -76,7 +75,7 @@ def main():
     rolls.add_argument("--true", required=True, help="folder of the true files")
     rolls.add_argument("--made", required=True, help="OUTPUT_FOLDER of MODE convert")
     rolls.add_argument("--files", nargs="+", required=True)
-    rolls.add_argument("--ticks", type=int, default=24000, help="how much is drawn")
+    rolls.add_argument("--ticks", type=int, default=24000, help="ticks to draw")
     options = parser.parse_args()
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "bgpt", "axes.spines.top": False, "axes.spines.right": False}
     options.draw(options).savefig(options.picture, metadata={"Date": None})

@@ -1,4 +1,4 @@
-"""The count of what MODE convert got right: a MIDI file made by hand, and what damage does to it."""
+"""Scores of conversions, with a hand-made MIDI file and damaged copies."""
 
 import pytest
 from bench_convert import is_whole, main, read_notes, share_right
@@ -8,7 +8,7 @@ from bgpt import report as report_page
 NAME = b"\x00\xff\x03\x02ab"  # a meta event
 EVENTS = (
     b"\x00\x90\x3c\x40",  # C sounds
-    b"\x81\x00\x3c\x00",  # 128 ticks later it ends: velocity 0, and no status byte of its own
+    b"\x81\x00\x3c\x00",  # 128 ticks later it ends, by velocity 0 and the running status
     b"\x05\xc0\x07",  # another instrument
     b"\x03\x90\x40\x40",  # 8 ticks later E sounds
     b"\x60\x80\x40\x00",  # for 96 ticks
@@ -38,8 +38,8 @@ def test_notes_of_a_midi_file():
         midi([*EVENTS[:4], EVENTS[5]]),  # E never ends
         midi(EVENTS[:5]),  # no end of the track
         midi([*EVENTS, EVENTS[5]]),  # it ends twice
-        midi([b"\x00\x3c\x40", *EVENTS]),  # no status: there is none to go on after a meta event
-        midi([b"\x00\xf8", *EVENTS]),  # a status that files do not have
+        midi([b"\x00\x3c\x40", *EVENTS]),  # no running status after a meta event
+        midi([b"\x00\xf8", *EVENTS]),  # a status that is illegal in files
         midi([b"\x00\x90\x90\x10", *EVENTS]),  # no pitch
         midi([*EVENTS, b"\x00\x90\x3c"]),  # an event cut short
         midi(EVENTS).replace(b"\0\1\x01\xe0", b"\0\2\x01\xe0"),  # two tracks, of which one is missing
@@ -70,8 +70,8 @@ def test_the_outputs_of_mode_convert(tmp_path, capsys):
         tmp_path / "made", [("a.abc.mid", "a.abc", 9, None, "ended", "0"), ("b.abc.mid", "b.abc", 9, None, "cut off", "0")]
     )
     main(["--true", str(tmp_path / "true"), "--made", str(tmp_path / "made")])
-    found = [line.split("%")[0].rpartition(" ")[2] for line in capsys.readouterr().out.splitlines()]
-    assert found == ["50.00", "50.00", "75.00", "50.00"]  # exact, whole, notes right, cut off
+    shares = [line.split("%")[0].rpartition(" ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert shares == ["50.00", "50.00", "75.00", "50.00"]  # exact, whole, notes right, cut off
     (tmp_path / "made" / "b.abc.mid").unlink()
     with pytest.raises(SystemExit):
         main(["--true", str(tmp_path / "true"), "--made", str(tmp_path / "made")])
