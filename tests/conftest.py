@@ -1,4 +1,4 @@
-"""What several test files share: the golden numbers, models that anyone can rebuild, and scripts run as a user runs them."""
+"""Golden numbers, reproducible models, and scripts run like a user runs them."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import utils  # noqa: E402
 from bgpt import checkpoint, files  # noqa: E402
 
-# a shell has Ctrl-C ignored in what it runs in the background, and the scripts under test would inherit that
+# a shell ignores Ctrl-C in background jobs, and the scripts under test would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as nohup has SIGHUP
 
@@ -46,13 +46,13 @@ def fill_by_recipe(model):
     return model.eval()
 
 
-# Scripts run in processes of their own, forked from one that has imported PyTorch already: that takes seconds each time.
+# Scripts run in forks of a process that has imported PyTorch, since the import takes seconds.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["torch", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "tqdm"])
 
 
 def _run_here(script, arguments, cwd, env, out, err, file_limit):
-    """Turns the process it is called in into a run of a script."""
+    """Runs a script in this process."""
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
     os.chdir(cwd)
@@ -83,7 +83,7 @@ class Running:
         self.process.start()
 
     def send(self, number):
-        """Sends a signal; to a process that has ended, none."""
+        """Sends a signal if the process still runs."""
         if self.process.is_alive():
             os.kill(self.process.pid, number)
 
@@ -123,15 +123,15 @@ def run_script(script, *arguments, **keywords):
 
 
 def torchrun_environments(count):
-    """Returns what torchrun puts into the environment of each of `count` processes on this machine."""
+    """Returns the environment variables that torchrun sets for each of `count` processes on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
-    return [{**place, "RANK": str(i), "LOCAL_RANK": str(i), "LOCAL_WORLD_SIZE": str(count)} for i in range(count)]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    return [{**shared, "RANK": str(i), "LOCAL_RANK": str(i), "LOCAL_WORLD_SIZE": str(count)} for i in range(count)]
 
 
 def run_fresh(script, *arguments, cwd, env):
-    """Like `run_script`, but in a new Python, which imports everything itself."""
+    """Like `run_script`, in a new Python process."""
     return subprocess.run(
         [sys.executable, str(ROOT / script), *arguments], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True
     )
@@ -154,7 +154,7 @@ def options(**constants):
 
 
 def one_message(process, status=1):
-    """Checks that a process failed the way a user's mistake should, and returns what it said on stderr."""
+    """Checks that a process failed with one line on stderr, as for a user's mistake, and returns the line."""
     assert process.returncode == status, process.stderr
     assert "Traceback" not in process.stderr
     assert process.stderr.strip()

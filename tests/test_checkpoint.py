@@ -1,4 +1,4 @@
-"""Checkpoints: the published layout, whole-or-not-at-all saving, and everything that must be refused."""
+"""Checkpoints: the published layout, atomic saving, and refused files."""
 
 import errno
 import os
@@ -86,7 +86,7 @@ class Hostile:
 
 
 def broken_checkpoints(folder, model):
-    """Yields (name, how it is described) of files in `folder` that must not load."""
+    """Yields (name, expected description) of files in `folder` that must not load."""
     state = model.state_dict()
     whole = folder / "whole.pth"
     torch.save({"model": state}, whole)
@@ -178,7 +178,7 @@ def test_weights_that_others_saved_load_for_inference(tmp_path, tiny_model, monk
 
 
 def test_weights_that_others_saved_are_what_training_starts_from(tmp_path, tiny_model):
-    """Of generative models for both trainers; of a classifier that tells no labels, the patch-level decoder."""
+    """Generative models for both trainers, and the patch-level decoder of a classifier without labels."""
     train_cls, generative, classifier = load_script("train-cls"), utils.ModelSizes(**TINY), utils.ModelSizes(4, 16, 64, 2, None, 3)
     for path in files_of_others(tmp_path, tiny_model.state_dict()):
         model = generative.build()
@@ -256,7 +256,7 @@ def test_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_full_disk_is_an_oserror_that_names_the_file(tmp_path):
-    """A limit on the size of files stands in for a full disk."""
+    """A limit on file sizes simulates a full disk."""
     path = tmp_path / "weights.pth"
     checkpoint.save_checkpoint(path, {"epoch": 1})
     before = path.read_bytes()
@@ -272,7 +272,7 @@ def test_full_disk_is_an_oserror_that_names_the_file(tmp_path):
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
 def test_what_ends_a_save_is_what_is_raised(tmp_path, monkeypatch, kind):
-    """PyTorch raises its own error over it, as by a second Ctrl-C."""
+    """PyTorch raises another error after it, as for a second Ctrl-C."""
 
     def save(contents, file):
         try:

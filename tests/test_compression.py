@@ -36,7 +36,7 @@ def noise(size):
 
 @pytest.fixture(scope="module")
 def model():
-    """A small model that knows which twelve letters there are."""
+    """A small model that has learned an alphabet of twelve letters."""
     torch.manual_seed(0)
     model = utils.ModelSizes(**TINY).build(dropout=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -72,7 +72,7 @@ def decompress(coder, folder, containers):
     """Writes {name: container} into a folder and returns ({name: content}, {name: reason of its failure})."""
     failed, paths = [], write(folder, {name + lossless.SUFFIX: container for name, container in containers.items()})
     done = [(path, content) for path, content, _ in lossless.decompress(coder, paths, lambda count: None, failed)]
-    return tuple({os.path.basename(path).removesuffix(lossless.SUFFIX): each for path, each in found} for found in (done, failed))
+    return tuple({os.path.basename(path).removesuffix(lossless.SUFFIX): each for path, each in pairs} for pairs in (done, failed))
 
 
 def seal(container, extension=b"abc"):
@@ -85,17 +85,17 @@ def test_files_come_back_whatever_the_batch_and_the_threads(tmp_path, model, mon
     monkeypatch.setattr(lossless, "STRETCH", 150)  # windows have 60 bytes and then 32: four in a stretch
     sizes = [0, 1, 3, 4, 5, 60, 61, 92, 93, 150, 151, 300]
     contents = {f"{size}.abc": tune(size) for size in sizes} | {"noise": noise(70), "mixed.x": tune(130) + noise(40)}
-    found = []
+    containers = []
     for threads, batch_size in ((1, 1), (1, 3), (2, 32)):
         torch.set_num_threads(threads)
-        found.append(compress(lossless.Coder(model, batch_size), tmp_path / "in", contents, verify=batch_size == 3))
-    assert found[0] == found[1] == found[2] and set(found[0]) == set(contents)
-    kinds = {name: container[0] for name, container in found[0].items()}
+        containers.append(compress(lossless.Coder(model, batch_size), tmp_path / "in", contents, verify=batch_size == 3))
+    assert containers[0] == containers[1] == containers[2] and set(containers[0]) == set(contents)
+    kinds = {name: container[0] for name, container in containers[0].items()}
     assert kinds["noise"] == kinds["0.abc"] == lossless.STORED and kinds["300.abc"] == kinds["60.abc"] == lossless.CODED
-    assert len(found[0]["noise"]) == 70 + 7 and len(found[0]["0.abc"]) == 7
+    assert len(containers[0]["noise"]) == 70 + 7 and len(containers[0]["0.abc"]) == 7
     for threads, batch_size in ((2, 32), (1, 1)):
         torch.set_num_threads(threads)
-        assert decompress(lossless.Coder(model, batch_size), tmp_path / "out", found[0]) == (contents, {})
+        assert decompress(lossless.Coder(model, batch_size), tmp_path / "out", containers[0]) == (contents, {})
 
 
 def test_files_are_finished_as_early_as_possible(tmp_path, coder):
@@ -146,8 +146,8 @@ def test_numbers_that_change_are_noticed(tmp_path, model):
 
 def outcomes(coder, folder, variants, content=None):
     """Returns the messages of damaged containers; the others must give the right content."""
-    found, failed = decompress(coder, folder, {f"{i}.abc": variant for i, variant in enumerate(variants)})
-    assert len(found) + len(failed) == len(variants) and set(found.values()) <= {content}
+    done, failed = decompress(coder, folder, {f"{i}.abc": variant for i, variant in enumerate(variants)})
+    assert len(done) + len(failed) == len(variants) and set(done.values()) <= {content}
     return set(failed.values())
 
 
@@ -192,11 +192,11 @@ def test_other_models_names_and_files_are_refused(tmp_path, model, coder):
     containers = compress(coder, tmp_path / "in", {"a.abc": tune(100), "noise.abc": noise(100)})
     other = copy.deepcopy(model)
     other.patch_level_decoder.base.wpe.weight.data[3, 5] += 1e-6
-    found, failed = decompress(lossless.Coder(other, 4), tmp_path / "out", containers)  # what is stored needs no model
-    assert found == {"noise.abc": noise(100)} and failed == {"a.abc": "was compressed with another model"}
+    done, failed = decompress(lossless.Coder(other, 4), tmp_path / "out", containers)  # stored files need no model
+    assert done == {"noise.abc": noise(100)} and failed == {"a.abc": "was compressed with another model"}
     renamed = {"a.txt": containers["a.abc"], "b.abc": containers["a.abc"], "c.abc": b"MThd", "d.abc": b""}
-    found, failed = decompress(coder, tmp_path / "out", renamed)
-    assert found == {"b.abc": tune(100)} and "or its extension was changed" in failed["a.txt"]
+    done, failed = decompress(coder, tmp_path / "out", renamed)
+    assert done == {"b.abc": tune(100)} and "or its extension was changed" in failed["a.txt"]
     assert all("is no container of MODE 'compress'" in failed[name] for name in ("c.abc", "d.abc"))
 
 
@@ -243,7 +243,7 @@ def test_there_and_back(ready):
 
 
 def test_an_output_that_cannot_be_read_ends_no_run(tmp_path, monkeypatch):
-    """A file in the output's place is read, to see whether it needs a backup."""
+    """An existing output file is read, to decide whether it needs a backup."""
     inference, failed, opened = load_script("inference"), [], builtins.open
     [output] = write(tmp_path, {"a.abc": b"abc"})
 
@@ -271,7 +271,7 @@ def test_files_that_cannot_be_done_are_listed_and_the_rest_is_done(ready):
 
 
 def test_a_file_is_written_as_soon_as_it_ends(ready):
-    """Ctrl-C in the middle: what is written so far is whole."""
+    """Ctrl-C in the middle: files written so far are whole."""
     write(ready / "input", {f"{i}.abc": tune(800 + i) for i in range(100)})
     running = Running("inference.py", *options(MODE="compress", INFERENCE_BATCH_SIZE=4), cwd=ready)
     deadline = time.monotonic() + 120
@@ -297,7 +297,7 @@ def test_mistakes_are_one_message(ready):
 
 
 def test_another_processor_is_refused(ready):
-    """Other instructions, which PyTorch can be made to use, sum in another order."""
+    """Other CPU instructions, as set for PyTorch, sum in another order."""
     assert infer(ready, "compress", VERIFY=False).returncode == 0
     env = {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
     done = run_fresh("inference.py", *options(MODE="decompress", **BACK), cwd=ready, env=env)

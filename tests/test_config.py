@@ -1,4 +1,4 @@
-"""config.py edited by hand, the command line over it, and importing, which does nothing."""
+"""config.py edited by hand, the command line, and imports without side effects."""
 
 import re
 import shutil
@@ -25,9 +25,9 @@ def override(line, **constants):
 
 def test_values_of_every_type(capsys):
     line = "--BATCH_SIZE 4 --LEARNING_RATE 1 --TRAIN_FOLDERS a b --EVAL_FOLDERS --CONVERSION_MODE abc&mid --INPUT_EXT=None"
-    found = override(f"{line} --LOAD_FROM_CHECKPOINT False")
-    assert [found.BATCH_SIZE, found.LEARNING_RATE, found.TRAIN_FOLDERS, found.EVAL_FOLDERS] == [4, 1.0, ["a", "b"], []]
-    assert [found.CONVERSION_MODE, found.LOAD_FROM_CHECKPOINT, found.INPUT_EXT] == ["abc&mid", False, None]
+    changed = override(f"{line} --LOAD_FROM_CHECKPOINT False")
+    assert [changed.BATCH_SIZE, changed.LEARNING_RATE, changed.TRAIN_FOLDERS, changed.EVAL_FOLDERS] == [4, 1.0, ["a", "b"], []]
+    assert [changed.CONVERSION_MODE, changed.LOAD_FROM_CHECKPOINT, changed.INPUT_EXT] == ["abc&mid", False, None]
     lines = capsys.readouterr().out.splitlines()
     assert "BATCH_SIZE = 4 (config.py: 16)" in lines
     assert not any(line.startswith("INPUT_EXT") for line in lines)  # it is unchanged

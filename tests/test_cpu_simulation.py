@@ -1,4 +1,4 @@
-"""cpu-simulation.py: the data set byte for byte, the machine against a plain second one, and what users do to it."""
+"""cpu-simulation.py: the data set byte for byte, the machine against a plain one, and mistakes of users."""
 
 import contextlib
 import functools
@@ -46,10 +46,10 @@ def generate(folder, *arguments):
 
 
 def evaluate(folder, *arguments):
-    """The JSON and the printed text of an evaluation that must work; without a process of its own, for the time it takes."""
+    """The JSON and the printed text of a successful evaluation, run in this process to save time."""
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as screen:
-        script.main(["--mode", "evaluate", "--json", "found.json", *map(str, arguments)])
-    return json.loads((folder / "found.json").read_text()), screen.getvalue()
+        script.main(["--mode", "evaluate", "--json", "result.json", *map(str, arguments)])
+    return json.loads((folder / "result.json").read_text()), screen.getvalue()
 
 
 def mistake(folder, status, *arguments, **options):
@@ -84,7 +84,7 @@ def digest(folder):
 
 
 def build(lines, acc=7, registers=(1, 2, 3), memory_size=64):
-    """A true file of a program, by the plain machine. Lines may be bytes, for what no assembler writes."""
+    """A true file of a program, by the plain machine. Lines may be bytes, for malformed instructions."""
     memory = b"".join(line if isinstance(line, bytes) else plain.assemble(line) for line in lines).ljust(memory_size, b"\0")
     first = bytes([0, acc, 0, 0, 0, 0, *registers])
     return memory + first + b"".join(plain.run(memory, acc, registers))
@@ -114,9 +114,9 @@ def test_worker_processes_write_what_one_process_writes(tmp_path):
     for folder in ["train"] * 4000 + ["test"] * 20:
         acc, registers, lines = plain.draw(rng, 1, 1, 3)
         last[f"{folder}/{hashlib.md5(''.join(lines).encode()).hexdigest()}.bin"] = lines, acc, registers, 16
-    found = snapshot(tmp_path / "cpu_states")
-    found.pop("cpu_states.json")
-    assert found == {name: build(*instance) for name, instance in last.items()}
+    written = snapshot(tmp_path / "cpu_states")
+    written.pop("cpu_states.json")
+    assert written == {name: build(*instance) for name, instance in last.items()}
 
 
 @settings(max_examples=60, deadline=None)
@@ -172,7 +172,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def begin(folder):
-    """A run with two workers, in a process group of its own, that has just written its first file."""
+    """A run with two workers in a new process group, just after its first file."""
     two_cores = sorted(os.sched_getaffinity(0))[:2]
     process = subprocess.Popen(
         command("--mode", "generate", *LONG), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -180,7 +180,7 @@ def begin(folder):
     )  # fmt: skip
     train = folder / "cpu_states" / "train"
     deadline = time.monotonic() + 60
-    # not by glob, which reads the whole of a folder that grows all the while
+    # not by glob, which reads all of a growing folder
     while not (train.is_dir() and any(entry.name.endswith(".bin") for entry in os.scandir(train))):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
@@ -188,7 +188,7 @@ def begin(folder):
 
 
 def alive(group):
-    """Whether a process group still has processes (other than ones that only wait to be reaped)."""
+    """Whether a process group still has processes other than zombies."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, _, pgrp = stat.read_text().rsplit(")", 1)[1].split()[:3]
@@ -311,20 +311,20 @@ def test_malformed_instructions_do_nothing_and_are_reported(tmp_path, instructio
     assert valid == [is_valid, True, True] and states == data[64 + 9 :]
     if not is_valid:
         assert states[9:18][1:2] + states[9:18][6:] == bytes([7, 1, 2, 3])
-    found, text = evaluate(tmp_path, *one_file(tmp_path, data))
-    assert found["exact_files"]["share"] == 1
+    result, text = evaluate(tmp_path, *one_file(tmp_path, data))
+    assert result["exact_files"]["share"] == 1
     problems = {} if is_valid else {"malformed instruction": {"files": 1, "example": "data/x.bin"}}
-    assert found["malformed"] == problems and ("(malformed)" in found["opcodes"]) == (not is_valid)
+    assert result["malformed"] == problems and ("(malformed)" in result["opcodes"]) == (not is_valid)
     assert is_valid or "1 files: malformed instruction, e.g. data/x.bin" in text
 
 
 def test_no_halt_ends_after_each_instruction_once(tmp_path):
     data = build(["INC A"] * 16)
     assert len(data) == 64 + 9 * 17
-    found, _ = evaluate(tmp_path, *one_file(tmp_path, data))
-    assert found["exact_files"]["share"] == 1 and found["exact_states"]["total"] == 16 and list(found["malformed"]) == ["no HLT"]
-    found, _ = evaluate(tmp_path, *one_file(tmp_path, build([])))  # a memory of zeros is one HLT
-    assert found["exact_files"]["share"] == 1 and found["exact_states"]["total"] == 1 and found["malformed"] == {}
+    result, _ = evaluate(tmp_path, *one_file(tmp_path, data))
+    assert result["exact_files"]["share"] == 1 and result["exact_states"]["total"] == 16 and list(result["malformed"]) == ["no HLT"]
+    result, _ = evaluate(tmp_path, *one_file(tmp_path, build([])))  # a memory of zeros is one HLT
+    assert result["exact_files"]["share"] == 1 and result["exact_states"]["total"] == 1 and result["malformed"] == {}
 
 
 # ---- Evaluate -------------------------------------------------------------------------------------------------------
@@ -334,16 +334,16 @@ PROGRAM = ["LOADI 9", "DIV A B", "ADD A B C", "HLT"]  # 4 states of 9 bytes afte
 
 def test_true_data_is_right_to_the_last_byte(tmp_path):
     generate(tmp_path, *SMALL)
-    text = run(tmp_path, "--mode", "evaluate", "--json", "found.json").stdout
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["num_registers"] == 3 and found["memory_size"] == 64  # from cpu_states.json
+    text = run(tmp_path, "--mode", "evaluate", "--json", "result.json").stdout
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["num_registers"] == 3 and result["memory_size"] == 64  # from cpu_states.json
     for name in ("byte_accuracy", "exact_states", "exact_files"):
-        assert found[name]["share"] == found[name]["high"] == 1
+        assert result[name]["share"] == result[name]["high"] == 1
     files = list((tmp_path / "cpu_states").rglob("*.bin"))
-    assert found["exact_files"]["total"] == len(files) and 0.9 < found["exact_files"]["low"] < 1
-    assert found["byte_accuracy"]["total"] == sum(len(path.read_bytes()) - 64 - 9 for path in files)
-    assert found["malformed"] == {} and found["worst_files"] == [] and found["surplus"] == {"files": 0, "bytes": 0}
-    assert sum(part["steps"] for part in found["opcodes"].values()) == found["exact_states"]["total"]
+    assert result["exact_files"]["total"] == len(files) and 0.9 < result["exact_files"]["low"] < 1
+    assert result["byte_accuracy"]["total"] == sum(len(path.read_bytes()) - 64 - 9 for path in files)
+    assert result["malformed"] == {} and result["worst_files"] == [] and result["surplus"] == {"files": 0, "bytes": 0}
+    assert sum(part["steps"] for part in result["opcodes"].values()) == result["exact_states"]["total"]
     assert text.startswith("byte accuracy 100.00 %")
     shares = (0, 0), (99999999, 100000000), (5, 5)
     assert [cpu_report.percent(cpu_report.share(*share)) for share in shares] == ["-", "99.99", "100.00"]
@@ -358,24 +358,24 @@ def test_worker_processes_find_the_same(tmp_path):
         data[64 + 9 + 9 + 1] ^= i % 7 == 0  # ACC in the second state: the effect of LOADI
         one_file(tmp_path, data, f"{i}.bin")
     options = one_file(tmp_path, build([]), "z.bin")
-    found, _ = evaluate(tmp_path, *options)
-    assert counts(found["exact_files"]) == (3001, 3501)
-    assert counts(found["byte_accuracy"]) == (3501 * 18 - 9 - 500, 3501 * 18 - 9)
-    assert found["byte_accuracy"]["low"] < found["byte_accuracy"]["share"] < found["byte_accuracy"]["high"]
-    assert found["opcodes"]["LOADI"]["executed"]["right"] == 3000
-    assert found["opcodes"]["LOADI"]["byte_accuracy"]["share"] == 1
+    result, _ = evaluate(tmp_path, *options)
+    assert counts(result["exact_files"]) == (3001, 3501)
+    assert counts(result["byte_accuracy"]) == (3501 * 18 - 9 - 500, 3501 * 18 - 9)
+    assert result["byte_accuracy"]["low"] < result["byte_accuracy"]["share"] < result["byte_accuracy"]["high"]
+    assert result["opcodes"]["LOADI"]["executed"]["right"] == 3000
+    assert result["opcodes"]["LOADI"]["byte_accuracy"]["share"] == 1
 
 
 def test_wrong_bytes_are_found_where_they_are(tmp_path):
     data = bytearray(build(PROGRAM))
     data[64 + 9 + 2 * 9 + 6] ^= 255  # register A in state 3: what DIV A B gave
-    found, text = evaluate(tmp_path, *one_file(tmp_path, data))
-    assert counts(found["byte_accuracy"]) == (35, 36) and found["byte_accuracy"]["low"] is None  # one file
-    assert counts(found["exact_states"]) == (3, 4) and counts(found["exact_files"]) == (0, 1)
-    assert found["opcodes"]["DIV"]["executed"]["share"] == 0 and found["opcodes"]["LOADI"]["executed"]["share"] == 1
-    assert found["opcodes"]["ADD"]["executed"]["total"] == 0  # it began from a wrong register
-    assert found["opcodes"]["ADD"]["byte_accuracy"]["right"] == 8  # the state that ADD's step wrote
-    [worst] = found["worst_files"]
+    result, text = evaluate(tmp_path, *one_file(tmp_path, data))
+    assert counts(result["byte_accuracy"]) == (35, 36) and result["byte_accuracy"]["low"] is None  # one file
+    assert counts(result["exact_states"]) == (3, 4) and counts(result["exact_files"]) == (0, 1)
+    assert result["opcodes"]["DIV"]["executed"]["share"] == 0 and result["opcodes"]["LOADI"]["executed"]["share"] == 1
+    assert result["opcodes"]["ADD"]["executed"]["total"] == 0  # it began from a wrong register
+    assert result["opcodes"]["ADD"]["byte_accuracy"]["right"] == 8  # the state that ADD's step wrote
+    [worst] = result["worst_files"]
     assert (worst["state"], worst["predicted"], worst["expected"]) == (3, list(data[91:100]), list(build(PROGRAM)[91:100]))
     assert text.index("\nDIV ") < text.index("\nLOADI ")  # worst first
     assert "byte accuracy  97.22 %" in text and f"{data[97]:>4}*" in text
@@ -384,10 +384,10 @@ def test_wrong_bytes_are_found_where_they_are(tmp_path):
 def test_missing_bytes_are_wrong(tmp_path):
     data = build(PROGRAM)
     for end, right in ((64 + 9 + 27, 27), (64 + 9 + 20, 20), (64 + 9, 0), (64 + 8, 0)):
-        found, _ = evaluate(tmp_path, *one_file(tmp_path, data[:end]))
-        assert counts(found["byte_accuracy"]) == (right, 36) and counts(found["exact_states"]) == (right // 9, 4)
-        assert list(found["malformed"]) == ["states missing"] and counts(found["exact_files"]) == (0, 1)
-    assert found["worst_files"][0]["predicted"] == []
+        result, _ = evaluate(tmp_path, *one_file(tmp_path, data[:end]))
+        assert counts(result["byte_accuracy"]) == (right, 36) and counts(result["exact_states"]) == (right // 9, 4)
+        assert list(result["malformed"]) == ["states missing"] and counts(result["exact_files"]) == (0, 1)
+    assert result["worst_files"][0]["predicted"] == []
     zeros = build(["HLT"], acc=0, registers=(0, 0, 0))  # a zero that is right is not a byte that is missing
     assert counts(evaluate(tmp_path, *one_file(tmp_path, zeros[:-8]))[0]["byte_accuracy"]) == (1, 9)
 
@@ -395,16 +395,16 @@ def test_missing_bytes_are_wrong(tmp_path):
 def test_bytes_beyond_the_end_do_not_enter_the_shares(tmp_path):
     one_file(tmp_path, build(PROGRAM) + bytes(70000), "y.bin")
     one_file(tmp_path, build(PROGRAM), "z.bin")
-    found, text = evaluate(tmp_path, *one_file(tmp_path, build(PROGRAM) + bytes(10)))
-    assert counts(found["byte_accuracy"]) == (108, 108) and counts(found["exact_states"]) == (12, 12)
-    assert counts(found["exact_files"]) == (1, 3) and found["malformed"]["too long"]["files"] == 2
-    assert found["surplus"] == {"files": 2, "bytes": 70010} and "2 files" in text and "70,010 bytes" in text
-    worst = found["worst_files"][0]
+    result, text = evaluate(tmp_path, *one_file(tmp_path, build(PROGRAM) + bytes(10)))
+    assert counts(result["byte_accuracy"]) == (108, 108) and counts(result["exact_states"]) == (12, 12)
+    assert counts(result["exact_files"]) == (1, 3) and result["malformed"]["too long"]["files"] == 2
+    assert result["surplus"] == {"files": 2, "bytes": 70010} and "2 files" in text and "70,010 bytes" in text
+    worst = result["worst_files"][0]
     assert (worst["accuracy"], worst["state"], worst["expected"], worst["predicted"]) == (1, 5, [], [0] * 9)
     long = build(["INC A"] * 255 + ["HLT"], registers=range(26), memory_size=1024) + bytes(40)  # the longest legal file, and more
     (tmp_path / "data" / "a.bin").write_bytes(long)
-    found, _ = evaluate(tmp_path, "--dir_path", "data", "--num_registers", 26, "--memory_size", 1024)
-    worst = next(file for file in found["worst_files"] if file["path"] == "data/a.bin")
+    result, _ = evaluate(tmp_path, "--dir_path", "data", "--num_registers", 26, "--memory_size", 1024)
+    worst = next(file for file in result["worst_files"] if file["path"] == "data/a.bin")
     assert worst["state"] == 257 and worst["predicted"] == [0] * 32
 
 
@@ -412,11 +412,11 @@ def test_files_too_short_are_counted_as_wrong(tmp_path):
     one_file(tmp_path, build(PROGRAM), "a.bin")
     one_file(tmp_path, b"", "empty.bin")
     one_file(tmp_path, build(PROGRAM)[:72], "short.bin")
-    found, _ = evaluate(tmp_path, *one_file(tmp_path, build(PROGRAM), ".hidden.bin"))
-    # the bytes and states of short.bin are missing; nobody knows how many empty.bin would have
-    assert counts(found["exact_files"]) == (1, 3) and counts(found["byte_accuracy"]) == (36, 36 + 36)
-    assert counts(found["exact_states"]) == (4, 4 + 4)
-    assert found["malformed"] == {"no whole program": {"files": 1, "example": "data/empty.bin"},
+    result, _ = evaluate(tmp_path, *one_file(tmp_path, build(PROGRAM), ".hidden.bin"))
+    # the bytes and states of short.bin are missing, of empty.bin unknown
+    assert counts(result["exact_files"]) == (1, 3) and counts(result["byte_accuracy"]) == (36, 36 + 36)
+    assert counts(result["exact_states"]) == (4, 4 + 4)
+    assert result["malformed"] == {"no whole program": {"files": 1, "example": "data/empty.bin"},
                                   "states missing": {"files": 1, "example": "data/short.bin"}}  # fmt: skip
     for name in ("a.bin", "short.bin"):
         (tmp_path / "data" / name).unlink()
@@ -433,10 +433,10 @@ def test_random_bytes_are_evaluated(tmp_path):
     (tmp_path / "data" / "link.bin").symlink_to("nowhere")
     with pytest.raises(system.UserError, match="1 files could not be read, e.g. data/link.bin"):  # after all is written
         evaluate(tmp_path, *one_file(tmp_path, rng.randbytes(20000), "long.bin"))
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["exact_files"]["total"] == 43 and found["byte_accuracy"]["share"] < 0.1
-    assert found["malformed"]["unreadable"]["files"] == 1
-    assert {"too long", "malformed instruction", "no HLT", "PC and IR of the initial state are not 0"} <= set(found["malformed"])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["exact_files"]["total"] == 43 and result["byte_accuracy"]["share"] < 0.1
+    assert result["malformed"]["unreadable"]["files"] == 1
+    assert {"too long", "malformed instruction", "no HLT", "PC and IR of the initial state are not 0"} <= set(result["malformed"])
 
 
 def translate(folder, data, status=0):

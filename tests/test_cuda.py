@@ -1,4 +1,4 @@
-"""What a CUDA GPU computes, against the CPU's float32 numbers; all of it is skipped where there is none.
+"""Results of a CUDA GPU against the CPU's in float32. Skipped without a GPU.
 
     python -m pytest tests/test_cuda.py
 """
@@ -44,12 +44,12 @@ def ragged_batch(patch_size):
 
 
 def test_losses_and_gradients():
-    batch, found = ragged_batch(4), []
+    batch, runs = ragged_batch(4), []
     for model in build():
         output = model(batch.patches_on(model.device), batch.masks)
         output.loss.backward()
-        found.append((output, {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}))
-    (one, gradients), (other, other_gradients) = found
+        runs.append((output, {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}))
+    (one, gradients), (other, other_gradients) = runs
     torch.testing.assert_close(other.nats.cpu(), one.nats, rtol=1e-3, atol=1e-3)
     assert gradients.keys() == other_gradients.keys()
     for name, gradient in gradients.items():
@@ -95,13 +95,13 @@ def test_classifier():
 def test_greedy_bytes(batch_size):
     cpu, cuda = build()
     prompts = ragged_prompts(4)
-    for expected, found in zip(continue_all(cpu, prompts, 3), continue_all(cuda, prompts, batch_size), strict=True):
-        assert found.symbols.tolist() == expected.symbols.tolist() and found.cut_off == expected.cut_off
+    for expected, actual in zip(continue_all(cpu, prompts, 3), continue_all(cuda, prompts, batch_size), strict=True):
+        assert actual.symbols.tolist() == expected.symbols.tolist() and actual.cut_off == expected.cut_off
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, generation.Sampling(top_p=0.9), generation.Sampling(top_k=20, temperature=0.7)])
 def test_captured_graphs_change_nothing(monkeypatch, sampling):
-    """Graphs replayed at ragged lengths, new prompts taking the places of ended ones, against the same without graphs."""
+    """Graphs replayed at ragged lengths, while new prompts replace ended ones, against a run without graphs."""
 
     class Uncaptured(generation.PatchWriter):
         def __init__(self, *arguments):

@@ -36,8 +36,8 @@ def write_files(folder, contents):
 def score(model, examples, folder, batch_size=4, failed=None):
     """Returns {name: FileScore} of Examples, in float32."""
     windows = evaluation_windows(examples, model.patch_size, model.patch_length)
-    found = score_files(model, windows, str(folder), batch_size, torch.float32, lambda count: None, failed)
-    return {each.name: each for each in found}
+    scores = score_files(model, windows, str(folder), batch_size, torch.float32, lambda count: None, failed)
+    return {each.name: each for each in scores}
 
 
 def forward_nats(model, patches):
@@ -82,12 +82,12 @@ def test_a_conversion_is_the_sum_over_its_target(tmp_path, tiny_model):
     pairs = directed(pair_files(write_files(tmp_path, contents), "abc&mid"), "abc&mid")
     scores = score(tiny_model, pairs, tmp_path, 3)
     assert {each.group for each in scores.values()} == {"abc->mid", "mid->abc"} and len(scores) == 4
-    for name, found in scores.items():
+    for name, result in scores.items():
         source, target = (utils.to_patches(contents[each], extension_of(each), 4) for each in name.split(" -> "))
         nats = forward_nats(tiny_model, np.concatenate((source[:-1], target)))[len(source) - 1 :]  # the target's content
-        assert len(nats) == len(target) - 1 and found.bytes == len(contents[name.split(" -> ")[1]])
-        assert found.nats == pytest.approx(nats.sum(), rel=1e-5)
-        assert found.bits == pytest.approx(nats.reshape(-1)[: found.bytes + 1].sum() / math.log(2), rel=1e-5)
+        assert len(nats) == len(target) - 1 and result.bytes == len(contents[name.split(" -> ")[1]])
+        assert result.nats == pytest.approx(nats.sum(), rel=1e-5)
+        assert result.bits == pytest.approx(nats.reshape(-1)[: result.bytes + 1].sum() / math.log(2), rel=1e-5)
 
 
 def test_symbols_scored_once_more_are_the_same(tmp_path, tiny_model):
@@ -99,15 +99,15 @@ def test_symbols_scored_once_more_are_the_same(tmp_path, tiny_model):
         for array, expected in zip(part, whole):
             np.testing.assert_allclose(array, expected[start:stop], rtol=1e-4)
     assert whole[0].tolist() == [*content, utils.END]
-    [found] = score(tiny_model, windows.examples, tmp_path).values()
-    assert whole[1].sum() == pytest.approx(found.bits, rel=1e-5)
-    assert (whole[2][:, 0] == whole[0]).sum() == found.top1 and (np.diff(whole[3]) <= 0).all()
+    [result] = score(tiny_model, windows.examples, tmp_path).values()
+    assert whole[1].sum() == pytest.approx(result.bits, rel=1e-5)
+    assert (whole[2][:, 0] == whole[0]).sum() == result.top1 and (np.diff(whole[3]) <= 0).all()
 
 
 @given(st.lists(st.floats(0, 20), min_size=1, max_size=80))
 def test_stretches_begin_with_the_most_surprising_and_never_overlap(bits):
     stretches = surprising_stretches(bits, longest=5)
-    taken = [place for offset, count, _ in stretches for place in range(offset, offset + count)]
+    taken = [index for offset, count, _ in stretches for index in range(offset, offset + count)]
     assert len(taken) == len(set(taken)) and all(1 <= count <= 5 for _, count, _ in stretches)
     assert len(stretches) == 10 or len(taken) == len(bits)
     peaks = [max(bits[offset : offset + count]) for offset, count, _ in stretches]
@@ -125,7 +125,7 @@ def test_compressors_are_those_of_the_command_line():
 
 
 def memorise(examples, steps=150):
-    """Returns a small model trained on Examples until it knows most of them by heart."""
+    """Returns a small model that overfits Examples."""
     torch.manual_seed(0)
     model = utils.ModelSizes(**{**TINY, "PATCH_LENGTH": 12}).build(dropout=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -142,13 +142,13 @@ def check_exactness(model, examples, folder, prompts, contents):
     """Checks which examples are exact, {name: bool}, against greedy decoding of {name: prompt} to {name: content}."""
     scores = score(model, examples, folder)
     for name, prompt in prompts.items():
-        [found] = generation.generate(model, [generation.Prompt(0, prompt, [0])], 1, generation.Sampling(temperature=0))
-        assert scores[name].exact == (utils.to_content(found.symbols) == contents[name] and not found.cut_off), name
+        [continuation] = generation.generate(model, [generation.Prompt(0, prompt, [0])], 1, generation.Sampling(temperature=0))
+        assert scores[name].exact == (utils.to_content(continuation.symbols) == contents[name] and not continuation.cut_off), name
     return {name: scores[name].exact for name in prompts}
 
 
 def test_exact_files_are_those_that_greedy_decoding_writes(tmp_path):
-    # of the files of one extension at most one can be what the model writes; 40 bytes fill its 12 patches, end patch included
+    # greedy decoding writes one file per extension; 40 bytes fill its 12 patches, end patch included
     contents = {f"{i}.{ext}": LINES[: 5 + 4 * i] for i, ext in enumerate(("a", "b", "c", "d", "a"))}
     contents |= {"full.e": LINES[:16] * 2 + b"12345678", "cut.f": LINES[:16] * 2 + b"123456789", "long.g": bytes(60)}
     examples = utils.Examples(write_files(tmp_path, contents))

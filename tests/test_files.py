@@ -17,7 +17,7 @@ E = utils.END
 
 
 def spelled_out(content, extension, size):
-    """A file as patches, symbol by symbol as the specification says it."""
+    """A file as patches, symbol by symbol as in the specification."""
     symbols = list(extension.encode())[:size]
     symbols += [E] * (size - len(symbols))
     symbols += list(content)
@@ -81,7 +81,7 @@ def test_extensions_that_patch_size_cuts_alike(extensions, size, names, needed):
 
 
 def test_one_patch_over_is_cut(tmp_path):
-    """A file of one patch too many: evaluation takes the head; training the head or the tail, its only other window."""
+    """A file of one patch too many has two crops: head (evaluation and training) and tail (training)."""
     path = tmp_path / "long.bin"
     path.write_bytes(bytes(range(7)) * 2)  # 14 bytes in patches of 2: 7 patches, and 2 more
     whole, _ = utils.read_patches(path, 2)
@@ -130,8 +130,8 @@ def test_list_files(tmp_path):
         (tmp_path / name).write_text(name)
     (tmp_path / "b" / "loop").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "c.fifo")
-    found = list_files([str(tmp_path), str(tmp_path / "b")], "TRAIN_FOLDERS", "txt")
-    assert [os.path.relpath(path, tmp_path) for path in found] == ["a.txt", "a/z.txt", "b/1.txt", "b/2.txt"]
+    listed = list_files([str(tmp_path), str(tmp_path / "b")], "TRAIN_FOLDERS", "txt")
+    assert [os.path.relpath(path, tmp_path) for path in listed] == ["a.txt", "a/z.txt", "b/1.txt", "b/2.txt"]
     names = [os.path.basename(path) for path in list_files([str(tmp_path)], "TRAIN_FOLDERS")]
     assert "c.mid" in names and ".hidden" not in names and "c.fifo" not in names
 
@@ -150,8 +150,8 @@ def test_files_are_a_sequence_of_paths_with_sizes(tmp_path):
         (tmp_path / name).write_bytes(bytes(size))
     (tmp_path / "dead.x").symlink_to(tmp_path / "nowhere")
     files = list_files([str(tmp_path)], "TRAIN_FOLDERS")
-    found = {os.path.relpath(path, tmp_path): int(size) for path, size in zip(files, files.sizes, strict=True)}
-    assert found == {**names, "dead.x": -1} and list(found)[:4] == ["a.x", "b.x", "c/d.x", "dead.x"]
+    listed = {os.path.relpath(path, tmp_path): int(size) for path, size in zip(files, files.sizes, strict=True)}
+    assert listed == {**names, "dead.x": -1} and list(listed)[:4] == ["a.x", "b.x", "c/d.x", "dead.x"]
     assert len(files) == 6 and files[5] == list(files)[5] and files.sizes.dtype == np.int64
     with pytest.raises(IndexError):
         files[6]
@@ -163,36 +163,37 @@ def test_files_are_a_sequence_of_paths_with_sizes(tmp_path):
 
 def held_out_names(names, share, seed=0, mode=None, labels=None):
     """Returns the files of the held-out examples."""
-    found = utils.Examples(make_files(dict.fromkeys(names, 1)))
-    found = found if mode is None else examples.pair_files(found.files, mode)
-    rest, held = examples.hold_out(found, share, seed, labels and np.array([labels.index(path[0]) for path, *_ in found]))
-    assert sorted([*rest, *held]) == list(range(len(found))) and len(rest) and len(held) and (np.diff(held) > 0).all()
-    return {path for index in held for path in found[index]}
+    pool = utils.Examples(make_files(dict.fromkeys(names, 1)))
+    pool = pool if mode is None else examples.pair_files(pool.files, mode)
+    rest, held_out = examples.hold_out(pool, share, seed, labels and np.array([labels.index(path[0]) for path, *_ in pool]))
+    assert sorted([*rest, *held_out]) == list(range(len(pool))) and len(rest) and len(held_out) and (np.diff(held_out) > 0).all()
+    return {path for index in held_out for path in pool[index]}
 
 
 def test_hold_out():
     names = [f"sub/{i}.x" for i in range(2000)]
-    held = held_out_names(names, 0.2)
-    assert 330 < len(held) < 470 and held == held_out_names(names, 0.2) != held_out_names(names, 0.2, seed=1)
+    held_out = held_out_names(names, 0.2)
+    assert 330 < len(held_out) < 470 and held_out == held_out_names(names, 0.2) != held_out_names(names, 0.2, seed=1)
     for some in (names[:300], names[500:] + ["new.x"]):  # a file keeps its side when others come or go
-        assert held_out_names(some, 0.2) - {"new.x"} == held & set(some)
+        assert held_out_names(some, 0.2) - {"new.x"} == held_out & set(some)
     for count in range(2, 30):  # both sides have a file
         assert len(held_out_names(names[:count], 0.001)) == 1 and len(held_out_names(names[:count], 0.999)) == count - 1
     with pytest.raises(system.UserError, match="EVAL_SPLIT"):
         held_out_names(names[:1], 0.5)
     pairs = [f"{i}.{extension}" for i in range(300) for extension in ("abc", "ABC", "mid")]
-    held = held_out_names(pairs, 0.2, mode="abc->mid")  # of a stem with two inputs, both are held out, or none is
-    assert len(held) % 3 == 0 and held == held_out_names(pairs, 0.2, mode="mid->abc") | {name for name in held if "ABC" in name}
+    held_out = held_out_names(pairs, 0.2, mode="abc->mid")  # both inputs of a stem, or neither
+    others = {name for name in held_out if "ABC" in name}
+    assert len(held_out) % 3 == 0 and held_out == held_out_names(pairs, 0.2, mode="mid->abc") | others
 
 
 def test_files_are_held_out_by_label():
     names = [f"{label}/{i}.x" for label, count in zip("abcde", (2000, 400, 60, 2, 1)) for i in range(count)]
     for seed in range(5):
-        held = held_out_names(names, 0.1, seed, labels="abcde")
-        counts = [sum(name[0] == label for name in held) for label in "abcde"]
+        held_out = held_out_names(names, 0.1, seed, labels="abcde")
+        counts = [sum(name[0] == label for name in held_out) for label in "abcde"]
         assert 140 < counts[0] < 260 and 15 < counts[1] < 65 and 1 <= counts[2] < 20 and counts[3] <= 1 and not counts[4]
         fewer = names[:1000] + names[2000:]
-        assert held_out_names(fewer, 0.1, seed, labels="abcde") == held & set(fewer)
+        assert held_out_names(fewer, 0.1, seed, labels="abcde") == held_out & set(fewer)
     assert len(held_out_names(["a/1.x", "b/1.x", "b/2.x"], 0.01, labels="ab") & {"b/1.x", "b/2.x"}) == 1
 
 
@@ -221,7 +222,7 @@ def test_digest_depends_on_names_order_and_sizes():
 
 
 def test_a_name_is_the_folders_index_and_the_path_below_it(tmp_path, monkeypatch):
-    """The same data under other spellings have the same order, hashes and crops; other places in the list have others."""
+    """Other spellings of the folders give the same order, hashes and crops. Another order of the folders does not."""
     for name in ("b/x/1.bin", "b/2.bin", "a/1.bin", "a/y/3.bin"):
         (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "here" / name).write_bytes(name.encode() * 50)
@@ -261,7 +262,7 @@ def test_unreadable_files_are_left_out_and_named(tmp_path, monkeypatch, capsys):
 
 
 def test_unreadable_folders_are_left_out_and_named(tmp_path, monkeypatch, capsys):
-    """For example lost+found on an own drive. A folder of TRAIN_FOLDERS itself must be readable."""
+    """For example lost+found on a drive. A folder of TRAIN_FOLDERS itself must be readable."""
     for name in ("1.x", "lost+found/2.x", "sub/3.x"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -342,8 +343,8 @@ def test_lists_of_one_extension_do_not_mind_case(tmp_path):
     for name in ("a.abc", "b.ABC", "c.abcd", "abc"):
         (tmp_path / name).write_bytes(b"x")
     for extension in ("abc", "Abc"):
-        found = list_files([str(tmp_path)], "INPUT_FOLDER", extension)
-        assert [os.path.basename(path) for path in found] == ["a.abc", "b.ABC"]
+        listed = list_files([str(tmp_path)], "INPUT_FOLDER", extension)
+        assert [os.path.basename(path) for path in listed] == ["a.abc", "b.ABC"]
     assert describe_extensions(["a.abc", "b.ABC", "c", "d.x", "e.x", "f.x"]) == "3 .x, 2 .abc, 1 without any"
     assert describe_extensions([f"a.{i}" for i in range(9)]).endswith(" and 4 other extensions")
 

@@ -23,7 +23,7 @@ def continue_all(model, prompts, batch_size, sampling=GREEDY, seed=0):
 # ---- Sampling -------------------------------------------------------------------------------------------------------
 
 def stated_distribution(logits, top_k, top_p, temperature):
-    """The specification's rule for one row, in plain NumPy."""
+    """The specification's rule for one row, in NumPy."""
     p = np.exp(logits - logits.max())
     p = p / p.sum()
     ranked = sorted(range(len(p)), key=lambda i: (-p[i], i))
@@ -83,7 +83,7 @@ def test_drawn_symbols_follow_the_distribution():
 # ---- Cached generation ----------------------------------------------------------------------------------------------
 
 def test_gelu_is_that_of_the_model_for_any_rows_and_threads():
-    """To the bit the same for a row, however many there are, and however many threads share them."""
+    """Bit-identical rows for any number of rows and threads."""
     rows = torch.randn(97, 1024, generator=torch.Generator().manual_seed(0)) * 3
     alone = rows.clone()
     for row in alone.split(1):
@@ -102,7 +102,7 @@ def test_gelu_is_that_of_the_model_for_any_rows_and_threads():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_packed_linear_is_a_linear_layer(dtype, monkeypatch):
-    """Packed where oneDNN can, and plain elsewhere; float32 rows are the same to the bit, however many there are."""
+    """Packed if oneDNN supports it. Float32 rows are bit-identical for any number of rows."""
     weight, bias, x, residual = (torch.randn(shape, dtype=dtype) for shape in ((192, 64), (192,), (5, 64), (5, 192)))
     linear, activated = layers.PackedLinear(weight, bias), layers.PackedLinear(weight, bias, gelu=True)
     expected = torch.nn.functional.linear(x, weight, bias)
@@ -143,7 +143,7 @@ def test_golden_greedy_bytes(golden, golden_model, golden_sequences):
 
 
 def ragged_prompts(size):
-    """Prompts that end in every place of a patch, short and long, also with 256 inside as in a conversion."""
+    """Short and long prompts that end at every position in a patch, also with 256 inside as in a conversion."""
     random = np.random.default_rng(3)
     lengths = [0, 1, size - 1, size, size + 1, 5 * size, 5 * size + 2, 9 * size + 1, 2, 14 * size + 3, 15 * size - 1]
     return [np.concatenate((utils.extension_patch("x", size), random.integers(0, 257, n))) for n in lengths]
@@ -171,7 +171,7 @@ def test_golden_model_cached_equals_recomputed(golden_model):
 
 
 def test_samples_do_not_depend_on_the_batch():
-    """In float32 on a CPU even the last digits of the log-probabilities are the same, so no draw can come out otherwise."""
+    """In float32 on a CPU the log-probabilities are bit-identical, so all draws are equal."""
     model = fill_by_recipe(utils.ModelSizes(4, 40, 128, 2, 1).build())
     prompts = [*ragged_prompts(4), np.concatenate(ragged_prompts(4)[5:8])]
     sampling = generation.Sampling(top_k=50, top_p=0.95, temperature=1.2)
@@ -200,23 +200,23 @@ def test_first_symbol_is_drawn_from_the_models_own_distribution(tiny_model):
 @pytest.mark.parametrize("rows", [1, 3, 7])
 @pytest.mark.parametrize("sampling", [GREEDY, generation.Sampling(top_p=0.9)])
 def test_shapes_change_nothing(tiny_model, rows, sampling):
-    """CUDA graphs are captured with more rows and positions than are in use; here without a GPU."""
+    """CUDA graphs are captured with more rows and positions than are used. Here without a GPU."""
     raise_end(tiny_model, 1.6)
     prompts = [generation.Prompt(i, symbols, [0, i]) for i, symbols in enumerate(ragged_prompts(4)[:rows])]
-    found = []
+    runs = []
     for on_device in (False, True):
         writer, done = generation.PatchWriter(tiny_model, 7, sampling, on_device), []
         writer.admit(prompts)
         while writer.rows:
             done += writer.step()
-        found.append({continuation.key: continuation for continuation in done})
-    for key, continuation in found[0].items():
-        assert found[1][key].symbols.tolist() == continuation.symbols.tolist()
-        assert found[1][key].nats == pytest.approx(continuation.nats, rel=1e-5)
+        runs.append({continuation.key: continuation for continuation in done})
+    for key, continuation in runs[0].items():
+        assert runs[1][key].symbols.tolist() == continuation.symbols.tolist()
+        assert runs[1][key].nats == pytest.approx(continuation.nats, rel=1e-5)
 
 
 def test_nats_are_the_models_own(tiny_model):
-    """Whatever the draw is filtered by: the plain softmax of the uncached model, the 256 that ends it included."""
+    """The softmax of the uncached model without filters, including the 256 at the end."""
     raise_end(tiny_model, 4)
     prompts = ragged_prompts(4)
     done = continue_all(tiny_model, prompts, 4, generation.Sampling(top_k=200, top_p=0.99, temperature=1.3))

@@ -22,7 +22,7 @@ from bgpt.files import extension_of
 
 
 def outputs_in(folder):
-    """Returns the paths of all files in a folder, within it, but for the index; sorted."""
+    """Returns the sorted relative paths of all files in a folder without the index."""
     paths = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     return sorted(path for path in paths if path not in report.INDEX_NAMES)
 
@@ -142,7 +142,7 @@ def generator(net, **record):
 
 
 def test_tasks_that_the_model_was_not_trained_on(tiny_model, capsys):
-    """A mistake is an error; what may be meant is one line; what was trained, and what is unknown, goes without a word."""
+    """A mistake is an error, an unusual task a note, and a trained or unknown task prints nothing."""
     plain = generator(tiny_model, extensions=["TXT", "txt"], config={"CONVERSION_MODE": None})
     pairs = generator(tiny_model, extensions=["abc", "mid"], config={"CONVERSION_MODE": "ABC->mid"})
     both = generator(tiny_model, extensions=["abc", "mid"], config={"CONVERSION_MODE": "abc&mid"})
@@ -205,7 +205,7 @@ def test_what_others_put_in_the_output_folder_stays(tmp_path, tiny_checkpoint):
 
 
 def test_no_result_of_others_is_replaced(tmp_path, tiny_checkpoint):
-    """Each output of every MODE and script, twice: a file of the user's own, then the backup of it."""
+    """Each output of every MODE and script, over a file of the user and over its backup."""
     net = fill_by_recipe(utils.bGPTForClassification(utils.make_configs(4, 16, 64, 2, 1)[0], 3))
     checkpoint.save_checkpoint(tmp_path / "cls.pth", {"model": net.state_dict(), "labels": {"c.x": 2, "a.x": 0, "b.x": 1}})
     for name in ("data/a.x", "data/b.x", "cpu/a.bin"):
@@ -368,8 +368,8 @@ def test_a_classifier_from_python(tmp_path):
     net = fill_by_recipe(utils.bGPTForClassification(utils.make_configs(4, 16, 64, 2, 1)[0], 3))
     path = str(tmp_path / "cls.pth")
     checkpoint.save_checkpoint(path, {"model": net.state_dict(), "labels": {"c.x": 2, "a.x": 0, "b.x": 1}})
-    found = bgpt.load(path, device="cpu", precision="fp32").classify([b"abc", bytes(100)], "x")
-    for content, shares in zip((b"abc", bytes(100)), found):
+    predictions = bgpt.load(path, device="cpu", precision="fp32").classify([b"abc", bytes(100)], "x")
+    for content, shares in zip((b"abc", bytes(100)), predictions):
         with torch.no_grad():
             expected = net(torch.from_numpy(utils.to_patches(content, "x", 4)[:16]).long()[None]).softmax(-1)[0]
         assert [shares[label] for label in ("a.x", "b.x", "c.x")] == pytest.approx(expected.tolist(), abs=1e-5)

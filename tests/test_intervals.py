@@ -27,14 +27,14 @@ def test_the_bootstrap_of_a_mean_is_as_wide_as_the_normal_interval(count):
     margin = 1.96 * values.std(ddof=1) / math.sqrt(count)
     assert mean == pytest.approx(values.mean()) and (low, high) == pytest.approx((mean - margin, mean + margin), abs=0.1 * margin)
     assert bootstrap_interval(values, np.ones(count)) == (mean, low, high)
-    # files that are right or wrong as a whole say no more the longer they are
+    # longer files that are wholly right or wrong give no more information
     assert bootstrap_interval(values * 500, np.full(count, 500)) == pytest.approx((mean, low, high))
 
 
 def test_an_interval_holds_the_true_ratio_as_often_as_it_says():
-    random, held = np.random.default_rng(0), 0
+    random, hits = np.random.default_rng(0), 0
     for _ in range(1000):
         sizes = random.integers(10, 200, 40)
         _, low, high = bootstrap_interval(sizes * random.normal(2, 0.5, 40), sizes)
-        held += low <= 2 <= high
-    assert 0.92 <= held / 1000 <= 0.97
+        hits += low <= 2 <= high
+    assert 0.92 <= hits / 1000 <= 0.97

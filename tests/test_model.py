@@ -104,7 +104,7 @@ def test_causal_and_padding_change_nothing(tiny_model):
     assert torch.allclose(together.logits, torch.cat([output.logits for output in alone]), atol=1e-5)
     assert together.nats.shape == (int(batch.masks[:, 1:].sum()), 4)
     assert together.loss.item() == pytest.approx(torch.cat([o.nats for o in alone]).mean().item(), abs=1e-5)
-    # a change in patch 6 leaves everything that was predicted before it as it was
+    # a change in patch 6 does not change the predictions before it
     changed = batch.patches.long()
     changed[1, 6] = 7
     outputs = [tiny_model.patch_level_decoder(p).last_hidden_state[1] for p in (batch.patches.long(), changed)]
@@ -112,7 +112,7 @@ def test_causal_and_padding_change_nothing(tiny_model):
 
 
 def ragged_sequences(lengths, patch_size=4):
-    """Sequences of so many patches each, int16 (P, S), their content drawn at random."""
+    """Sequences of the given numbers of patches, int16 (P, S), with random content."""
     random = np.random.default_rng(0)
     return [utils.to_patches(random.integers(0, 256, patch_size * (n - 2)).astype(np.uint8), "x", patch_size) for n in lengths]
 
@@ -259,7 +259,7 @@ def test_attention_in_blocks(monkeypatch, most_kept):
         results.append((attended, torch.autograd.grad(attended.square().sum(), qkv)[0]))
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
-    # attention is linear in the values for given weights, so its gradient must be of those that were dropped
+    # attention is linear in the values for given weights, so its gradient must use the same dropped weights
     attended = utils.attend(qkv, 0.3)
     gradient = torch.autograd.grad((attended * attended.detach()).sum(), qkv)[0]
     assert (gradient[:, :, 2] * qkv[:, :, 2]).sum().item() == pytest.approx(attended.square().sum().item(), rel=1e-4)
@@ -278,7 +278,7 @@ def test_attention_that_is_computed_again_is_the_same(monkeypatch):
 
 
 def measure_attention(pipe):
-    """Sends by how many MB the peak memory of this process grows by attention with dropout, forward and backward."""
+    """Sends the growth of the peak memory in MB by attention with dropout, forward and backward."""
     ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back to the system
     torch.set_num_threads(1)
     utils.MOST_KEPT = 0
@@ -314,7 +314,7 @@ def test_outputs_and_gradients_are_those_of_transformers(train):
 
 
 def test_compiled_blocks_compute_the_same(monkeypatch):
-    """Traced once for all layers and lengths; the tracing alone is tested, since generating code takes long."""
+    """Traced once for all layers and lengths. Only tracing is tested, since generating code takes long."""
     traced = []
 
     def backend(graph, inputs):

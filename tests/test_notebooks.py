@@ -1,4 +1,4 @@
-"""The scripts within IPython, as by `%run train-gen.py`: a process that was there before and goes on after them."""
+"""The scripts within IPython, as by `%run train-gen.py`, in a process that outlives them."""
 
 import builtins
 import contextlib
@@ -19,7 +19,7 @@ TRAINING = {**SMALL, "TRAIN_FOLDERS": ["train"], "EVAL_FOLDERS": ["eval"]}
 
 
 def percent_run(script, *arguments):
-    """Runs a script as IPython's %run does; returns (exit status, stdout, stderr), whose streams know no `reconfigure`."""
+    """Runs a script like IPython's %run, whose streams have no `reconfigure`. Returns (exit status, stdout, stderr)."""
     sys.argv = [str(ROOT / script), *map(str, arguments)]
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         streams, status = (sys.stdout, sys.stderr), 0
@@ -32,14 +32,14 @@ def percent_run(script, *arguments):
 
 
 def interrupt_when(path):
-    """Sends Ctrl-C to this process once a file is there, as a notebook's stop button does."""
+    """Sends Ctrl-C to this process once a file exists, like a notebook's stop button."""
     while not path.exists():
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGINT)
 
 
 def notebook(folder):
-    """What a user does in one notebook."""
+    """Several scripts in one notebook."""
     os.chdir(folder)
     sys.path[0] = str(ROOT)
     builtins.__IPYTHON__ = True
@@ -66,7 +66,7 @@ def notebook(folder):
 
 
 def test_scripts_run_in_a_notebook_one_after_the_other(tmp_path):
-    """Ctrl-C saves and ends a script, not the notebook; signals, streams and settings are afterwards what they were."""
+    """Ctrl-C saves and ends a script, not the notebook. Signals, streams and settings are restored."""
     random = np.random.default_rng(0)
     for part in ("train", "eval"):
         (tmp_path / part).mkdir()

@@ -18,7 +18,7 @@ from bgpt.windows import evaluation_windows
 
 
 def shown_files(model, folder, contents, most):
-    """Returns (FileScores of {name: bytes}, what a page shows of them)."""
+    """Returns (FileScores of {name: bytes}, their data for a page)."""
     windows = evaluation_windows(utils.Examples(write_files(folder, contents)), 4, 16)
     scores, shown = list(score(model, windows.examples, folder).values()), []
     for each, title in report.choose_files(scores):

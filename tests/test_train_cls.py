@@ -1,4 +1,4 @@
-"""train-cls.py as a user runs it: labels, what it learns, starts from, reports, goes on from, and refuses."""
+"""train-cls.py as a user runs it: labels, learning, starts, reports, resuming and errors."""
 
 import re
 import signal
@@ -127,7 +127,7 @@ def test_the_table_of_labels_ends():
 
 
 def test_labels_are_what_the_run_was_told(folder):
-    """Folders as labels, from training to MODE classify, which needs no telling."""
+    """Folders as labels, from training to MODE classify, without another option."""
     for part in ("train", "eval"):
         for path in (folder / part).iterdir():
             name, number = path.stem.split("_")
@@ -154,17 +154,17 @@ def test_other_labels_of_the_same_number_stop_a_rerun(folder):
 
 
 def test_equal_accuracies_go_to_the_lower_loss(folder):
-    """All right from early on: the best epoch is the one of the lowest loss, also for a run that was stopped in between."""
+    """With equal accuracy the best epoch has the lowest loss, also in a resumed run."""
     (folder / "certain").mkdir()
     for i in range(24):
         (folder / "certain" / f"{'ab'[i % 2]}_{i}.bin").write_bytes(bytes([i % 2 * 200] * 20))
     settings = {"TRAIN_FOLDERS": ["certain"], "EVAL_FOLDERS": ["certain"], "LR_SCHEDULE": "constant"}
     for epochs in (4, 5, 9):
         train(folder, "certain", NUM_EPOCHS=epochs, **settings)
-    found = re.findall(r"epoch (\d+) .* eval_loss ([\d.]+)  eval_acc ([\d.]+)", (folder / "certain.txt").read_text())
-    best = max(found, key=lambda each: (float(each[2]), -float(each[1])))
+    logged = re.findall(r"epoch (\d+) .* eval_loss ([\d.]+)  eval_acc ([\d.]+)", (folder / "certain.txt").read_text())
+    best = max(logged, key=lambda each: (float(each[2]), -float(each[1])))
     state = load(folder, "certain")
-    assert [each[2] for each in found].count("1.0000") > 2  # else there is nothing to decide
+    assert [each[2] for each in logged].count("1.0000") > 2  # else there is nothing to decide
     assert state["best_epoch"] == int(best[0]) > 4 and state["best_loss"] == state["figures"]["eval_loss"]
     assert load(folder, "certain-last")["best_loss"] == state["best_loss"]
 
@@ -203,7 +203,7 @@ def test_the_report_says_what_the_predictions_are():
 
 
 def test_a_report_of_many_labels_is_short():
-    """Of each label one file of two is right, of label 7 none."""
+    """One of two files of each label is right, but none of label 7."""
     count, began = 20_000, time.monotonic()
     confusion = {(i, i + shift): 1 for i in range(count - 1) for shift in (0, 1)} | {(7, 7): 0, (7, 8): 2}
     text, details = evaluation.classification_report(confusion, [f"label{i}" for i in range(count)])
@@ -214,7 +214,7 @@ def test_a_report_of_many_labels_is_short():
 
 
 def test_accuracy_and_loss_are_those_of_single_files(folder, trained):
-    """What the run logs, stated once more: every evaluation file alone, without padding."""
+    """The logged figures, computed again: every evaluation file alone, without padding."""
     model, loaded = checkpoint.load_model(str(folder / f"{trained}.pth"), "WEIGHTS_PATH")
     nats = []
     for path in list_files([str(folder / "eval")], "EVAL_FOLDERS"):

@@ -1,4 +1,4 @@
-"""train-gen.py as a user runs it: what it learns, logs, saves, goes on from, and refuses."""
+"""train-gen.py as a user runs it: learning, logs, checkpoints, resuming and errors."""
 
 import math
 import os
@@ -68,7 +68,7 @@ def test_a_run_logs_and_saves_what_it_says(folder):
     for entry in entries:
         assert f"epoch {entry['epoch']:.0f}  train_loss {entry['train_loss']:.4f}" in done.stdout
 
-    # the figures of the best model, stated once more: nats over every symbol of every target, bits over the content
+    # the best model's figures, computed again: nats over all symbols of the targets, bits over the content
     model, _ = checkpoint.load_model(str(folder / "weights.pth"), "WEIGHTS_PATH")
     nats, bits, num_bytes = [], 0.0, 0
     for path in list_files([str(folder / "eval")], "EVAL_FOLDERS"):
@@ -87,13 +87,13 @@ def test_a_run_logs_and_saves_what_it_says(folder):
 
 
 def test_bits_per_byte_decide_the_best_epoch(folder, monkeypatch, capsys):
-    """Where the loss of the padding falls and rises otherwise; totals over nothing are no figure."""
-    script, found = load_script("train-gen"), []
+    """If loss and bits per byte disagree, because of the padding. Totals over nothing are None."""
+    script, totals = load_script("train-gen"), []
     for nats, counted_nats in ((10.0, 9.0), (20.0, 5.0), (15.0, 6.0)):
-        found.append(evaluation.SymbolTotals())
-        assert found[-1].loss is found[-1].bits_per_byte is None and found[-1].shown() == {}
-        found[-1].load([nats, counted_nats, 10, 2])
-    monkeypatch.setattr(script, "evaluate", lambda run: found[run.state.epoch])
+        totals.append(evaluation.SymbolTotals())
+        assert totals[-1].loss is totals[-1].bits_per_byte is None and totals[-1].shown() == {}
+        totals[-1].load([nats, counted_nats, 10, 2])
+    monkeypatch.setattr(script, "evaluate", lambda run: totals[run.state.epoch])
     monkeypatch.chdir(folder)
     for name, value in {**SETTINGS, "NUM_EPOCHS": 3}.items():
         monkeypatch.setattr(config, name, value)
@@ -107,7 +107,7 @@ def test_bits_per_byte_decide_the_best_epoch(folder, monkeypatch, capsys):
     keys = ("model", "optimizer", "lr_sched", "epoch", "best_epoch", "min_eval_loss")
     for state["epoch"], name in ((2, "weights.pth"), (3, "weights-last.pth")):
         torch.save({key: state[key] for key in keys}, folder / name)
-    monkeypatch.setattr(script, "evaluate", lambda run: found[0])
+    monkeypatch.setattr(script, "evaluate", lambda run: totals[0])
     monkeypatch.setattr(config, "NUM_EPOCHS", 4)
     script.main()
     assert "best score reset" in capsys.readouterr().out and load(folder / "weights.pth")["best_epoch"] == 4
@@ -129,7 +129,7 @@ def test_memory_at_paper_size_is_what_the_readme_has(monkeypatch, capsys):
 
 
 def test_learning_rate_moves_as_the_schedule_says(folder):
-    """The rate of the very optimizer that steps, as its checkpoints show it after each epoch's three steps."""
+    """The rate of the optimizer in the checkpoints, after each epoch's three steps."""
     for epochs, schedule, expected in [(10, "cosine", 0.0), (10, "constant", 1e-3)]:
         weights = f"{schedule}.pth"
         assert train(folder, NUM_EPOCHS=epochs, LR_SCHEDULE=schedule, WEIGHTS_PATH=weights).returncode == 0
@@ -152,7 +152,7 @@ def test_learning_rate_moves_as_the_schedule_says(folder):
 
 
 def test_a_rerun_goes_on_after_the_last_epoch(folder):
-    """Two epochs and two more end with the very weights and figures of four at once, dropout and crops included."""
+    """Two epochs and two more give the same bits as four at once, dropout and crops included."""
     settings = {"LR_SCHEDULE": "constant", "BATCH_SIZE": 16}  # fewer than ten steps in all: no warm-up in either
     assert train(folder, NUM_EPOCHS=4, WEIGHTS_PATH="a.pth", LOGS_PATH="a.txt", **settings).returncode == 0
     for epochs in (2, 4):
@@ -212,7 +212,7 @@ def make_empty(folder, *names):
 
 
 def test_pairs_and_inputs_in_upper_case(tmp_path):
-    """From training to MODE convert, which knows what the model has learned."""
+    """From training to MODE convert, with the directions recorded in the checkpoint."""
     for i in range(4):
         make_empty(tmp_path / "pairs", f"{i}.abc")
         (tmp_path / "pairs" / f"{i}.MID").write_bytes(b"x")
@@ -247,7 +247,7 @@ def test_pairs_and_inputs_in_upper_case(tmp_path):
 
 
 def test_the_default_folder_never_judges_a_model_of_other_files(folder):
-    """Evaluation files of the quick start are there, but nobody set EVAL_FOLDERS."""
+    """The quick start's evaluation files exist, but EVAL_FOLDERS is not set."""
     (folder / "cpu_states" / "test").mkdir(parents=True)
     (folder / "cpu_states" / "test" / "1.bin").write_bytes(b"abc")
     done = run_script("train-gen.py", *options(**{name: SETTINGS[name] for name in SETTINGS if name != "EVAL_FOLDERS"}), cwd=folder)
@@ -296,7 +296,7 @@ def test_bf16_learns_like_fp32(folder):
 
 
 def test_wandb(folder, tmp_path, monkeypatch):
-    """Off: never imported. On: offline if it is told to, and with one line where nobody is logged in."""
+    """Off: never imported. On: offline if set, and one line if nobody is logged in."""
     monkeypatch.chdir(folder)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "wandb", None)  # to import it is an error

@@ -1,4 +1,4 @@
-"""Training runs that are stopped, killed, resumed or changed, and their ends."""
+"""Training runs that are stopped, killed, resumed, changed or finished."""
 
 import contextlib
 import os
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture()
 def own_folder(folder, tmp_path):
-    """A working folder with the same files, which no other test leaves anything in."""
+    """A working folder with the same files, not shared with other tests."""
     for part in ("train", "eval"):
         shutil.copytree(folder / part, tmp_path / part)
     return tmp_path
@@ -64,7 +64,7 @@ def start(folder, name, num_processes=1, file_limit=None, **changes):
 
 
 def train(folder, name, **changes):
-    """Runs a training to its end, where nobody waits for a save within an epoch; returns its first process."""
+    """Runs a training to its end, without saves within an epoch. Returns its first process."""
     done = [process.wait() for process in start(folder, name, **{"SAVE_MINUTES": 10, **changes})]
     assert [process.returncode for process in done] == [0] * len(done), done[0].stderr
     return done[0]
@@ -88,7 +88,7 @@ def assert_same_end(folder, name, other):
 
 
 def wait_for(path, running):
-    """Waits until a file is there, as long as the first of some running processes runs."""
+    """Waits until a file exists, while the first of some processes runs."""
     while running[0].process.is_alive() and not path.exists():
         time.sleep(0.01)
 
@@ -100,7 +100,7 @@ def stop(folder, name, number, after=0.0, **changes):
 
 @pytest.fixture(scope="module", params=[(1, "muon"), (2, "adamw")])
 def uninterrupted(folder, request):
-    """The settings of a long run, with one process or two, and the name of one that nothing happened to."""
+    """The settings of a long run, with one process or two, and the name of an uninterrupted one."""
     num_processes, optimizer = request.param
     name, settings = f"whole{num_processes}", {"num_processes": num_processes, "OPTIMIZER": optimizer, "NUM_EPOCHS": 12}
     train(folder, name, **settings)
@@ -144,8 +144,8 @@ def test_the_gradient_is_that_of_the_whole_batch(folder):
     same["OPTIMIZER"] = "muon"  # it rounds to bf16, so its steps agree less closely
     train(folder, "muon", BATCH_SIZE=8, **same)
     train(folder, "muon-halves", BATCH_SIZE=4, ACCUMULATION_STEPS=2, num_processes=2, **same)
-    expected, found = (load(folder, f"{name}-last")["figures"] for name in ("muon", "muon-halves"))
-    assert found == pytest.approx(expected, rel=1e-3)
+    expected, actual = (load(folder, f"{name}-last")["figures"] for name in ("muon", "muon-halves"))
+    assert actual == pytest.approx(expected, rel=1e-3)
 
 
 def test_another_optimizer(folder):
@@ -162,7 +162,7 @@ def test_another_optimizer(folder):
 
 
 def test_more_processes_than_files_are_left(folder):
-    """In the last step of eleven files one of two processes has none: its spare batch counts nothing."""
+    """In the last step of eleven files one of two processes has none. Its dummy batch does not count."""
     same = {"DROPOUT": 0, "PATCH_SAMPLING_BATCH_SIZE": 0, "NUM_EPOCHS": 2}
     train(folder, "two", BATCH_SIZE=2, **same)
     train(folder, "one-each", BATCH_SIZE=1, num_processes=2, **same)
@@ -170,7 +170,7 @@ def test_more_processes_than_files_are_left(folder):
 
 
 def test_torchrun(folder):
-    """As users start it; only the first process prints."""
+    """As users start it. Only the first process prints."""
     arguments = options(**SETTINGS, WEIGHTS_PATH="torchrun.pth", LOGS_PATH="torchrun.txt")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train-gen.py"), *arguments],
@@ -184,15 +184,15 @@ def test_torchrun(folder):
 
 @pytest.mark.parametrize("missing", [("LOCAL_RANK",), ("MASTER_ADDR", "MASTER_PORT"), ("RANK",)])
 def test_what_a_job_system_left_in_the_environment_is_not_torchruns(monkeypatch, capsys, missing):
-    """Errors are printed, and the run is one of a single process."""
+    """Errors are printed, and the run has a single process."""
     for name, value in {**torchrun_environments(2)[1], "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}.items():
         monkeypatch.delenv(name, raising=False) if name in missing else monkeypatch.setenv(name, value)
     with distributed.connected_ranks() as ranks:
         assert (ranks.rank, ranks.count) == (0, 1)
     with pytest.raises(SystemExit), system.user_errors():
         raise system.UserError("WEIGHTS_PATH: wrong")
-    found = capsys.readouterr()
-    assert found.err == "error: WEIGHTS_PATH: wrong\n" and "note: WORLD_SIZE is set" in found.out
+    printed = capsys.readouterr()
+    assert printed.err == "error: WEIGHTS_PATH: wrong\n" and "note: WORLD_SIZE is set" in printed.out
     monkeypatch.setenv("WORLD_SIZE", "")
     assert system.torchrun_rank() == (0, 1)
 
@@ -234,28 +234,28 @@ def test_unreadable_files_are_left_out_before_training(folder):
 
 
 def test_other_evaluation_files_reset_the_best_score(folder):
-    """Their figures do not compare; the former best model is kept."""
+    """The best score is reset, and the former best model is kept."""
     (folder / "pool").mkdir()
     for i in range(10):
         (folder / "pool" / f"{i}.bin").write_bytes(b"x" * i)
-    held = {"TRAIN_FOLDERS": ["pool"], "EVAL_FOLDERS": [], "EVAL_SPLIT": 0.3}
-    train(folder, "pool", **held, NUM_EPOCHS=1)
+    hold_out = {"TRAIN_FOLDERS": ["pool"], "EVAL_FOLDERS": [], "EVAL_SPLIT": 0.3}
+    train(folder, "pool", **hold_out, NUM_EPOCHS=1)
     best, before = [(folder / f"pool{part}.pth").read_bytes() for part in ("", "-last")]
     for i in range(10, 30):
         (folder / "pool" / f"{i}.bin").write_bytes(b"x" * i)
-    message = one_message(start(folder, "pool", **held, NUM_EPOCHS=2)[0].wait())
+    message = one_message(start(folder, "pool", **hold_out, NUM_EPOCHS=2)[0].wait())
     assert message.startswith("error: TRAIN_FOLDERS, EVAL_FOLDERS:") and (folder / "pool-last.pth").read_bytes() == before
-    message = one_message(start(folder, "pool", **held, NUM_EPOCHS=2, SEED=1)[0].wait())
+    message = one_message(start(folder, "pool", **hold_out, NUM_EPOCHS=2, SEED=1)[0].wait())
     assert "SEED was 0 and is now 1" in message
-    done = train(folder, "pool", **held, NUM_EPOCHS=2, ALLOW_CHANGED_FILES=True)
+    done = train(folder, "pool", **hold_out, NUM_EPOCHS=2, ALLOW_CHANGED_FILES=True)
     assert "best score reset" in done.stdout
     assert load(folder, "pool")["best_epoch"] == 2 and (folder / "pool.pth.bak").read_bytes() == best
     (folder / "pool.pth.bak").unlink()
-    assert "reset" not in train(folder, "pool", **held, NUM_EPOCHS=3).stdout
+    assert "reset" not in train(folder, "pool", **hold_out, NUM_EPOCHS=3).stdout
 
 
 def test_the_files_of_runs_are_no_data(tmp_path, folder):
-    """`--TRAIN_FOLDERS .`: weights, log, backups, outputs and wandb are left out, and the run goes on."""
+    """`--TRAIN_FOLDERS .`: weights, log, backups, outputs and wandb are left out, and the run resumes."""
     for i in range(6):
         (tmp_path / f"{i}.bin").write_bytes(b"x" * i)
     shutil.copytree(folder / "eval", tmp_path / "eval")
@@ -274,7 +274,7 @@ def test_the_files_of_runs_are_no_data(tmp_path, folder):
 
 
 def test_the_same_data_under_another_name(folder, tmp_path):
-    """A run goes on in a moved folder, to the end that it would have come to; so do two spellings of one place."""
+    """A run resumes in a moved folder or with another spelling of it, bit for bit."""
     moved, same = {"TRAIN_FOLDERS": ["train", "many"]}, {"NUM_EPOCHS": 2}
     train(folder, "stayed", **moved, **same)
     assert stop(folder, "moved", signal.SIGTERM, **moved, **same)[0].returncode == 143
@@ -315,7 +315,7 @@ def test_another_conversion_mode_stops_a_rerun(folder):
 
 @pytest.mark.parametrize("changes", [{"SEED": 5}, {"num_processes": 2, "BATCH_SIZE": 1}])
 def test_changes_that_restart_an_epoch(folder, changes):
-    """Another order of the files, or other shares of the ranks: every file of the epoch is seen again, once."""
+    """Another order of the files, or other shares of the ranks, restarts the epoch: it sees every file once."""
     name, same = f"restarts{len(changes)}", {"NUM_EPOCHS": 1, "TRAIN_FOLDERS": ["train", "many"]}
     assert stop(folder, name, signal.SIGTERM, **same)[0].returncode == 143
     assert 0 < load(folder, f"{name}-last")["position"] < 71
@@ -338,13 +338,13 @@ def test_a_full_disk_does_not_end_a_run(folder):
 
 
 def test_workers_end_with_a_killed_run(folder):
-    """Nobody is left to tell them: they must notice."""
+    """The workers must notice it."""
     if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
         pytest.skip("this system does not tell the children of a process")
     process = start(folder, "orphans", NUM_WORKERS=2, NUM_EPOCHS=10000)[0]
     children = Path(f"/proc/{process.process.pid}/task/{process.process.pid}/children")
     workers, deadline = [], time.monotonic() + 60
-    while len(workers) < 2 and time.monotonic() < deadline:  # they are started anew for each epoch
+    while len(workers) < 2 and time.monotonic() < deadline:  # they are restarted for each epoch
         workers = children.read_text().split()
     assert len(workers) == 2
     process.send(signal.SIGKILL)
@@ -356,7 +356,7 @@ def test_workers_end_with_a_killed_run(folder):
 
 
 def is_running(pid: str) -> bool:
-    """Whether a process still runs: one that ended stays listed as a zombie where process 1 collects no orphans."""
+    """Whether a process still runs. Zombies do not count, as process 1 may not reap orphans."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -364,7 +364,7 @@ def is_running(pid: str) -> bool:
 
 
 def test_weights_with_nan_are_not_saved(folder):
-    """The step itself may break them, after a finite loss; the run can then resume from before."""
+    """A step may make them NaN after a finite loss. The run can resume from the checkpoint before."""
     done = start(folder, "broken", LEARNING_RATE=1e39)[0].wait()
     assert "NaN" in one_message(done) and "LEARNING_RATE" in done.stderr
     train(folder, "broken")
@@ -462,7 +462,7 @@ def children_of(process):
 
 
 def test_a_reader_that_is_killed_ends_a_run(folder):
-    """As when memory is short. The last finished step is saved."""
+    """As if memory is short. The last finished step is saved."""
     if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
         pytest.skip("this system does not list the children of a process")
     settings = {"NUM_WORKERS": 1, "NUM_EPOCHS": 10000, "TRAIN_FOLDERS": ["train", "many"], "SAVE_MINUTES": 60}

@@ -48,9 +48,9 @@ def test_every_patch_but_the_first_is_predicted_once(sizes, length, cut, seed):
     ):
         assert len(windows) == sum(len(windows.of(index)) for index in range(len(examples)))
         numbers = np.arange(len(windows))
-        found = list(zip(*map(np.ndarray.tolist, windows.bounds(numbers))))
-        assert found == [(index, *window) for index in range(len(examples)) for window in windows.of(index)]
-        assert windows.lengths(numbers).tolist() == [last - first for _, first, last, _ in found]
+        spans = list(zip(*map(np.ndarray.tolist, windows.bounds(numbers))))
+        assert spans == [(index, *window) for index in range(len(examples)) for window in windows.of(index)]
+        assert windows.lengths(numbers).tolist() == [last - first for _, first, last, _ in spans]
         for index, (begin, end) in enumerate(spans):
             predicted = []
             for nth, (first, last, start) in enumerate(windows.of(index)):
@@ -80,7 +80,7 @@ def test_training_windows_begin_elsewhere_in_each_epoch():
 
     assert ends(0, 1) == ends(0, 1)
     firsts = [ends(0, epoch)[0] for epoch in range(300)]
-    assert set(firsts) == set(range(2, 65))  # every place where a window can begin
+    assert set(firsts) == set(range(2, 65))  # every position where a window can begin
     assert ends(0, 1) != ends(0, 2) and ends(0, 1) != ends(1, 1)
     both = [ends(0, epoch) for epoch in range(5)]
     assert any(each[: len(each) // 2] != each[len(each) // 2 :] for each in both)  # each file for itself
@@ -94,14 +94,14 @@ def test_a_window_holds_the_bytes_of_its_patches(tmp_path_factory, size, patch_s
     whole = utils.to_patches(content, "xy", patch_size)
     evaluation = windowing.evaluation_windows(examples, patch_size, patch_length)
     for windows in (evaluation, windowing.training_windows(examples, patch_size, patch_length, [seed])):
-        found, times = np.full(size + 1, -1), np.zeros(size + 1, dtype=int)
+        symbols, times = np.full(size + 1, -1), np.zeros(size + 1, dtype=int)
         for index, window in windows.by_length():
             patches, counted, context = windows.read(index, window)
             assert np.array_equal(patches, whole[window[0] : window[1]]) and len(counted) == len(patches)
             predicted = windows.predicted_symbols(index, window)
-            found[predicted] = patches[context:].reshape(-1)[: max(predicted.stop - predicted.start, 0)]
+            symbols[predicted] = patches[context:].reshape(-1)[: max(predicted.stop - predicted.start, 0)]
             times[predicted] += 1
-        assert (times == 1).all() and found.tolist() == [*content, utils.END]
+        assert (times == 1).all() and symbols.tolist() == [*content, utils.END]
         batch = utils.Batch(windows[i] for i in range(len(windows)))
         assert batch.lengths.tolist() == windows.lengths(np.arange(len(windows))).tolist()
         targets = batch.patches[:, 1:][batch.targets]  # (N, S)
@@ -125,7 +125,7 @@ def test_windows_of_a_huge_file_take_no_memory():
     assert first[0] == 0 and last[1] == windows.totals[0] == 2**46 + 2 and index.tolist() == [0, 0]
 
 
-# ---- What is held out -----------------------------------------------------------------------------------------------
+# ---- The held-out set -----------------------------------------------------------------------------------------------
 
 
 def test_a_lone_file_gives_its_end(capsys):
@@ -220,10 +220,10 @@ def test_evaluation_covers_long_files_like_mode_evaluate(text_folder):
     arguments = options(MODE="evaluate", INPUT_FOLDER="eval", PRECISION="fp32", INFERENCE_WEIGHTS_PATH="weights-last.pth")
     done = run_script("inference.py", *arguments, cwd=text_folder)
     assert done.returncode == 0, done.stderr
-    found = json.loads((text_folder / "output" / "evaluation.json").read_text())["groups"]["all"]
+    scores = json.loads((text_folder / "output" / "evaluation.json").read_text())["groups"]["all"]
     figures = torch.load(text_folder / "weights-last.pth", weights_only=True)["figures"]
-    assert figures["eval_bits_per_byte"] == pytest.approx(found["bits_per_byte"][0], rel=1e-5)
-    assert figures["eval_loss"] == pytest.approx(found["nats_per_symbol"][0], rel=1e-5)
+    assert figures["eval_bits_per_byte"] == pytest.approx(scores["bits_per_byte"][0], rel=1e-5)
+    assert figures["eval_loss"] == pytest.approx(scores["nats_per_symbol"][0], rel=1e-5)
 
 
 def test_another_way_with_long_files_resumes(text_folder):
