@@ -322,7 +322,8 @@ def test_no_halt_ends_after_each_instruction_once(tmp_path):
     data = build(["INC A"] * 16)
     assert len(data) == 64 + 9 * 17
     result, _ = evaluate(tmp_path, *one_file(tmp_path, data))
-    assert result["exact_files"]["share"] == 1 and result["exact_states"]["total"] == 16 and list(result["malformed"]) == ["no HLT"]
+    assert result["exact_files"]["share"] == 1 and result["exact_states"]["total"] == 16
+    assert list(result["malformed"]) == ["no HLT"]
     result, _ = evaluate(tmp_path, *one_file(tmp_path, build([])))  # a memory of zeros is one HLT
     assert result["exact_files"]["share"] == 1 and result["exact_states"]["total"] == 1 and result["malformed"] == {}
 
