@@ -1,7 +1,7 @@
 """CPU states: the data to learn a processor from. bgpt/cpu.py describes the machine and its files.
 
     python cpu-simulation.py --mode generate     writes random programs and their states to DIR/train and DIR/test
-    python cpu-simulation.py --mode translate    shows one .bin file as text
+    python cpu-simulation.py --mode translate    writes one .bin file as text
     python cpu-simulation.py --mode evaluate     compares the .bin files in a folder with the true states of their programs
 """
 

@@ -66,21 +66,21 @@ def to_patches(content, extension, patch_size):
 
 
 def to_content(symbols):
-    """Returns a file's content, bytes, from its symbols after the extension patch. It ends at the first 256."""
+    """Returns a file's content, bytes, from its symbols (integers, any shape) without the extension patch, up to a 256."""
     symbols = np.asarray(symbols).reshape(-1)
     ends = np.flatnonzero(symbols == END)
     return symbols[: ends[0] if len(ends) else None].astype(np.uint8).tobytes()
 
 
 def count_patches(size, patch_size):
-    """Returns how many patches files of `size` bytes have, extension patch and end patch included."""
+    """Returns the number of patches of a file, extension patch and end patch included. `size` is in bytes, int or array."""
     return -(-size // patch_size) + 2
 
 
 def read_bytes(path, start=0, stop=None, size=None):
     """Returns the bytes `start` to `stop` - 1 of a file (None = to its end).
 
-    Raises OSError with the path if the file is unreadable, is longer or shorter than its size, or has not `size` bytes.
+    Raises OSError with the path if the file is unreadable, not of `size` bytes (None = any), or not as long as reported.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -174,7 +174,7 @@ class Examples:
         return Examples(self.files, self.indices[indices], parts)
 
     def lengths(self, patch_size, indices=slice(None)):
-        """Returns how many patches the whole sequences of some examples have, int64 (n,)."""
+        """Returns the number of patches of each example's whole sequence, int64 (n,)."""
         sizes = self.sizes(indices)
         return -(-sizes // patch_size).sum(-1) + sizes.shape[-1] + 1  # an extension patch for each file, one end patch
 
@@ -221,7 +221,7 @@ class ByteDataset:
         return np.random.default_rng([*self.crop_seed, zlib.crc32(os.fsencode(name))])
 
     def lengths(self, indices):
-        """Returns how many patches the sequences at `indices`, an integer array, have; int64 (n,)."""
+        """Returns the number of patches of each sequence at `indices`, int64 (n,)."""
         return self.examples.lengths(self.patch_size, indices).clip(max=self.patch_length)
 
 
@@ -243,14 +243,14 @@ def balanced_parts(lengths, count):
 
 
 class Batch:
-    """Sequences from a `ByteDataset`, padded with 256 on the right.
+    """Sequences as in `ByteDataset`, padded with 256 on the right.
 
     Attributes:
         lengths: int64 array (B,), patches of each sequence.
         patches: int16 (B, P, S).
         masks: uint8 (B, P), 1 at real patches.
         counted: bool (B, P, S), true at the symbols that count for bits per byte.
-        targets: bool (B, P-1), true at the patches to predict, starting with each sequence's second patch.
+        targets: bool (B, P-1), true at the patches to predict, of patches 1 to P-1.
     """
 
     def __init__(self, sequences):
@@ -265,7 +265,7 @@ class Batch:
         self.targets = ((position >= torch.tensor(contexts)[:, None]) & (position < lengths))[:, 1:]
 
     def split(self, parts):
-        """Returns at most `parts` pairs (indices, an int64 array, and their Batch), see `balanced_parts`."""
+        """Returns at most `parts` pairs (indices int64 (n,), their Batch), see `balanced_parts`."""
         return [(rows, Batch(self._sequences[i] for i in rows)) for rows in balanced_parts(self.lengths, parts) if len(rows)]
 
     def patches_on(self, device):
@@ -306,7 +306,7 @@ def _begin_worker(index):
 
 
 def batches(dataset, index_batches, num_workers=0):
-    """Yields a Batch for each array of indices, for an empty array a dummy batch.
+    """Yields a Batch for each array of indices, a dummy batch for an empty one.
 
     `num_workers` processes read the items of `dataset`, a ByteDataset or `bgpt.windows.Windows`. They send NumPy arrays through
     pipes, since containers have little shared memory. They ignore stop signals. The main process ends them after its current
@@ -345,9 +345,9 @@ MOST_KEPT = 2**26
 
 
 def dropout(x, rate):
-    """Returns x after dropout. On a CPU, `rate` is accurate to 2**-17.
+    """Returns x after dropout, the kept elements scaled up. On a CPU, `rate` is accurate to 2**-17.
 
-    PyTorch's own dropout draws a whole random number for each element. 16 bits for each are several times faster on a CPU.
+    PyTorch draws a whole random number for each element. On a CPU, 16 bits for each are several times faster.
     """
     if rate == 0:
         return x
@@ -374,7 +374,7 @@ def attend(qkv, rate=0.0):
     blocks = []
     for start in range(0, length, BLOCK):
         end = min(start + BLOCK, length)
-        # slices made block by block, so that the backward pass adds up and frees their gradients block by block
+        # sliced block by block, so that the backward pass adds up and frees gradients block by block
         block = queries[:, start:end], keys[:, :end], values[:, :end], rate
         # recomputation draws the same dropout, since it restores the state of the generator
         blocks.append(_attend_block(*block) if is_kept else recompute(_attend_block, *block, use_reentrant=False))
@@ -618,7 +618,7 @@ class bGPTLMHeadModel(FileModel):
         """Returns the BytePrediction of the N target patches, ordered by sequence, then patch.
 
         `patches`, int64 (B, P, S) or (B, P·S), and `masks`, integers (B, P), are as in `PatchLevelDecoder.encode`.
-        `targets`, bool (B, P-1), is true at the patches to predict, from the second on. None = all real ones.
+        `targets`, bool (B, P-1), is true at the patches to predict, of patches 1 to P-1. None = all real ones.
         """
         patches = patches.reshape(len(patches), -1, self.patch_size)  # (B, P·S) -> (B, P, S)
         encoded, ragged = self.patch_level_decoder.encode(patches, masks)  # (N real patches, D)
