@@ -7,11 +7,11 @@
 
 
 def load(path, device=None, precision="auto"):
-    """Returns the model of a checkpoint: a `bgpt.model.Generator`, or a `bgpt.model.Classifier`.
+    """Returns the model of a checkpoint, a `bgpt.model.Generator` or `bgpt.model.Classifier`.
 
     Args:
-        path: the checkpoint, `.pth` or `.safetensors`. No code in it is run.
-        device: "cpu", "cuda", …; None = a GPU if there is one.
+        path: the checkpoint, `.pth` or `.safetensors`. Code in it is never run.
+        device: "cpu", "cuda", … None = a GPU if there is one, else the CPU.
         precision: "auto", "fp32", "bf16" or "fp16", as PRECISION in config.py.
 
     Raises:

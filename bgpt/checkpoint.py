@@ -1,29 +1,29 @@
-"""Checkpoints: `.pth` files, each a dict saved by torch.save, read without running any code in them.
+"""Checkpoints: dicts in `.pth` files, loaded without running code in them.
 
 key            | type or shape                              | meaning
 ---------------|--------------------------------------------|--------------------------------------------------------------
 model          | {name: tensor}, see below                  | the weights
-optimizer      | AdamW.state_dict()                         | its moments, in the order of the model's parameters
+optimizer      | the optimizer's state_dict()               | its moments, AdamW's in the order of the parameters
 lr_sched       | LambdaLR.state_dict()                      | the learning-rate schedule, recreated on resuming
 epoch          | int                                        | finished epochs
-best_epoch     | int                                        | the epoch with the best evaluation so far; 0 = none
-min_eval_loss  | float                                      | its loss, nats per symbol, or inf; of a generative model
-min_eval_bits_per_byte | float                              | * its bits per byte of content, which decide, or inf; the same
-max_eval_acc   | float                                      | its accuracy, from 0 to 1, or -inf; of a classifier
-labels         | {str: int}                                 | index of each label ("Business.txt"); of a classifier
-label_mode     | "name", "prefix", "folder" or "path"       | * LABELS; of a classifier
-best_loss      | float                                      | * eval loss of the best epoch; decides between equal figures
-extensions     | [str]                                      | * of the training files, as extension patches have them; if few
+best_epoch     | int                                        | the epoch with the best evaluation so far, 0 = none
+min_eval_loss  | float                                      | its loss, nats per symbol, or inf (generative models)
+min_eval_bits_per_byte | float                              | * its bits per byte, which decide, or inf (generative models)
+max_eval_acc   | float                                      | its accuracy, from 0 to 1, or -inf (classifiers)
+labels         | {str: int}                                 | index of each label, as "Business.txt" (classifiers)
+label_mode     | "name", "prefix", "folder" or "path"       | * LABELS (classifiers)
+best_loss      | float                                      | * eval loss of the best epoch, for ties
+extensions     | [str]                                      | * of the training files, as in extension patches, if few
 file_hashes    | int64 (n,)                                 | * hashes of the training files' real paths, if few
-scaler         | GradScaler.state_dict()                    | * of PRECISION fp16, else empty
-position       | int                                        | * examples of the current epoch that all ranks have done
+scaler         | GradScaler.state_dict()                    | * loss scale of PRECISION fp16, else empty
+position       | int                                        | * finished examples of the current epoch, of all ranks
 totals         | [[float]], one for each rank               | * running sums of the current epoch
-random_states  | [{"cpu": uint8 (n,), "cuda": same or None}]| * PyTorch's generators of each rank, for dropout
+random_states  | [{"cpu": uint8 (n,), "cuda": same or None}]| * PyTorch's generator states of each rank, for dropout
 figures        | {str: float}                               | * figures of the last finished epoch
-report         | str                                        | * the best epoch's report; of a classifier
+report         | str                                        | * the best epoch's report (classifiers)
 run_id         | str                                        | * the same in all files of a run
 data           | {"TRAIN_FOLDERS": str, "EVAL_FOLDERS": str}| * SHA-256 of each set's names and sizes, see `examples.digest`
-config         | {str: plain value}                         | * the constants that bear on training
+config         | {str: plain value}                         | * the constants of training
 
 Published files have the keys without *. The tensors of `model`, with S = PATCH_SIZE, D = HIDDEN_SIZE:
 
@@ -31,10 +31,10 @@ Published files have the keys without *. The tensors of `model`, with S = PATCH_
     patch_level_decoder.base.…                   a GPT2Model: wpe.weight (PATCH_LENGTH, D), h.0 …, ln_f
     byte_level_decoder.base.…                    a GPT2LMHeadModel: transformer.wte.weight (257, D), transformer.wpe.weight
                                                  (S + 1, D), transformer.h.0 …, lm_head.weight, tied to wte.weight
-    classifier.weight (labels, D), .bias         in a classifier, in place of the byte-level decoder
+    classifier.weight (labels, D), .bias         in a classifier, instead of the byte-level decoder
 
-Published files also have buffers of old transformers, ….attn.bias and ….attn.masked_bias, which are dropped. A dict of the
-tensors alone, names that begin with "module." or "_orig_mod." (other wrappers of PyTorch), and .safetensors files load too.
+Published files also have buffers of old transformers, ….attn.bias and ….attn.masked_bias, which are dropped. Bare state dicts,
+.safetensors files, and names with the prefixes "module." and "_orig_mod." of PyTorch's wrappers load too.
 """
 
 import contextlib
@@ -55,16 +55,16 @@ from utils import HEAD_SIZE, NUM_SYMBOLS, ModelSizes
 
 
 class DamagedCheckpoint(UserError):
-    """A file that exists, but cannot be read as a checkpoint."""
+    """An existing file that cannot be loaded as a checkpoint."""
 
 
 def save_checkpoint(path, checkpoint):
-    """Saves a dict of plain types and tensors at `path`, whole or not at all, see `system.write_whole`."""
+    """Saves a dict of plain types and tensors atomically, see `system.write_whole`."""
 
     def write(file):
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as error:  # torch.save's error when a write fails, on a full disk or by a second Ctrl-C
+        except RuntimeError as error:  # also raised by torch.save for a full disk or a second Ctrl-C
             if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
                 raise error.__context__ from None
             raise
@@ -73,28 +73,28 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path, name, mmap=False):
-    """Returns the dict in a checkpoint, its tensors on the CPU. No code in the file is ever run.
+    """Returns the dict of a checkpoint, its tensors on the CPU. Code in the file is never run.
 
-    Messages begin with `name`, the constant with the path. With `mmap` the tensors stay in the file until they are used.
+    `name` is the constant with the path, for messages. With `mmap` tensors are read from the file when they are used.
     Raises UserError if the file is missing or unreadable, DamagedCheckpoint if it is no checkpoint or could run code.
     """
     system.check_checkpoint(path, name)
     try:
         with open(path, "rb") as file:
-            is_safetensors = file.read(9)[8:] == b"{"  # 8 bytes of length, then a JSON dict
+            is_safetensors = file.read(9)[8:] == b"{"  # after 8 bytes of length, a JSON dict
         if is_safetensors:
             from safetensors.torch import load_file
 
             checkpoint = {"model": load_file(path)}
         else:
-            with warnings.catch_warnings(action="ignore"):  # about files that are no checkpoints
+            with warnings.catch_warnings(action="ignore"):  # for files that are no checkpoints
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch.load raises the errors of its readers: pickle, zip, end of file, key, type…
-        if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # a seek in a file cut short
+    except Exception as error:  # torch.load raises many types, also of pickle and zipfile
+        if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # EINVAL: a seek in a truncated file
             raise UserError(f"{name}: cannot read {path!r}: {error.strerror}") from None
-        raise DamagedCheckpoint(f"{name}: cannot load {path!r}: {_what_it_is(path, error)}") from None
+        raise DamagedCheckpoint(f"{name}: cannot load {path!r}: {_describe_damage(path, error)}") from None
     if isinstance(checkpoint, dict) and "model" not in checkpoint and checkpoint:
-        checkpoint = {"model": checkpoint}  # the tensors alone
+        checkpoint = {"model": checkpoint}  # a bare state dict
     state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(key, str) and _is_plain_tensor(state[key]) for key in state):
         raise DamagedCheckpoint(f"{name}: {path!r} is no bGPT checkpoint: its 'model' should be a dict of dense tensors")
@@ -103,28 +103,29 @@ def load_checkpoint(path, name, mmap=False):
     return checkpoint
 
 
-def _what_it_is(path, error):
-    """Returns a description of a file that did not load because of `error`, and how to get the right one."""
+def _describe_damage(path, error):
+    """Returns why a file did not load, and how to get the right one."""
     with open(path, "rb") as file:
         beginning = file.read(256)
     if beginning.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, not the weights; `git lfs pull` fetches them"
+        return "it is a Git LFS pointer, not the weights. Run `git lfs pull` to fetch them"
     if beginning.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<":  # some begin with UTF-8's byte order mark
-        return "it is a web page, not the weights; download the file itself, with the page's Download button"
-    if isinstance(error, pickle.UnpicklingError) and beginning.startswith((b"PK", b"\x80")):  # how torch.save begins
-        return "it holds more than plain types and tensors, which could run code, so it is refused"
-    return "it is damaged, cut short, or no checkpoint at all"
+        return "it is a web page, not the weights. Use the page's Download button"
+    if isinstance(error, pickle.UnpicklingError) and beginning.startswith((b"PK", b"\x80")):  # as torch.save's files begin
+        return "it has more than plain types and tensors, which could run code, so it is refused"
+    return "it is damaged, truncated, or no checkpoint"
 
 
 def _is_plain_tensor(value):
-    """Returns whether a value is a plain tensor with storage for all its numbers; a few bytes can claim any shape."""
+    """Returns whether a value is a dense CPU tensor with storage for its whole shape."""
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         return False
+    # a few bytes can claim any shape
     return value.untyped_storage().nbytes() >= value.numel() * value.element_size() and not value.is_complex()
 
 
 def model_sizes(state, where):
-    """Returns the ModelSizes of a `model` dict; UserError if the tensors that decide are missing or contradict each other."""
+    """Returns the ModelSizes of a `model` dict. Raises UserError if its tensors are missing or contradict each other."""
 
     def shape(key):
         if key not in state or state[key].dim() != 2:
@@ -132,10 +133,10 @@ def model_sizes(state, where):
         return state[key].shape
 
     def layers(prefix):
-        found = {m[1] for m in (re.match(rf"{re.escape(prefix)}\.h\.(\d+)\.", key) for key in state) if m}
-        if not found or found != {str(layer) for layer in range(len(found))}:
+        indices = {m[1] for m in (re.match(rf"{re.escape(prefix)}\.h\.(\d+)\.", key) for key in state) if m}
+        if not indices or indices != {str(layer) for layer in range(len(indices))}:
             raise UserError(f"{where}: its layers should be {prefix}.h.0, .h.1 and so on, without gaps")
-        return len(found)
+        return len(indices)
 
     width, inputs = shape("patch_level_decoder.patch_embedding.weight")
     if inputs % NUM_SYMBOLS or inputs == 0 or width % HEAD_SIZE or width == 0:
@@ -153,11 +154,11 @@ def model_sizes(state, where):
 
 
 def load_weights(model, state, where):
-    """Copies a `model` dict into a model; UserError lists every tensor that is missing, unknown or of another shape."""
+    """Copies a `model` dict into a model. Raises UserError with every tensor that does not fit."""
     own = model.state_dict()
     tied, source = "byte_level_decoder.base.lm_head.weight", "byte_level_decoder.base.transformer.wte.weight"
     if tied in own and source in state:
-        state = {tied: state[source], **state}  # files may leave out the tied tensor
+        state = {tied: state[source], **state}  # some files omit the tied tensor
         if state[tied].shape != state[source].shape or not torch.equal(state[tied], state[source]):
             raise UserError(f"{where}: {tied} differs from {source}, to which it is tied")
     wrong = [f"{key} is missing" for key in own if key not in state]
@@ -175,11 +176,11 @@ def load_weights(model, state, where):
 def load_optimizer(optimizer, state):
     """Checks and loads an optimizer's moments. The optimizer keeps its learning rates and other settings.
 
-    The fused step does not check shapes: with moments of a wrong one it would read beyond their memory. Raises ValueError,
+    The fused step does not check shapes, so that smaller moments would make it read beyond their memory. Raises ValueError,
     KeyError, TypeError, IndexError or AttributeError if these are not the moments of the optimizer's parameters.
     """
     groups = optimizer.state_dict()["param_groups"]
-    # Muon's groups have a momentum
+    # only Muon's groups have a momentum
     parameters = [(p, "momentum" in group) for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
         parameter, is_muon = parameters[index]
@@ -196,7 +197,7 @@ def load_optimizer(optimizer, state):
 
 
 def load_model(path, name="path"):
-    """Returns (model, checkpoint), the model with the checkpoint's sizes and weights, in training mode; see `load_checkpoint`."""
+    """Returns the model of a checkpoint, in training mode, and the checkpoint. See `load_checkpoint`."""
     checkpoint, where = load_checkpoint(path, name), f"{name}: {path!r}"
     model = model_sizes(checkpoint["model"], where).build()
     load_weights(model, checkpoint["model"], where)
@@ -213,22 +214,23 @@ def label_list(checkpoint, where):
 
 
 def check_sizes(wanted, state, where):
-    """Raises UserError if a `model` dict has other sizes than the ModelSizes `wanted`, with the constants to change."""
-    found = model_sizes(state, where)
-    if found.kind != wanted.kind:
-        raise UserError(f"{where} is a {found.kind}; here a {wanted.kind} is needed")
-    if found.num_labels != wanted.num_labels:
+    """Checks a `model` dict against the ModelSizes `wanted`. Raises UserError with the constants to change."""
+    actual = model_sizes(state, where)
+    if actual.kind != wanted.kind:
+        raise UserError(f"{where} is a {actual.kind}; here a {wanted.kind} is needed")
+    if actual.num_labels != wanted.num_labels:
         raise UserError(
-            f"{where} has {found.num_labels} labels, but the files of TRAIN_FOLDERS have {wanted.num_labels}: give another path; "
-            "to start from its patch-level decoder, set PRE_WEIGHTS_PATH to it and LOAD_FROM_PRE_CHECKPOINT to True"
+            f"{where} has {actual.num_labels} labels, but the files of TRAIN_FOLDERS have {wanted.num_labels}: "
+            "give another path. To start from its patch-level decoder, set PRE_WEIGHTS_PATH to it and "
+            "LOAD_FROM_PRE_CHECKPOINT to True"
         )
-    pairs = zip(dataclasses.asdict(found).items(), dataclasses.asdict(wanted).values())
+    pairs = zip(dataclasses.asdict(actual).items(), dataclasses.asdict(wanted).values())
     if changes := ", ".join(f"{name} = {old} (now {new})" for (name, old), new in pairs if old != new):
         raise UserError(f"{where} is a model of other sizes: set {changes}, or give another path")
 
 
 def load_sized_weights(model, sizes, path, name):
-    """Loads a checkpoint's weights into a model of ModelSizes `sizes` and returns the checkpoint, or raises UserError."""
+    """Loads a checkpoint's weights into a model and returns the checkpoint. Raises UserError if ModelSizes `sizes` differ."""
     checkpoint = load_checkpoint(path, name)
     check_sizes(sizes, checkpoint["model"], f"{name}: {path!r}")
     load_weights(model, checkpoint["model"], f"{name}: {path!r}")
@@ -239,31 +241,31 @@ def load_sized_weights(model, sizes, path, name):
 
 
 class RunFiles:
-    """The files of a run, which rank 0 writes: its best model at WEIGHTS_PATH, its latest state next to it, its log."""
+    """The files of a run: best model, latest state and log. Only rank 0 writes them."""
 
     def __init__(self, weights_path, logs_path):
         self.best, self.latest, self.log = weights_path, latest_path(weights_path), logs_path
-        self._own = set()  # those of the two that this run has written
+        self._own = set()  # the checkpoints that this run has written
 
     def check(self, kind):
-        """Raises UserError if a file cannot be written, or a model of another kind would be replaced."""
+        """Raises UserError if a file is not writable or has a model of another kind."""
         system.check_writable(self.log, "LOGS_PATH")
         for path in (self.best, self.latest):
             system.check_writable(path, "WEIGHTS_PATH")
             if os.path.realpath(path) == os.path.realpath(self.log):
-                raise UserError(f"LOGS_PATH: {self.log!r} is where the run saves its weights; it must be another file")
-            found = None
-            with contextlib.suppress(UserError):  # a file that is no checkpoint will be kept as a backup
-                found = model_sizes(load_checkpoint(path, "WEIGHTS_PATH", mmap=True)["model"], path)
-            if found is not None and found.kind != kind:
-                raise UserError(f"WEIGHTS_PATH: {path!r} is a {found.kind}; here a {kind} is trained: give another path")
+                raise UserError(f"LOGS_PATH: {self.log!r} is a file of the run's weights; give another path")
+            sizes = None
+            with contextlib.suppress(UserError):  # a file that is no checkpoint will get a backup
+                sizes = model_sizes(load_checkpoint(path, "WEIGHTS_PATH", mmap=True)["model"], path)
+            if sizes is not None and sizes.kind != kind:
+                raise UserError(f"WEIGHTS_PATH: {path!r} is a {sizes.kind}; here a {kind} is trained: give another path")
 
     def newest(self):
-        """Returns the path to resume from: the latest state, or else the best model. None without either."""
+        """Returns the path to resume from: the latest state, else the best model, else None."""
         return next((path for path in (self.latest, self.best) if os.path.exists(path)), None)
 
     def find_own(self, run_id):
-        """Finds the files that this run has written; returns whether its best model is there."""
+        """Finds the checkpoints that this run has written. Returns whether the best model is one."""
         for path in (self.best, self.latest):
             with contextlib.suppress(UserError):
                 if load_checkpoint(path, "WEIGHTS_PATH", mmap=True).get("run_id") == run_id:
@@ -271,14 +273,14 @@ class RunFiles:
         return self.best in self._own
 
     def save(self, path, contents):
-        """Saves a checkpoint at one of the two paths, and returns whether that succeeded; another run's file gets a backup."""
+        """Saves a checkpoint at `best` or `latest`. Backs up another run's file. Returns whether saving succeeded."""
         try:
             if path not in self._own:
                 system.print_backups([system.keep_backup(path)])
                 self._own.add(path)
             save_checkpoint(path, contents)
         except OSError as error:
-            print(f"cannot save {path}: {error.strerror}; the file there is unchanged, and the run continues")
+            print(f"cannot save {path}: {error.strerror}; the old file is unchanged, and the run continues")
             return False
         return True
 

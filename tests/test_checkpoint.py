@@ -202,10 +202,10 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
 @pytest.mark.parametrize(
     "content, words",
     [
-        (POINTER, "it is a Git LFS pointer, .* `git lfs pull` fetches them"),
-        (b"<!DOCTYPE html>\n<html>", "it is a web page, not the weights; download the file itself"),
+        (POINTER, "it is a Git LFS pointer, .* `git lfs pull`"),
+        (b"<!DOCTYPE html>\n<html>", "it is a web page, not the weights"),
         (b"\xef\xbb\xbf\r\n <html lang='en'>", "it is a web page"),
-        (b"12345678{not what it seems", "it is damaged, cut short, or no checkpoint at all"),
+        (b"12345678{not what it seems", "it is damaged, truncated, or no checkpoint"),
     ],
 )
 def test_files_that_stand_in_for_weights_are_named(tmp_path, monkeypatch, name, content, words):
