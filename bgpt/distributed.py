@@ -19,7 +19,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # options of glibc's mallopt
 
 
 def pick_device():
-    """Returns the torch.device to run on: a CUDA GPU if there is one, else the CPU."""
+    """Returns the torch.device to use, a CUDA GPU or else the CPU."""
     # cuDNN's attention spends tens of milliseconds planning for every new shape, and nearly every batch has one
     torch.backends.cuda.enable_cudnn_sdp(False)
     if torch.backends.mps.is_available():
@@ -30,7 +30,7 @@ def pick_device():
 def pick_dtype(precision, device):
     """Returns the torch.dtype of PRECISION on a device. Raises UserError for fp16 without CUDA."""
     if precision == "fp16" and device.type != "cuda":
-        raise UserError("PRECISION is 'fp16', which needs a CUDA GPU; on a CPU it may be auto, fp32 or bf16")
+        raise UserError("PRECISION is 'fp16', but that needs a CUDA GPU; on a CPU set auto, fp32 or bf16")
     if precision == "auto":
         if device.type == "cuda":
             in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -41,25 +41,25 @@ def pick_dtype(precision, device):
 
 
 def total_memory(device):
-    """Returns the total memory of a device in bytes. For the CPU this is the machine's, or its container's limit."""
+    """Returns the total memory of a device in bytes. For the CPU it is the machine's, or the container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # no Linux container, or one without a limit, "max"
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or one without a limit ("max")
         with open("/sys/fs/cgroup/memory.max") as file:
             total = min(total, int(file.read()))
     return total
 
 
 def check_compiler(device):
-    """Raises UserError if torch.compile finds no compiler for a device, in the places where it looks."""
+    """Raises UserError if torch.compile would find no compiler for a device."""
     variable, names = "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
     if device.type == "cuda":  # for Triton
         variable, names = "CC", ["gcc", "clang"]
     names = [os.environ[variable]] if os.environ.get(variable) else names
     if not any(map(shutil.which, names)):
         hint = f"install it, set {variable} to another in the environment, or set COMPILE to False"
-        raise UserError(f"COMPILE: torch.compile needs a compiler, and {' or '.join(names)} is not there: {hint}")
+        raise UserError(f"COMPILE: torch.compile needs a compiler, and {' or '.join(names)} was not found: {hint}")
 
 
 def autocast(device, dtype):
@@ -69,30 +69,31 @@ def autocast(device, dtype):
 
 @contextlib.contextmanager
 def memory_errors():
-    """Turns PyTorch's error about a full GPU memory into a UserError."""
+    """Turns torch.OutOfMemoryError into a UserError."""
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError("the GPU is full: lower BATCH_SIZE or INFERENCE_BATCH_SIZE, or raise ACCUMULATION_STEPS") from None
+        hint = "raise ACCUMULATION_STEPS, or lower BATCH_SIZE or INFERENCE_BATCH_SIZE"
+        raise UserError(f"the GPU's memory is full: {hint}") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, each with its own device, as torchrun started them; without torchrun, this one alone."""
+    """The ranks of a run, as torchrun started them. Without torchrun there is one."""
 
     device: torch.device
     rank: int = 0
     count: int = 1
 
     def sum(self, values):
-        """Returns the sums over all ranks of each of some numbers, a list of floats; of an array, nested lists."""
+        """Sums a list or array elementwise over all ranks. Returns a list or nested lists of floats."""
         sums = torch.tensor(values, dtype=torch.float64)
         if self.count > 1:
             dist.all_reduce(sums)  # on the CPU, so that no GPU waits
         return sums.tolist()
 
     def gather(self, value):
-        """Returns the list of every rank's `value`."""
+        """Returns the list of all ranks' `value`, by rank."""
         values = [value] * self.count
         if self.count > 1:
             dist.all_gather_object(values, value)
@@ -102,29 +103,29 @@ class Ranks:
         """Returns the model, wrapped in DDP if there are several ranks."""
         if self.count == 1:
             return model
-        # find_unused_parameters: `base.wte` gets no gradient. It also fixes the order of the sums from step 1 on, so that
-        # resumed runs compute the same bits.
+        # find_unused_parameters: `base.wte` gets no gradient. It also fixes the bucket order from step 1 on, so that
+        # resumed runs match bit for bit.
         return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
 
     def leave(self, message, status=1):
-        """Ends the run on all ranks, which all call it at the same point; rank 0 prints the message."""
+        """Ends the run with a message from rank 0. All ranks must call it."""
         if self.rank == 0:
             tqdm.write(message, file=sys.stderr)
         if self.count > 1:
-            dist.barrier()  # torchrun ends the others as soon as one has left
+            dist.barrier()  # torchrun kills the other ranks when one exits
         raise SystemExit(status)
 
     def accumulate(self, engine, is_last):
-        """Returns the context of a micro-batch: gradients are averaged over the ranks in the last one only."""
+        """Returns the context of a micro-batch. Only the last one of a step synchronizes gradients."""
         return contextlib.nullcontext() if is_last or self.count == 1 else engine.no_sync()
 
 
 def tune_memory():
-    """Sets how this process uses a CPU's memory. To be called before the first product."""
-    # oneDNN keeps the kernels of 128 shapes, not 1024: nearly every batch has new ones, and the peak was 1.9 instead of 3.2 GB
+    """Tunes the memory use of oneDNN and glibc. Call it before the first matrix product."""
+    # nearly every batch has new shapes, and oneDNN's default of 1024 cached kernels raised the peak by 1.3 GB
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     if platform.libc_ver()[0] == "glibc":
-        # freed memory stays in the process: getting the pages of large tensors back took a fifth of a training step
+        # freed memory stays in the process, since the page faults of large tensors took a fifth of a training step
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
@@ -132,12 +133,12 @@ def tune_memory():
 
 @contextlib.contextmanager
 def connected_ranks():
-    """Yields the connected Ranks of a run, of which only rank 0 prints. Raises UserError for more processes than GPUs."""
+    """Connects a run's ranks and yields them as Ranks. Only rank 0 prints. Raises UserError for more ranks than GPUs."""
     tune_memory()
     device, (rank, count) = pick_device(), torchrun_rank()
     if count == 1:
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            print("note: WORLD_SIZE is set, but not by torchrun, so this process runs alone; torchrun starts several")
+            print("note: WORLD_SIZE is set, but not by torchrun: this process runs alone. To start several, use torchrun")
         yield Ranks(device)
         return
     if device.type == "cuda":
