@@ -1,14 +1,14 @@
-"""A toy CPU: its instructions, its .bin files, and random programs (CPU state modelling in arXiv 2402.19155).
+"""A toy CPU: instructions, .bin files and random programs (CPU state modelling, arXiv 2402.19155).
 
 The machine has an accumulator ACC, registers A, B, C…, a program counter PC, an instruction register IR, and a byte memory with
-the program. An instruction is 4 bytes: the opcode, then up to three operands, numbers of registers counted from 1. 0 means no
-operand. A step loads the instruction at PC into IR, moves PC to the next one, writes the state, and only then executes IR.
+the program. An instruction is 4 bytes, the opcode and three operands. An operand is a register's number, from 1, or 0 for none.
+A step loads the instruction at PC into IR, moves PC to the next one, writes the state, and only then executes IR.
 
 A .bin file:   [memory: memory_size bytes] [initial state] [state written by step 1] [by step 2] …
 A state:       [PC] [ACC] [IR: 4 bytes] [registers]
 
-An instruction without an assembly line is malformed. It changes nothing, and the program continues. A program ends with HLT, or
-without one after memory_size / 4 steps, each instruction once.
+An instruction without an assembly line is malformed and changes nothing. A program ends with HLT. Without HLT it ends after
+memory_size / 4 steps.
 
 Dimensions in shape comments: B programs or files, T = memory_size / 4 instructions in memory, R = num_registers registers,
 N steps of all B programs together, S = 6 + R bytes in a state.
@@ -48,7 +48,7 @@ INSTRUCTIONS = {
     "NOT": (UNARY, lambda x, y: 255 - x),
     "PUSH": ({1: (0, 1, 0)}, lambda x, y: x),
     "POP": ({1: (1, 0, 0)}, lambda x, y: x),
-    "LOADI": ({1: (0, 1, 0)}, lambda x, y: x),  # its operand is a number, not a register
+    "LOADI": ({1: (0, 1, 0)}, lambda x, y: x),  # its operand is a value, not a register
     "SWAP": ({1: (0, 0, 1), 2: (1, 1, 2)}, lambda x, y: y),
     "ADD": (BINARY, lambda x, y: np.minimum(x + y, 255)),
     "SUB": (BINARY, lambda x, y: np.maximum(x - y, 0)),
@@ -67,9 +67,9 @@ HLT, LOADI, SWAP = (NAMES.index(name) for name in ("HLT", "LOADI", "SWAP"))
 def tables():
     """Returns the lookup tables of `decode` and `simulate`.
 
-    effects (21·65536,) uint8 has the index opcode << 16 | x << 8 | y. valid (22·8,) bool has the index opcode << 3 | a bit for
-    each operand, 1 if it is not 0. Opcode 21 is any unknown one. shifts (3, 22·8) has the same index: the bits to shift an
-    instruction by for the number of destination, x and y.
+    effects is uint8 (21·65536,), with index opcode << 16 | x << 8 | y. valid is bool (22·8,), with index opcode << 3 | a bit
+    for each operand that is not 0. Opcode 21 is any unknown one. shifts is uint32 (3, 22·8), with the same index. It has the
+    bits to shift an instruction by for the numbers of destination, x and y.
     """
     x, y = np.arange(256)[:, None], np.arange(256)[None, :]
     effects = np.empty((len(NAMES), 256, 256), np.uint8)
@@ -78,16 +78,16 @@ def tables():
     for opcode, (by_count, effect) in enumerate(INSTRUCTIONS.values()):
         effects[opcode] = effect(x, y)
         for count, wiring in by_count.items():
-            for bits in (0, 4) if opcode == LOADI else ((0, 4, 6, 7)[count],):  # the number of LOADI may be 0
+            for bits in (0, 4) if opcode == LOADI else ((0, 4, 6, 7)[count],):  # LOADI's value may be 0
                 valid[opcode, bits] = True
                 shifts[:, opcode, bits] = np.multiply(wiring, 8)
     return effects.reshape(-1), valid.reshape(-1), shifts.reshape(3, -1)
 
 
 def decode(words, num_registers):
-    """Returns (opcodes, valid, [numbers of destination, x, y]), each (N,), of instructions (N,), little-endian uint32.
+    """Returns (opcodes, valid, [numbers of destination, x, y]) of instructions, each (N,).
 
-    Number 0 is ACC, registers count from 1. A malformed instruction becomes HLT, which changes nothing.
+    `words` are little-endian uint32 (N,). Number 0 is ACC, registers count from 1. A malformed instruction becomes HLT.
     """
     _, valid_by_index, shifts = tables()
     opcodes = np.minimum(words & 255, len(NAMES)).astype(np.intp)
@@ -98,38 +98,38 @@ def decode(words, num_registers):
     operands[0] = np.where(opcodes == LOADI, 0, operands[0])
     valid = valid_by_index[index] & (np.maximum.reduce(operands) <= num_registers)
     index[~valid] = HLT << 3
-    with_acc = words & 0xFFFFFF00  # number 0 takes the place of the opcode
+    with_acc = words & 0xFFFFFF00  # the opcode's byte becomes number 0
     return index >> 3, valid, [with_acc >> shift[index] & 255 for shift in shifts]
 
 
 def simulate(memory, initial, num_registers):
-    """Runs B programs together, from memory (B, 4·T) uint8, and ACC and registers at the start (B, 1 + R) uint8.
+    """Runs B programs. `memory` is uint8 (B, 4·T), `initial` ACC and registers, uint8 (B, 1 + R).
 
     Returns:
         states: (N, S) uint8, the states that the steps write, program after program.
-        offsets: (B + 1,) ints; program b wrote states[offsets[b] : offsets[b + 1]].
+        offsets: (B + 1,) int64. Program b wrote states[offsets[b] : offsets[b + 1]].
         valid: (N,) bool, whether the instruction that each step executes is valid.
     """
     effects, *_ = tables()
     words, (B, width) = memory.view("<u4"), initial.shape  # (B, 4·T) -> (B, T): one number is one instruction
     T = words.shape[1]
-    halts = words == 0  # (B, T); HLT is four zero bytes
+    halts = words == 0  # (B, T), HLT is four zero bytes
     lengths = np.where(halts.any(axis=1), halts.argmax(axis=1) + 1, T)  # (B,) steps
     offsets = np.concatenate([[0], np.cumsum(lengths)])
 
-    # The longest programs come first. So the programs that are still running at any step are the first rows.
+    # longest programs first, so that those still running are the first rows at every step
     order = np.argsort(-lengths, kind="stable")  # (B,) the program in each row
     running = np.arange(T)[:, None] < lengths[order]  # (T, B)
-    steps, rows = np.nonzero(running)  # (N,) each: step by step, in each step row by row
+    steps, rows = np.nonzero(running)  # (N,) each, sorted by step, then by row
     words = words[order[rows], steps]  # (B, T) -> (N,)
     opcodes, valid, numbers = decode(words, num_registers)
 
-    # One flat array of cells: ACC and registers of all rows, the numbers 0 to 255 for LOADI, and one that is never read.
+    # one flat array of cells: ACC and registers of all rows, the values 0 to 255 for LOADI, and one that is never read
     cells = np.concatenate([initial[order].reshape(-1), np.arange(256), [0]]).astype(np.intp)
     values = cells[: B * width].reshape(B, width)  # a view
     destination, x, y = (rows * width + number for number in numbers)  # (N,) cells
     x = np.where(opcodes == LOADI, B * width + (words >> 8 & 255), x)
-    swapped = np.where(opcodes == SWAP, y, len(cells) - 1)  # (N,) cells that x goes to
+    swapped = np.where(opcodes == SWAP, y, len(cells) - 1)  # (N,) cells that x is copied to
     effect_index = opcodes << 16
     states = np.empty((len(words), 5 + width), np.uint8)
     states[:, 0] = np.minimum(steps + 1, T - 1)  # PC
@@ -142,14 +142,14 @@ def simulate(memory, initial, num_registers):
         x_values = cells[x[now]]
         cells[destination[now]] = effects[effect_index[now] | x_values << 8 | cells[y[now]]]
         cells[swapped[now]] = x_values
-    by_program = np.empty_like(steps)  # (N,) where each state of each program is among all states, step by step
+    by_program = np.empty_like(steps)  # (N,) index into `states`, which is sorted by step
     by_program[offsets[order[rows]] + steps] = np.arange(len(steps))
     return states[by_program], offsets, valid[by_program]
 
 
 @functools.cache
 def assembly(word):
-    """Returns the assembly line of a little-endian int: 0x02010D is "ADD A B". An unknown opcode or register is a #number."""
+    """Returns an instruction's assembly line, "ADD A B" for 0x02010D. Unknown opcodes and registers are #numbers."""
     opcode, *operands = word.to_bytes(4, "little")
     name = NAMES[opcode] if opcode < len(NAMES) else f"#{opcode}"
     while operands and not operands[-1]:
@@ -161,10 +161,10 @@ def assembly(word):
 
 
 def draw(rng, count, num_registers, memory_size, shortest, longest):
-    """Returns random instances: memory (count, memory_size) uint8, and ACC and registers (count, 1 + R) uint8 at the start.
+    """Returns random memory, uint8 (count, memory_size), and ACC and registers, uint8 (count, 1 + R).
 
-    rng.randint and rng.choice would draw the same numbers: both repeat n.bit_length() bits until the number is below n. The loop
-    is written out, because the calls take several times as long. A choice from one draws too.
+    Draws the same numbers as rng.randint and rng.choice, which repeat n.bit_length() bits until the number is below n, also for
+    n = 1. Calling them takes several times as long.
     """
     getrandbits, R = rng.getrandbits, num_registers
     register_bits, length_bits = R.bit_length(), (longest - shortest + 1).bit_length()
@@ -202,9 +202,9 @@ def draw(rng, count, num_registers, memory_size, shortest, longest):
 
 
 def instance_jobs(totals, seed, num_workers, num_registers, *sizes):
-    """Yields jobs for `run_jobs` that write the files of all instances, drawn in order; `totals` is {folder: instances}.
+    """Yields jobs for `run_jobs` that write all instances, `totals` {folder: number of instances}.
 
-    Instances of the same program go to the same worker. So the later one is written later.
+    Instances of the same program go to the same worker, so that the last one drawn is written last.
     """
     rng, shards = random.Random(seed), max(num_workers, 1)
     for folder, total in totals.items():
@@ -217,7 +217,7 @@ def instance_jobs(totals, seed, num_workers, num_registers, *sizes):
 
 
 def write_instances(folder, memory, initial, num_registers):
-    """Runs B programs, see `simulate`, and writes their files. Of the same program the last instance counts. Returns B."""
+    """Runs B programs, see `simulate`, and writes each program's last instance as a file. Returns B."""
     states, offsets, _ = simulate(memory, initial, num_registers)
     initial_states = np.insert(initial, [0, 1, 1, 1, 1], 0, axis=1)  # (B, 1 + R) -> (B, S), PC and IR are 0
     words, instances = memory.view("<u4"), {}
@@ -231,7 +231,7 @@ def write_instances(folder, memory, initial, num_registers):
         try:
             file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)  # faster than open()
             try:
-                while content:  # a full disk takes a part of it, and the next call fails
+                while content:  # on a full disk a part is written, and the next call fails
                     content = content[os.write(file, content) :]
             finally:
                 os.close(file)
@@ -248,13 +248,13 @@ def remove_unfinished(folders):
 
 
 def end_with_parent():
-    """Lets a worker process end when its parent was killed."""
+    """Ends this worker process as soon as its parent has died."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def run_jobs(jobs, num_workers, receive):
-    """Runs jobs (shard, function, *arguments) in worker processes, or in this one if `num_workers` is 0.
+    """Runs jobs (shard, function, *arguments) in worker processes, in this one without workers.
 
     Jobs of the same shard modulo `num_workers` run one after another. `receive` gets the results in the order of the jobs.
     """
@@ -265,13 +265,13 @@ def run_jobs(jobs, num_workers, receive):
     context, pending = multiprocessing.get_context("spawn"), collections.deque()
     pools = [ProcessPoolExecutor(1, context, initializer=end_with_parent) for _ in range(num_workers)]
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # workers inherit this: Ctrl-C lets them finish their job
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited: Ctrl-C lets workers finish their job
         for pool in pools:
             pool.submit(os.getpid)  # starts the worker
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         for shard, function, *arguments in jobs:
             pending.append(pools[shard % num_workers].submit(function, *arguments))
-            while pending and (pending[0].done() or len(pending) > 4 * num_workers):  # few at a time, for the memory
+            while pending and (pending[0].done() or len(pending) > 4 * num_workers):  # bounds the memory
                 receive(pending.popleft().result())
         for job in pending:
             receive(job.result())

@@ -1,4 +1,4 @@
-"""The .bin files of the toy CPU as text, and their comparison with the true states of their programs; see cpu.py."""
+"""The toy CPU's .bin files as text, and their comparison with the true states. See cpu.py."""
 
 import contextlib
 import math
@@ -10,12 +10,12 @@ from bgpt.cpu import NAMES, assembly, simulate
 from bgpt.intervals import bootstrap_interval, wilson_interval
 from bgpt.system import escape_name
 
-LONGEST = 1024 + 258 * 32  # bytes to read of a file: the longest true one, with 257 states of 32 bytes, and one state more
+LONGEST = 1024 + 258 * 32  # most bytes to read: the longest true file, with 257 states of 32 bytes, and one state more
 WORST = 3  # inexact files in the report
 
 
 def run_files(contents, num_registers, memory_size):
-    """Runs the programs in the bytes of B files. Missing bytes are taken as 0.
+    """Runs the programs in the bytes of B files. Missing bytes count as 0.
 
     Returns memory (B, memory_size) and initial states (B, S), both uint8, then states, offsets and valid, see `simulate`.
     """
@@ -29,7 +29,7 @@ def run_files(contents, num_registers, memory_size):
 
 
 def find_malformed(sizes, memory, initial_states, states, offsets, valid):
-    """Returns {problem: (B,) its first byte in each file, or -1}; `sizes` (B,) are -1 for unreadable files, see `run_files`."""
+    """Returns {problem: (B,) its offset in each file, or -1}. `sizes` are (B,), -1 = unreadable. See `run_files`."""
     memory_size, starts, lengths = memory.shape[1], offsets[:-1], np.diff(offsets)
     T = memory_size // 4
     end = memory_size + (lengths + 1) * states.shape[1]  # (B,)
@@ -50,12 +50,12 @@ def find_malformed(sizes, memory, initial_states, states, offsets, valid):
 
 
 def state_line(state, other):
-    """Returns the bytes of a state as a line of numbers. Those that differ from `other` are followed by *."""
+    """Returns a state as a line of numbers, with * after each that differs from `other`."""
     return "".join(f"{value:>4}{' ' if other[i : i + 1] == state[i : i + 1] else '*'}" for i, value in enumerate(state)).rstrip()
 
 
 def describe(data, num_registers, memory_size):
-    """Returns the bytes of a .bin file as (lines of text, [(byte, problem), …])."""
+    """Returns the bytes of a .bin file as (lines of text, [(offset, problem), …])."""
     run = memory, *_, valid = run_files([data], num_registers, memory_size)
     lines = ["program"]
     for i, word in enumerate(memory.view("<u4")[0, : len(data) // 4].tolist()):
@@ -74,7 +74,7 @@ def describe(data, num_registers, memory_size):
 
 
 def read_file(path, most=LONGEST):
-    """Returns a file's first `most` bytes and its size, or no bytes and -1 if it is unreadable or its size is wrong."""
+    """Returns a file's first `most` bytes and its size, (b"", -1) if unreadable."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         content, size = file.read(most), os.fstat(file.fileno()).st_size
         if len(content) == min(size, most):
@@ -83,7 +83,7 @@ def read_file(path, most=LONGEST):
 
 
 def evaluate_files(paths, num_registers, memory_size):
-    """Compares B files with the true states of their programs. Missing bytes are wrong.
+    """Compares B files with the true states of their programs. Missing bytes count as wrong.
 
     Returns:
         files: (B, 6) right bytes, all bytes, right states, all states, whether it is exact, bytes after the true end. The first
@@ -111,8 +111,8 @@ def evaluate_files(paths, num_registers, memory_size):
     exact = (sums[0] == true_sizes) & (sizes == begin + true_sizes)
     files = np.stack([*(whole * each for each in sums), exact, np.maximum(sizes - begin - true_sizes, 0)], axis=1)
 
-    # The effect of an instruction shows in the next state. So a step counts as executed only if that state is in the file, and
-    # if ACC and registers were right before.
+    # the next state shows an instruction's effect, so a step counts as executed only if the file has that state and if ACC
+    # and registers were right before
     next_ends = (np.arange(N) - np.repeat(starts, lengths) + 2) * state_size  # (N,) after the initial state
     has_next = next_ends <= np.repeat(np.minimum(sizes - begin, true_sizes), lengths)
     values_right = right[:, 1] & right[:, 6:].all(axis=1)  # (N,)
@@ -123,7 +123,7 @@ def evaluate_files(paths, num_registers, memory_size):
     opcodes = np.stack([np.bincount(opcodes, column[known], len(NAMES) + 1) for column in columns], axis=1).astype(np.int64)
 
     malformed = {problem: first >= 0 for problem, first in find_malformed(sizes, *run).items()}
-    malformed = {problem: (int(found.sum()), paths[found.argmax()]) for problem, found in malformed.items() if found.any()}
+    malformed = {problem: (int(mask.sum()), paths[mask.argmax()]) for problem, mask in malformed.items() if mask.any()}
     accuracies = {int(b): int(files[b, 0]) / int(files[b, 1]) for b in np.flatnonzero(whole & ~exact)}
     worst = []
     for b in sorted(accuracies, key=lambda b: (accuracies[b], paths[b]))[:WORST]:
@@ -136,18 +136,18 @@ def evaluate_files(paths, num_registers, memory_size):
 
 
 def share(right, total, low_high=None):
-    """Returns a share as a dict of plain numbers; the share of nothing is None."""
+    """Returns a share as a dict of plain numbers. The share of 0 is None."""
     ends = {} if low_high is None else dict(zip(("low", "high"), low_high))
     return {"right": int(right), "total": int(total), "share": int(right) / int(total) if total else None, **ends}
 
 
 def percent(share):
-    """Returns a share in percent with two digits, rounded down, so that only a share of all is 100.00."""
+    """Returns a share in percent with two digits. Rounds down, so that 100.00 means all."""
     return f"{share['right'] * 10000 // share['total'] / 100:.2f}" if share["total"] else "-"
 
 
 def summarize(parts, num_registers):
-    """Returns the results of `evaluate_files` together, as a dict for JSON."""
+    """Combines results of `evaluate_files` into a dict for JSON."""
     files, opcodes, malformed, worst = zip(*parts)
     right_bytes, all_bytes, right_states, all_states, exact, surplus = np.concatenate(files).T
     by_opcode = {}
@@ -171,37 +171,37 @@ def summarize(parts, num_registers):
     }
 
 
-def report(found):
-    """Returns the lines of text about a dict of `summarize`."""
+def report(summary):
+    """Returns a dict of `summarize` as lines of text."""
     lines = []
     for name, unit in (("byte_accuracy", "bytes"), ("exact_states", "states"), ("exact_files", "files")):
-        entry = found[name]
+        entry = summary[name]
         line = f"{name.replace('_', ' '):<13} {percent(entry):>6} % of {entry['total']:,} {unit}"
         if entry["low"] is not None:
             line += f" (95 % interval {math.floor(1e4 * entry['low']) / 100:.2f} - {math.ceil(1e4 * entry['high']) / 100:.2f} %)"
         lines.append(line)
-    if found["surplus"]["files"]:
-        lines.append("{files:,} files run on after their true end, by {bytes:,} bytes in all".format(**found["surplus"]))
+    if summary["surplus"]["files"]:
+        lines.append("{files:,} files continue after their true end: {bytes:,} bytes in all".format(**summary["surplus"]))
     lines += [
         "",
-        "opcodes, worst first: executed = ACC and registers right in the next state, of the steps that began with",
-        "them right; bytes and states = right in the state that the step itself writes",
+        "opcodes, worst first: executed = next state has right ACC and registers, of the steps that began with right ones",
+        "bytes and states = right in the state that the step itself writes",
         f"{'opcode':<12} {'steps':>12} {'executed %':>10} {'bytes %':>10} {'states %':>10}",
     ]
     keys = "executed", "byte_accuracy", "exact_states"
-    shares = {name: [entry[key]["share"] for key in keys] for name, entry in found["opcodes"].items()}
+    shares = {name: [entry[key]["share"] for key in keys] for name, entry in summary["opcodes"].items()}
     for name in sorted(shares, key=lambda name: [math.inf if share is None else share for share in shares[name]]):
-        entry = found["opcodes"][name]
+        entry = summary["opcodes"][name]
         lines.append(f"{name:<12} {entry['steps']:>12,} " + " ".join(f"{percent(entry[key]):>10}" for key in keys))
-    if found["worst_files"]:
+    if summary["worst_files"]:
         lines += ["", "worst files, first wrong state of each (* marks a wrong byte)"]
-    for file in found["worst_files"]:
+    for file in summary["worst_files"]:
         expected, predicted = file["expected"], file["predicted"]
         lines += [
             f"{file['path']}: {100 * file['accuracy']:.2f} % of its bytes right, state {file['state']} of {file['states']}",
             f"  expected  {state_line(expected, expected) or 'nothing: the program has ended'}",
             f"  predicted {state_line(predicted, expected) or 'nothing: the file has ended'}",
         ]
-    if found["malformed"]:
+    if summary["malformed"]:
         lines += ["", "malformed"]
-    return lines + [f"{each['files']:>12,} files: {why}, e.g. {each['example']}" for why, each in found["malformed"].items()]
+    return lines + [f"{each['files']:>12,} files: {why}, e.g. {each['example']}" for why, each in summary["malformed"].items()]
