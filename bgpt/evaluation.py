@@ -26,22 +26,22 @@ from utils import END
 # ---- Bits per byte --------------------------------------------------------------------------------------------------
 
 class Totals:
-    """Running sums over an epoch: two on the device, so that adding to them waits for nothing, and two on the CPU."""
+    """Running sums over an epoch, two on the device and two on the CPU. Adding never waits for the device."""
 
     def __init__(self, device="cpu"):
         self._sums, self._counts = torch.zeros(2, dtype=torch.float64, device=device), [0.0, 0.0]
 
     def tolist(self):
-        """Returns the four sums as floats, those on the device first; waits for the device."""
+        """Returns the four sums as floats, the device's first. Waits for the device."""
         return [*self._sums.tolist(), *self._counts]
 
     def load(self, values):
-        """Sets the sums to those of a `tolist`."""
+        """Sets the sums to a list from `tolist`."""
         self._sums[:] = torch.tensor(values[:2], dtype=torch.float64)
         self._counts = list(map(float, values[2:]))
 
     def over(self, ranks):
-        """Returns the Totals of all ranks together."""
+        """Returns the Totals summed over all ranks."""
         totals = type(self)()
         totals.load(ranks.sum(self.tolist()))
         return totals
@@ -51,7 +51,7 @@ class Totals:
 
 
 class SymbolTotals(Totals):
-    """Totals over the targets of a generative model: nats of all symbols and of the counted ones, symbols, content bytes."""
+    """Totals of a generative model: nats of all and of counted symbols, symbols, content bytes."""
 
     def add(self, output, batch, targets):
         """Adds a BytePrediction for the `targets` (bool (B, P-1)) of a Batch."""
@@ -64,7 +64,7 @@ class SymbolTotals(Totals):
 
     @property
     def loss(self):
-        """Mean cross-entropy over all symbols of all targets, nats per symbol: the published measure. None without any."""
+        """Mean cross-entropy over all symbols of all targets, nats per symbol, as published. None without symbols."""
         return self._mean(0, self._counts[0])
 
     @property
@@ -81,7 +81,7 @@ class SymbolTotals(Totals):
 
 @torch.inference_mode()
 def predict(model, sequences, dtype, num_likeliest=1):
-    """Predicts the patches of sequences that follow their contexts, see `utils.Batch`.
+    """Predicts the patches of sequences after their contexts, see `utils.Batch`.
 
     Returns for each sequence: nats float32 (n, S), the k = num_likeliest symbols int64 (n, S, k), and if k > 1 their
     probabilities float32 (n, S, k).
@@ -101,7 +101,7 @@ _XZ = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
 COMPRESSORS = {  # {name: function of a file's bytes}
     "gzip -9": lambda content: gzip.compress(content, 9, mtime=0),
     "bz2 -9": lambda content: bz2.compress(content, 9),
-    # a dictionary larger than the file changes no byte of the result, but takes 0.7 GB
+    # a dictionary larger than the file takes 0.7 GB and does not change the result
     "xz -9e": lambda content: lzma.compress(content, filters=[{**_XZ, "dict_size": min(max(len(content), 2**12), 2**26)}]),
 }
 
@@ -110,15 +110,15 @@ COMPRESSORS = {  # {name: function of a file's bytes}
 class FileScore:
     """Figures of a file, or of a pair's target given its input."""
 
-    name: str  # within the folder; "input -> target" of a pair
+    name: str  # within the folder, "input -> target" of a pair
     bytes: int
     bits: float  # of the content and of the first 256 after it
     nats: float = 0.0  # cross-entropy of all symbols, padding included
     symbols: int = 0
     index: int = 0  # of the example
-    path: str = ""  # of the file that is scored
+    path: str = ""  # of the scored file
     group: str = ""  # extension (".mid") or direction ("abc->mid")
-    top1: int = 0  # symbols among its bytes and the first 256 that were the model's likeliest
+    top1: int = 0  # how many of its bytes and the first 256 were the model's likeliest symbol
     exact: bool = False  # whether greedy decoding reproduces the file
     stretches: list = dataclasses.field(default_factory=list)  # (offset, bytes, bits), see surprising_stretches
     profile: np.ndarray | None = None  # float32 (2, bins), mean and highest bits along the file, in at most 200 equal parts
@@ -126,18 +126,18 @@ class FileScore:
 
     @property
     def bits_per_byte(self):
-        """Bits per byte of the content; None for an empty file."""
+        """Bits per byte of the content, None for an empty file."""
         return self.bits / self.bytes if self.bytes else None
 
 
 def surprising_stretches(bits, count=10, longest=16):
-    """Returns the `count` most surprising stretches of a file, as a list of (offset, symbols, bits in all).
+    """Returns the `count` most surprising stretches of a file as [(offset, symbols, total bits)].
 
-    A stretch is the most surprising symbol outside the stretches so far, and its neighbours with at least half as many bits, at
-    most `longest` symbols in all. `bits` (n,) are those of each byte of the file and of the 256 after it.
+    A stretch is the most surprising symbol outside earlier stretches, and its neighbours with at least half as many bits, at
+    most `longest` symbols in all. `bits` are (n,), for each byte of the file and the 256 after it.
     """
-    left, found = np.array(bits, dtype=np.float64), []  # left: -1 at symbols that are in a stretch
-    while len(found) < count and left.max() >= 0:
+    left, stretches = np.array(bits, dtype=np.float64), []  # left: -1 at symbols that are in a stretch
+    while len(stretches) < count and left.max() >= 0:
         first = int(left.argmax())
         least, last = left[first] / 2 or math.inf, first + 1  # a symbol that costs nothing stays alone
         while last - first < longest:
@@ -145,17 +145,17 @@ def surprising_stretches(bits, count=10, longest=16):
             if max(before, after) < least:
                 break
             first, last = (first - 1, last) if before > after else (first, last + 1)
-        found.append((first, last - first, float(left[first:last].sum())))
+        stretches.append((first, last - first, float(left[first:last].sum())))
         left[first:last] = -1.0
-    return found
+    return stretches
 
 
 def score_files(model, windows, folder, batch_size, dtype, progress, failed):
     """Yields the FileScore of every example of `bgpt.windows.Windows`, the longest examples first.
 
-    `model` is a bGPTLMHeadModel in eval mode, which computes in `dtype`, with `batch_size` windows at once. Names are relative to
-    `folder`. `progress` is called with the number of bytes scored, after each batch. (path, reason) of each file that cannot be
-    read is appended to `failed`.
+    `model` is a bGPTLMHeadModel in eval mode, which computes in `dtype`, with `batch_size` windows at once. Names are relative
+    to `folder`. After each batch, `progress` is called with the number of bytes scored. (path, reason) of each unreadable file
+    is appended to `failed`.
     """
     pieces, unreadable = {}, set()  # {index: [(nats (n, S), whether each symbol is the likeliest (n, S)) of a window]}
 
@@ -176,16 +176,16 @@ def score_files(model, windows, folder, batch_size, dtype, progress, failed):
         predicted = predict(model, [sequence for *_, sequence in batch], dtype)
         for (index, window, (patches, _, context)), (nats, likeliest) in zip(batch, predicted):
             pieces.setdefault(index, []).append((nats, likeliest[:, :, 0] == patches[context:]))
-            if window[1] == windows.totals[index]:  # the file's last window; the others came before it
+            if window[1] == windows.totals[index]:  # the file's last window, after all its others
                 nats, is_top1 = (np.concatenate(each).reshape(-1) for each in zip(*pieces.pop(index)))
                 if (score := attempt(_score_file, index, windows, nats, is_top1, folder)) is not None:
                     yield score
         slices = [windows.predicted_symbols(index, window) for index, window, _ in batch]
-        progress(sum(max(each.stop - each.start, 0) for each in slices))  # an end patch alone has no bytes that count
+        progress(sum(max(each.stop - each.start, 0) for each in slices))  # negative for an end patch alone
 
 
 def _score_file(index, windows, nats, is_top1, folder):
-    """Returns the FileScore of an example from the nats (n,) and top-1 flags (n,) of all its predicted symbols."""
+    """Returns the FileScore of an example from its symbols' nats (n,) and top-1 flags (n,)."""
     paths, size = windows.examples[index], int(windows.sizes[index])
     content = utils.read_bytes(paths[-1], size=size)
     extensions = [extension_of(path) for path in paths]
@@ -211,10 +211,10 @@ def _score_file(index, windows, nats, is_top1, folder):
 
 
 def score_symbols(model, windows, index, parts, dtype, num_likeliest=3):
-    """Scores parts of an example again, (start, stop) of the symbols of its content and the 256 after it; raises OSError.
+    """Scores `parts` of an example, (start, stop) in its content and the 256 after it.
 
     Returns for each part of n symbols: the symbols int16 (n,), their bits float32 (n,), the likeliest symbols int64 (n, k), and
-    their probabilities float32 (n, k).
+    their probabilities float32 (n, k). Raises OSError if the file is unreadable.
     """
     pieces = [[] for _ in parts]
     for window in windows.of(index):
@@ -226,21 +226,21 @@ def score_symbols(model, windows, index, parts, dtype, num_likeliest=3):
         [(nats, *expected)] = predict(model, [sequence], dtype, num_likeliest)
         # (n patches, S) or (n patches, S, k) -> (n·S,) or (n·S, k)
         columns = [each.reshape(-1, *each.shape[2:]) for each in (patches[context:], nats / math.log(2), *expected)]
-        for piece, places in zip(pieces, shared):
-            if places:
-                piece.append([column[places.start - scored.start : places.stop - scored.start] for column in columns])
+        for piece, part in zip(pieces, shared):
+            if part:
+                piece.append([column[part.start - scored.start : part.stop - scored.start] for column in columns])
     return [[np.concatenate(column) for column in zip(*piece)] for piece in pieces]
 
 
 # ---- Labels ---------------------------------------------------------------------------------------------------------
 
 def classification_report(confusion, labels, most=30):
-    """Returns a classifier's accuracy, precisions and recalls, as aligned lines of text, and details for the log, or "".
+    """Returns a classifier's report as text, and details for the log or "".
 
     Balanced accuracy is the mean of the recalls. A label without files has the recall "-", one never predicted the precision "-".
 
-    `confusion` is {(index of the true label, index of the predicted label): number of files}. It is shown up to `most` labels.
-    Of more labels, the text has the 20 of lowest recall, and the details have all.
+    `confusion` is {(index of the true label, index of the predicted label): number of files}. It is shown for up to `most`
+    labels. For more, the text lists the 20 of lowest recall, and the details list all.
     """
     labels = [escape_name(label) for label in labels]
     pairs, counts = np.array(list(confusion)).reshape(-1, 2).T.astype(int), list(confusion.values())
@@ -269,6 +269,6 @@ def classification_report(confusion, labels, most=30):
 
 
 def aligned(rows):
-    """Returns the lines of a table of texts, the first column flush left, the others flush right."""
+    """Returns a table's lines, the first column flush left and the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]

@@ -1,4 +1,4 @@
-"""95 % intervals over files. The files are drawn at random, not their bytes."""
+"""95 % intervals over files. The random draws are files, not their bytes."""
 
 import functools
 import math
@@ -6,11 +6,11 @@ import math
 import numpy as np
 
 ROUNDS = 1000  # resamples of a bootstrap
-GROUPS = 500  # more files than this are resampled in groups of nearly equal size, which costs less and changes little
+GROUPS = 500  # more files are resampled in so many groups of nearly equal size, which costs less and changes little
 
 
 def wilson_interval(right, count):
-    """Returns (share, low, high) of `right` out of `count` > 0 independent draws, with Wilson's score interval (1927)."""
+    """Returns (share, low, high) of `right` of `count` > 0 draws, by Wilson's score (1927)."""
     z = 1.959964  # 97.5 % quantile of the normal distribution
     share, spread = right / count, z**2 / count
     middle, margin = share + spread / 2, z * math.sqrt(share * (1 - share) / count + spread / count / 4)
@@ -18,10 +18,10 @@ def wilson_interval(right, count):
 
 
 def bootstrap_interval(numerators, denominators):
-    """Returns (ratio of the sums, low, high) with the percentile bootstrap over files, from a fixed seed.
+    """Returns (ratio of sums, low, high) by a percentile bootstrap with a fixed seed.
 
-    Both are (n,), for example each file's bits and bytes, the denominators 0 or more. The ends are None for a single file, all
-    three if the denominators add up to 0.
+    Both are (n,), for example each file's bits and bytes, with denominators of 0 or more. low and high are None for a single
+    file. All three are None if the denominators add up to 0.
     """
     sums = np.stack((numerators, denominators)).astype(np.float64)  # (2, n)
     if sums[1].sum() == 0:
