@@ -1,4 +1,4 @@
-"""Examples to train and evaluate on: pairs for a conversion, the held-out set, labels for classification."""
+"""Examples to train and evaluate on: pairs for conversion, the held-out set, labels for classification."""
 
 import collections
 import functools
@@ -15,8 +15,8 @@ from utils import Examples
 
 SHOWN_LABELS = 20  # most lines of the table of labels
 SHOWN_NAMES = 5  # most names in a warning
-FEW_FILES = 100  # fewer evaluation files make an accuracy coarse
-FEW_BYTES = 4096  # fewer bytes of evaluation files make bits per byte coarse
+FEW_FILES = 100  # with fewer evaluation files, an accuracy is imprecise
+FEW_BYTES = 4096  # with fewer bytes of evaluation files, bits per byte are imprecise
 
 # ---- Sets of files --------------------------------------------------------------------------------------------------
 
@@ -28,31 +28,31 @@ def hash_texts(texts):
 
 
 def real_paths(paths):
-    """Yields each file's path without symlinks and dots in its folder, so that two spellings of one file are equal."""
+    """Yields each path with its folder resolved, so that all its spellings are equal."""
     real = functools.cache(os.path.realpath)
     return (os.path.join(real(os.path.dirname(path)), os.path.basename(path)) for path in paths)
 
 
 def digest(examples):
-    """Returns a SHA-256 in hex of the files' names, sizes and parts. The same data in a moved folder have the same."""
-    found = hashlib.sha256(repr(sorted(examples.parts.items())).encode())
+    """Returns the SHA-256 (hex) of the files' names, sizes and parts. It stays the same when a folder moves."""
+    sha256 = hashlib.sha256(repr(sorted(examples.parts.items())).encode())
     files = examples.indices.reshape(-1)  # (n, 1) or (n, 2) -> (files,)
-    found.update(examples.files.sizes[files].tobytes())
+    sha256.update(examples.files.sizes[files].tobytes())
     for file in files.tolist():
-        found.update(os.fsencode(examples.files.name(file)) + b"\0")
-    return found.hexdigest()
+        sha256.update(os.fsencode(examples.files.name(file)) + b"\0")
+    return sha256.hexdigest()
 
 
 def extensions_of(examples):
-    """Returns the sorted extensions as the model sees them: those of pairs are in lower case."""
-    found = {extension_of(examples.files[file]) for file in examples.indices.reshape(-1).tolist()}
-    return sorted({extension.lower() for extension in found} if examples.are_pairs else found)
+    """Returns the sorted extensions as the model sees them, in pairs in lower case."""
+    extensions = {extension_of(examples.files[file]) for file in examples.indices.reshape(-1).tolist()}
+    return sorted({extension.lower() for extension in extensions} if examples.are_pairs else extensions)
 
 
 def print_sets(train, held_out, settings, cuts_windows):
-    """Prints the folders and counts of both sets, files in both, and how much of files beyond PATCH_LENGTH is seen.
+    """Prints both sets' folders, counts and shared files, and the share seen of long files.
 
-    `cuts_windows`: all of a longer file, in windows. Otherwise a crop in each epoch, and the head in evaluation.
+    With `cuts_windows` it is all, in windows. Otherwise an epoch sees a crop, and evaluation the head.
     """
     kind = "pairs" if train.are_pairs else "files"
     print(f"trains on {len(train)} {kind} of {', '.join(settings['TRAIN_FOLDERS'])}")
@@ -77,7 +77,7 @@ def print_sets(train, held_out, settings, cuts_windows):
 
 
 def directions_of(mode):
-    """Returns the conversions of a CONVERSION_MODE or None, a list of (input extension, target extension) in lower case."""
+    """Returns the list of (input, target) extensions of a CONVERSION_MODE in lower case, [] for None."""
     if mode is None:
         return []
     source, sign, target = re.fullmatch(r"([^&>]+?)(->|&)([^&>]+)", mode.lower()).groups()
@@ -85,9 +85,9 @@ def directions_of(mode):
 
 
 def pair_files(files, mode):
-    """Returns Examples of (input, target) for the Files of the same folder and stem, in the order of the inputs.
+    """Returns Examples of (input, target) Files with the same folder and stem, ordered by input.
 
-    Extensions are compared without case: tune.abc and tune.MID are a pair. Of tune.mid and tune.MID, the former is the target.
+    Case of extensions is ignored. Of tune.mid and tune.MID, the former is the target.
     """
     source, target = directions_of(mode)[0]
     split = [os.path.splitext(path) for path in files]
@@ -99,7 +99,7 @@ def pair_files(files, mode):
 
 
 def find_pairs(files, mode, name):
-    """Returns the pairs among Files, and prints how many files are in none; UserError with `name` if there are no pairs."""
+    """Returns the pairs among Files and prints the number of unpaired ones. Raises UserError if there are no pairs."""
     pairs = pair_files(files, mode)
     if len(files) and not len(pairs):
         (source, target), there = directions_of(mode)[0], f"{len(files)} files ({describe_extensions(files)})"
@@ -111,7 +111,7 @@ def find_pairs(files, mode, name):
 
 
 def directed(examples, mode):
-    """Returns Examples in the directions of a CONVERSION_MODE or None: "&" gives each pair, then its reverse."""
+    """Returns Examples in all directions of a CONVERSION_MODE or None. "&" gives each pair, then its reverse."""
     if len(directions_of(mode)) < 2:
         return examples
     both = np.stack((examples.indices, examples.indices[:, ::-1]), axis=1)  # (n, 2) -> (n, 2 directions, 2)
@@ -119,10 +119,9 @@ def directed(examples, mode):
 
 
 def find_examples(folders, name, mode, patch_size, patch_length, own=()):
-    """Returns the readable files of folders as Examples; with a CONVERSION_MODE `mode`, the pairs that fit in PATCH_LENGTH.
+    """Returns the readable files of folders as Examples, or their pairs that fit in PATCH_LENGTH.
 
-    Raises:
-        UserError: a folder is missing, or has no pairs that fit. It names the constant `name`.
+    `mode` is CONVERSION_MODE. Raises UserError with the constant `name` if a folder is missing or no pair fits.
     """
     files = list_readable_files(folders, name, own)
     if mode is None:
@@ -140,7 +139,7 @@ def find_examples(folders, name, mode, patch_size, patch_length, own=()):
 
 
 def check_extensions(extensions, patch_size):
-    """Raises UserError if PATCH_SIZE cuts different extensions to one extension patch. Upper and lower case do not differ."""
+    """Raises UserError if different extensions have the same extension patch. Case is ignored."""
     encoded = sorted({(each.encode("utf-8", "surrogateescape"), each) for each in extensions})
     alike, length = set(), 0
     for (first, a), (second, b) in zip(encoded, encoded[1:]):
@@ -148,66 +147,65 @@ def check_extensions(extensions, patch_size):
         if common >= patch_size and a.lower() != b.lower():
             alike, length = alike | {a, b}, max(length, common)
     if alike:
-        what = f"PATCH_SIZE is {patch_size}, which cuts different extensions to the same extension patch"
+        what = f"PATCH_SIZE is {patch_size}, but different extensions then have the same extension patch"
         raise UserError(f"{what}: {first_names(sorted(alike))}. Set PATCH_SIZE to {length + 1} or more, or rename the files")
 
 
 def find_sets(settings, own):
-    """Returns the Examples of TRAIN_FOLDERS, and of EVAL_FOLDERS or None if that is []; UserError if one cannot be used."""
-    found, names = [], ("CONVERSION_MODE", "PATCH_SIZE", "PATCH_LENGTH")
+    """Returns the Examples of TRAIN_FOLDERS and of EVAL_FOLDERS, None for []. Raises UserError if a folder cannot be used."""
+    sets, names = [], ("CONVERSION_MODE", "PATCH_SIZE", "PATCH_LENGTH")
     for name in ("TRAIN_FOLDERS", "EVAL_FOLDERS"):
         folders = settings[name]
-        found.append(find_examples(folders, name, *(settings[each] for each in names), own) if folders else None)
-        if folders and not found[-1]:
-            raise UserError(f"{name}: no files in {', '.join(folders)}" + "; [] holds out EVAL_SPLIT instead" * (len(found) - 1))
-    check_extensions(sum((extensions_of(each) for each in found if each is not None), []), settings["PATCH_SIZE"])
-    return found
+        sets.append(find_examples(folders, name, *(settings[each] for each in names), own) if folders else None)
+        if folders and not sets[-1]:
+            raise UserError(f"{name}: no files in {', '.join(folders)}" + "; [] holds out EVAL_SPLIT instead" * (len(sets) - 1))
+    check_extensions(sum((extensions_of(each) for each in sets if each is not None), []), settings["PATCH_SIZE"])
+    return sets
 
 
 # ---- Held-out examples ----------------------------------------------------------------------------------------------
 
 
 def draw_by_name(examples, seed):
-    """Returns a number from 0 to 1 for each example, float64 (n,), by its path below its folder, of pairs without extension.
+    """Returns a hash of each example's name, float64 (n,), from 0 to 1.
 
-    It does not depend on other files, so that a file stays held out, or in training, when others come or go.
+    The name is the path below the data folder, of pairs without extension. The number does not depend on other files, so that a
+    file stays in its set when others are added or removed.
     """
     names = map(examples.files.below, examples.indices[:, 0].tolist())
     return hash_texts(f"{seed}/{os.path.splitext(name)[0] if examples.are_pairs else name}" for name in names) / 2.0**64 + 0.5
 
 
 def hold_out(examples, share, seed, groups=None):
-    """Splits Examples by `draw_by_name` into the rest and the held-out set, about `share` of them and at least one.
+    """Splits Examples by `draw_by_name` into the rest and a held-out set of about `share`.
 
-    `groups`, int64 (n,), are the labels of a classifier. Each label gives one example or more if its share is one or more, and
-    keeps one or more. None = all examples are one group.
+    Stratified by `groups`, int64 (n,), the labels of a classifier. Each label keeps one example or more, and holds out one or
+    more if its share is one or more. None = all examples are one group. At least one example is held out.
 
-    Returns:
-        int64 (rest,) and (held out,), ascending indices; UserError if there are too few examples.
+    Returns ascending indices, int64 (rest,) and (held out,). Raises UserError if there are too few examples.
     """
     draws = draw_by_name(examples, seed)
     groups = np.zeros(len(draws), np.int64) if groups is None else groups
-    order, sizes = np.lexsort((draws, groups)), np.bincount(groups)  # order: group by group, from its lowest to its highest draw
+    order, sizes = np.lexsort((draws, groups)), np.bincount(groups)  # order: by group, then by draw
     ends = sizes.cumsum()
     lowest, highest = order[ends - sizes], order[ends - 1]
     is_chosen = draws < share
     is_chosen[lowest[share * sizes >= 1]] = True
     is_chosen[highest] = False
     if (sizes < 2).all():
-        raise UserError(f"EVAL_FOLDERS has no files, and EVAL_SPLIT cannot hold out a part of {len(draws)}: add files")
+        raise UserError(f"EVAL_SPLIT: cannot hold out a part of {len(draws)} examples: add files, or set EVAL_FOLDERS")
     if not is_chosen.any():
         is_chosen[min(lowest[sizes > 1], key=draws.__getitem__)] = True
     return np.flatnonzero(~is_chosen), np.flatnonzero(is_chosen)
 
 
 def hold_out_parts(examples, share, seed, patch_size, longest):
-    """Splits Examples into training and held-out Examples; of a file too large to be held out whole, the end is held out.
+    """Splits Examples into training and held-out Examples. Of a large file, the end is held out.
 
-    Such a file has more than ten times `share` of all patches (or half of them), and more than 8 times `longest`, so that its
-    end is of use. A lone file need only be longer than `longest`. The other files are held out whole by `draw_by_name`, at
-    least one unless a large file gives its end.
+    A large file has more than ten times `share` of all patches (or half of them), and more than 8 times `longest`. A single
+    file is large if it is longer than `longest`. Others are held out whole by `draw_by_name`, at least one if none is large.
 
-    `longest` is PATCH_LENGTH. None = every file is held out whole or not at all, as pairs are.
+    `longest` is PATCH_LENGTH. None = no file is large, as for pairs.
     """
     lengths = examples.lengths(patch_size)
     least = math.inf if longest is None else longest if len(examples) == 1 else 8 * longest  # patches of a large file
@@ -218,7 +216,7 @@ def hold_out_parts(examples, share, seed, patch_size, longest):
         kept, chosen = np.flatnonzero(~is_chosen), np.flatnonzero(is_chosen)
     else:
         kept, chosen = hold_out(examples, share, seed)
-    # enough bytes in all, but at most a tenth of a file; no window predicts the first patch of a part
+    # enough bytes in all, but at most a tenth of a file, and 3 patches or more, since no window predicts a part's first patch
     fewest = np.minimum(FEW_BYTES // patch_size // max(len(large), 1), lengths // 10).clip(min=3)
     cuts = lengths - np.clip((share * lengths).round().astype(np.int64), fewest, lengths - 2)
     train_parts = {i: (0, int(cuts[index])) for i, index in enumerate(kept.tolist()) if is_large[index]}
@@ -231,7 +229,7 @@ def hold_out_parts(examples, share, seed, patch_size, longest):
 
 
 def check_content(held_out, settings):
-    """Raises UserError if the files or parts to evaluate on have no byte to predict, and prints if they have few."""
+    """Raises UserError if the held-out Examples have no byte to predict. Prints a warning if they have few."""
     starts = held_out.spans(settings["PATCH_SIZE"])[:, 0]
     num_bytes = int((held_out.sizes()[:, -1] - starts * settings["PATCH_SIZE"]).clip(min=0).sum())
     more = "add files to EVAL_FOLDERS, or raise EVAL_SPLIT"
@@ -239,7 +237,7 @@ def check_content(held_out, settings):
         name = "EVAL_FOLDERS" if settings["EVAL_FOLDERS"] else "EVAL_SPLIT"
         raise UserError(f"{name}: the {len(held_out)} evaluation files have no bytes to predict: {more}")
     if num_bytes < FEW_BYTES:
-        print(f"warning: only {num_bytes:,} bytes to evaluate on, so that bits per byte are coarse; {more}")
+        print(f"warning: only {num_bytes:,} bytes to evaluate on, so bits per byte are imprecise: {more}")
 
 
 # ---- Labels ---------------------------------------------------------------------------------------------------------
@@ -253,7 +251,7 @@ LABEL_RULES = {
 
 
 def label_of(path, mode="name"):
-    """Returns the label of a file by LABELS but "path", see `LABEL_RULES`. "name" is the paper's (3.3)."""
+    """Returns a file's label by any of `LABEL_RULES` but "path". "name" is the paper's (3.3)."""
     if mode == "folder":
         return os.path.basename(os.path.dirname(os.path.abspath(path)))
     stem, extension = os.path.splitext(os.path.basename(path))
@@ -261,7 +259,7 @@ def label_of(path, mode="name"):
 
 
 def labels_of(examples, mode):
-    """Returns the labels of Examples of single files, a list. By "path", a file right in its data folder has that one's name."""
+    """Returns the list of labels of single files. By "path", a file directly in a data folder has that folder's name."""
     if mode != "path":
         return [label_of(path, mode) for path, in examples]
     folders = map(os.path.dirname, map(examples.files.below, examples.indices[:, 0].tolist()))
@@ -269,18 +267,18 @@ def labels_of(examples, mode):
 
 
 def merged_folders(train):
-    """Returns the labels by "path" that "folder" does not tell apart, sorted."""
+    """Returns the sorted labels by "path" that "folder" would merge."""
     folders = set(zip(labels_of(train, "folder"), labels_of(train, "path")))
     counts = collections.Counter(name for name, _ in folders)
     return sorted(path for name, path in folders if counts[name] > 1)
 
 
 def find_labels(train, mode):
-    """Returns the label indices of Examples, int64 (n,), and {label: index}, sorted. Raises UserError for a useless LABELS."""
+    """Returns label indices, int64 (n,), and {label: index}, sorted. Raises UserError for one label or merged folders."""
     names = labels_of(train, mode)
     if mode == "folder" and (merged := merged_folders(train)):
         what = f"LABELS 'folder' would make one label of folders of the same name: {first_names(merged)}"
-        raise UserError(f"TRAIN_FOLDERS: {what}. --LABELS path makes a label of each, or rename them")
+        raise UserError(f"TRAIN_FOLDERS: {what}. Add --LABELS path for a label of each, or rename them")
     labels = {label: index for index, label in enumerate(sorted(set(names)))}
     if len(labels) < 2:
         rules = [other for other in LABEL_RULES if other != ("folder" if merged_folders(train) else "path")]
@@ -289,13 +287,13 @@ def find_labels(train, mode):
         only = f"the only label of its {len(train)} files is {names[0]!r}, but training needs two or more"
         raise UserError(f"TRAIN_FOLDERS: {only}. With LABELS {mode!r} it is {LABEL_RULES[mode]}{others}")
     if mode in ("folder", "path"):
-        if count := len(set(zip(names, train.files.places[train.indices[:, 0]].tolist()))) - len(labels):
+        if count := len(set(zip(names, train.files.folder_indices[train.indices[:, 0]].tolist()))) - len(labels):
             print(f"note: {count} folders have the same label as folders of the same name in another of TRAIN_FOLDERS")
     return np.array([labels[name] for name in names], dtype=np.int64), labels
 
 
 def labels_table(labels, train_counts, held_out_counts):
-    """Returns the lines of a table of labels with their training and evaluation files, and warnings about too few."""
+    """Returns a table of labels with their numbers of files, and warnings, as lines."""
     shown = [escape_name(label) for label in labels[:SHOWN_LABELS]]
     width = max(map(len, ["label", *shown]))
     lines = [f"{'label':<{width}}  training  evaluation"]
@@ -304,12 +302,12 @@ def labels_table(labels, train_counts, held_out_counts):
         lines.append(f"and {len(labels) - SHOWN_LABELS} more of {len(labels)} labels")
     more = "add to EVAL_FOLDERS, or raise EVAL_SPLIT"
     if single := [label for label, n in zip(labels, train_counts) if n == 1]:
-        lines.append(f"warning: a single training file: {first_names(single, SHOWN_NAMES)}; a hidden file (.name) is no data")
+        lines.append(f"warning: a single training file: {first_names(single, SHOWN_NAMES)}; hidden files (.name) do not count")
     if missing := [label for label, n, m in zip(labels, train_counts, held_out_counts) if n > 1 and not m]:
         lines.append(f"warning: no evaluation file: {first_names(missing, SHOWN_NAMES)}; {more}")
     if sum(held_out_counts) < FEW_FILES:
-        lines.append(f"warning: only {sum(held_out_counts)} evaluation files, so that the accuracy is coarse; {more}")
-    known = set(labels)  # there may be many
-    if same := [label for label in labels if label != label.lower() and label.lower() in known]:
+        lines.append(f"warning: only {sum(held_out_counts)} evaluation files, so the accuracy is imprecise: {more}")
+    distinct = set(labels)  # faster than the list if there are many
+    if same := [label for label in labels if label != label.lower() and label.lower() in distinct]:
         lines.append(f"warning: labels that differ from others in case only: {first_names(same, SHOWN_NAMES)}; rename files")
     return lines
