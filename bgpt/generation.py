@@ -19,24 +19,24 @@ PREFILL_PATCHES = 8192  # most patches of prompts that go through the model at o
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a symbol is drawn from the model's distribution; by default unfiltered."""
+    """Sampling parameters. The defaults do not filter the model's distribution."""
 
-    top_k: int = 0  # the most likely symbols to draw among; 0 = all
-    top_p: float = 1.0  # draw among the fewest symbols whose total probability exceeds this; 1 = all
+    top_k: int = 0  # draw among so many most likely symbols, 0 = all
+    top_p: float = 1.0  # draw among the fewest symbols whose total probability exceeds this, 1 = all
     temperature: float = 1.0  # 0 = the most likely symbol
 
 
 def filter_probabilities(logits, sampling):
     """Returns the distribution to draw from, float64 (B, V), rows summing to 1.
 
-    In this order: softmax of the logits (B, V); the top_k most likely symbols; the smallest set of them, most likely first,
-    whose total probability exceeds top_p; the power 1/temperature. Among equals the lower symbol comes first.
+    Steps: softmax of the logits (B, V), top_k, top_p, power 1/temperature. top_p keeps the fewest symbols, the most likely
+    first, whose total probability exceeds it. Of equally likely symbols the lower comes first.
     """
     probabilities = torch.softmax(logits, dim=-1, dtype=torch.float64)
     if sampling.temperature == 0:
         return F.one_hot(probabilities.argmax(-1), probabilities.shape[-1]).double()
     if 0 < sampling.top_k < probabilities.shape[-1] or sampling.top_p < 1:
-        if probabilities.device.type == "cpu":  # NumPy is up to ten times faster, since PyTorch sorts the indices, too
+        if probabilities.device.type == "cpu":  # NumPy is up to ten times faster, since PyTorch sorts the indices too
             ranked = torch.from_numpy(-np.sort(-probabilities.numpy()))
         else:
             ranked = probabilities.sort(descending=True).values
@@ -55,11 +55,11 @@ def filter_probabilities(logits, sampling):
 
 
 def sample_symbols(logits, sampling, uniforms):
-    """Draws one symbol per row of logits (B, V): int64 (B,), each decided by its uniform, float64 (B,) in [0, 1)."""
+    """Draws one symbol per row of logits (B, V), int64 (B,). `uniforms` are float64 (B,) in [0, 1)."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     sums = filter_probabilities(logits, sampling).cumsum(-1)  # (B, V)
-    # the first symbol whose running sum exceeds the uniform; scaled by the last sum, which rounding keeps off 1
+    # the first symbol whose running sum exceeds the uniform, scaled by the last sum, which rounding may move off 1
     return (sums <= (uniforms.unsqueeze(-1) * sums[:, -1:])).sum(-1).clamp(max=logits.shape[-1] - 1)
 
 
@@ -70,8 +70,8 @@ class Prompt:
     """The beginning of a sequence."""
 
     key: object  # returned with the continuation
-    symbols: np.ndarray  # (n,) integers: the extension patch, n >= S, then any number of symbols, also within a patch
-    stream: list[int]  # seeds the sequence's own random numbers: whole numbers, 0 or more
+    symbols: np.ndarray  # (n,) integers: the extension patch, then symbols that may end within a patch
+    stream: list[int]  # seeds of the sequence's random numbers, 0 or more
 
 
 @dataclasses.dataclass
@@ -84,25 +84,25 @@ class Continuation:
     nats: float  # minus the log-probability of the symbols and of the 256 that ended them
 
     def mean_log_probability(self):
-        """Returns the mean log-probability in nats of the drawn symbols, by the model's own softmax, before any filter."""
+        """Returns the mean log-probability in nats of the drawn symbols, by the unfiltered softmax."""
         return -self.nats / (len(self.symbols) + (not self.cut_off))
 
     def bits_per_byte(self):
-        """Returns the bits of the drawn symbols and of the 256 that ended them, per drawn byte; None without bytes."""
+        """Returns the bits per drawn byte, the final 256 included. None without bytes."""
         return self.nats / math.log(2) / len(self.symbols) if len(self.symbols) else None
 
 
 class _Row:
-    """A sequence that is being written."""
+    """A sequence in progress."""
 
     def __init__(self, prompt, patch_size):
         self.prompt = prompt
         self.whole, self.num_given = divmod(len(prompt.symbols), patch_size)  # patches, and symbols after those
-        self.written = []  # patches, int64 (S,) each; the first begins with the given symbols
+        self.written = []  # patches, int64 (S,) each, of which the first begins with the given symbols
         self.nats = 0.0
 
     def add(self, patch, nats, length):
-        """Adds the next patch. Returns the Continuation if that ends the sequence, of at most `length` patches, else None."""
+        """Adds the next patch. Returns the Continuation if that ends the sequence, else None."""
         is_end = END in patch[0 if self.written else self.num_given :]
         self.written.append(patch)
         self.whole += 1
@@ -119,13 +119,13 @@ class _Row:
 
 @torch.inference_mode()
 def generate(model, prompts, batch_size, sampling, on_patches=None):
-    """Continues prompts of any lengths, many at once; yields each Continuation as soon as it ends.
+    """Continues prompts of any lengths in batches. Yields each Continuation as soon as it ends.
 
-    A sequence ends at its first drawn 256, or when PATCH_LENGTH patches are full. The next prompt then takes its place.
-    A sequence's random numbers are its own, so that its content depends neither on `batch_size` nor on the other prompts.
+    A sequence ends at its first drawn 256, or when PATCH_LENGTH patches are full. The next prompt then takes its row. Every
+    sequence has a random stream, so that its content depends neither on `batch_size` nor on the other prompts.
 
-    `prompts`, an iterable of Prompts of fewer than L·S symbols, is read as places become free. `batch_size` is the most
-    sequences at once. `on_patches` is called with the number of patches written, after each step.
+    `prompts`, an iterable of Prompts of fewer than L·S symbols, is read as rows become free. `batch_size` is the most sequences
+    at once. `on_patches` is called with the number of patches written, after each step.
     """
     prompts, writer = iter(prompts), PatchWriter(model, batch_size, sampling)
     while True:
@@ -145,8 +145,8 @@ class PatchWriter:
     reading from the device, in few different shapes, rounded up to powers of two. The results are the same in float32.
     None = on CUDA only, where each shape is captured as a graph.
 
-    Its `rows` are the sequences under way, a list of `_Row`s. The first rows of every buffer are theirs. If it `captures`, steps
-    run as CUDA graphs.
+    `rows` are the sequences in progress, a list of `_Row`s. They use the first rows of every buffer. With `captures`, steps run
+    as CUDA graphs.
     """
 
     def __init__(self, model, batch_size, sampling, on_device=None):
@@ -163,16 +163,16 @@ class PatchWriter:
         self.byte_cache = KVCache(gpt2, max(batch_size, 2), self.size)
         masks = self.byte_cache.mask(torch.arange(self.size, device=self.device), self.byte_cache.length)  # (S·H, 1, T)
         self.byte_masks = masks.unflatten(0, (self.size, -1))[:, :1]  # (S, 1, 1, T), of a query at each symbol
-        # (B, S) each: the newest whole patch of each row; the beginning of the patch after it, if a prompt ends within
+        # (B, S) each: the newest whole patch of each row, the given symbols of the patch after it
         self.newest, self.given = torch.zeros(2, batch_size, self.size, dtype=torch.int64, device=self.device)
-        # (B,) each: the position of the newest patch; how many symbols of the next one are given
+        # (B,) each: the position of the newest patch, the number of given symbols of the next one
         self.positions, self.num_given = torch.zeros(2, batch_size, dtype=torch.int64, device=self.device)
         self.uniforms = torch.zeros(batch_size, self.length, self.size, dtype=torch.float64, device=self.device)
         self.rows = []
 
     @torch.inference_mode()
     def admit(self, prompts):
-        """Begins the sequences of Prompts in free rows. All their whole patches but the last go through the model together."""
+        """Starts Prompts in free rows. Runs all their whole patches but the last through the model together."""
         longer = []  # (row, patches before its newest) of prompts with more than one whole patch
         for row, prompt in enumerate(prompts, len(self.rows)):
             self.rows.append(_Row(prompt, self.size))
@@ -192,7 +192,7 @@ class PatchWriter:
             longer = longer[count:]
 
     def _prefill(self, rows, patches):
-        """Runs patches, a list of int64 (P, S), N in all, through the patch-level decoder into the cache's `rows`."""
+        """Runs patches, a list of int64 (P, S), through the patch-level decoder into the cache's `rows`."""
         ragged = Ragged([len(each) for each in patches], self.device)
         row, kv = torch.tensor(rows, device=self.device)[ragged.sequence], self.patch_cache.kv  # (N,), the row of each patch
 
@@ -207,26 +207,26 @@ class PatchWriter:
 
     @torch.inference_mode()
     def step(self):
-        """Writes the next patch of each row; frees the rows that end with it, and returns their Continuations."""
+        """Writes the next patch of each row. Frees the rows that end with it and returns their Continuations."""
         patches, nats = self.write(len(self.rows), max(row.whole for row in self.rows))
         ended = [row.add(*written, self.length) for row, *written in zip(self.rows, patches, nats)]
-        for place in reversed(range(len(ended))):
-            if ended[place] is None:
+        for free in reversed(range(len(ended))):
+            if ended[free] is None:
                 continue
             last, source = self.rows.pop(), len(self.rows)
-            if place < source:  # the last row takes the free place
-                self.rows[place] = last
+            if free < source:  # the last row moves to the free one
+                self.rows[free] = last
                 for buffer in (self.newest, self.positions, self.given, self.num_given, self.uniforms):
-                    buffer[place] = buffer[source]
-                kv, count = self.patch_cache.kv, last.whole - 1  # (layers, B, H, 2, T, 64); the newest patch is not in it yet
-                kv[:, place, :, :, :count] = kv[:, source, :, :, :count]
+                    buffer[free] = buffer[source]
+                kv, count = self.patch_cache.kv, last.whole - 1  # (layers, B, H, 2, T, 64), without the newest patch
+                kv[:, free, :, :, :count] = kv[:, source, :, :, :count]
         return [continuation for continuation in ended if continuation is not None]
 
     def write(self, num_rows, longest):
-        """Writes the next patch of the first `num_rows` rows, of at most `longest` whole patches each. Waits for the device once.
+        """Writes the next patch of the first `num_rows` rows. Waits for the device once.
 
-        Returns the patches int64 (num_rows, S), meaningless after a drawn 256, and the nats float64 (num_rows,): minus the
-        log-probability of the drawn symbols up to the first 256.
+        `longest` is the most whole patches of a row. Returns the patches int64 (num_rows, S), meaningless after a drawn 256,
+        and the nats float64 (num_rows,), minus the log-probability of the drawn symbols up to the first 256.
         """
         rows, longest = num_rows, -(-longest // 16) * 16
         if self.on_device:
@@ -240,11 +240,11 @@ class PatchWriter:
         return results[:, :-1].astype(np.int64), results[:, -1]
 
     def _replay(self, rows, longest):
-        """Returns the results of `_write` from a CUDA graph, captured when its shapes come up first."""
+        """Returns the results of `_write` from a CUDA graph, captured once for each shape."""
         if (rows, longest) not in self.graphs:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # libraries set themselves up in a first call, which cannot be captured
+            with torch.cuda.stream(stream):  # libraries initialize in the first call, which cannot be captured
                 self._write(rows, longest)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
@@ -257,12 +257,12 @@ class PatchWriter:
         return results
 
     def _write(self, rows, longest):
-        """Computes the results of `write` on the device. Changes only the caches at new positions, so that it may run twice."""
+        """Computes the results of `write` repeatably, since it changes only caches at new positions."""
         x = self.step_patch_level(rows, longest)  # (B, D)
         uniforms = self.uniforms[torch.arange(rows, device=self.device), self.positions[:rows] + 1]  # (B, S)
         is_given = torch.arange(self.size, device=self.device) < self.num_given[:rows, None]  # (B, S)
         given, chances = self.given[:rows].unbind(1), uniforms.unbind(1)  # S tensors (B,) each
-        width = rows if self.on_device else max(rows, 2)  # PackedLinear would double a single row in each product
+        width = rows if self.on_device else max(rows, 2)  # else PackedLinear doubles a single row in each product
         views = self.byte_cache.views(width, self.byte_cache.length)
         symbols, logits = [], []
         for j, is_fixed in enumerate(is_given.unbind(1)):
@@ -281,7 +281,7 @@ class PatchWriter:
         return patches, torch.where(~is_given & (ends.cumsum(1) - ends == 0), nats, 0).sum(1)
 
     def step_patch_level(self, rows, longest):
-        """Runs the newest patches of the first `rows` rows through the patch-level decoder: (B, D)."""
+        """Runs the newest patches of the first `rows` rows through the patch-level decoder. Returns (B, D)."""
         positions, views = self.positions[:rows], self.patch_cache.views(rows, longest)
         where = torch.arange(rows, device=self.device), positions
         mask = self.patch_cache.mask(positions, longest)  # (B·H, 1, longest): a row sees its own patches
@@ -290,5 +290,5 @@ class PatchWriter:
         return self.patch_blocks(embedded, lambda layer, qkv: attend_cached(qkv, views[layer], where, mask))
 
     def choose(self, logits, uniforms):
-        """Returns the next symbol of each row, see `sample_symbols`. A subclass may choose otherwise."""
+        """Returns the next symbol of each row, see `sample_symbols`. Subclasses may override it."""
         return sample_symbols(logits, self.sampling, uniforms)

@@ -1,4 +1,4 @@
-"""The layers of a GPT-2 for inference on few rows at a time, and their cache of keys and values."""
+"""The layers of a GPT-2 for inference on few rows, and a key-value cache."""
 
 import torch
 import torch.nn.functional as F
@@ -7,12 +7,12 @@ from utils import HEAD_SIZE
 
 
 def apply_gelu(x):
-    """Replaces x, a contiguous multiple of 64 float32 elements on the CPU, by its tanh-GELU, x·sigmoid(2u).
+    """Applies tanh-GELU, as x·sigmoid(2u), in place to a contiguous float32 tensor on the CPU.
 
-    Bit-identical for any number of rows and threads: PyTorch rounds differently in the scalar tail of each thread's chunk, so
-    the chunks are sized to have no tail. Faster than by a tanh, except for a few rows.
+    x has a multiple of 64 elements. Bit-identical for any number of rows and threads. PyTorch rounds differently in the scalar
+    tail of each thread's chunk, so the chunks are sized to have no tail. Faster than tanh, except for a few rows.
     """
-    parts, grain = (x,), 2**15  # PyTorch gives each thread at least so many elements of an elementwise operation
+    parts, grain = (x,), 2**15  # the fewest elements that PyTorch gives a thread in an elementwise operation
     if x.numel() > grain:
         elements = x.view(-1)
         num_whole = len(elements) // grain * grain
@@ -24,10 +24,10 @@ def apply_gelu(x):
 
 
 class PackedLinear:
-    """A linear layer for few rows; on a CPU its weight is packed once in oneDNN's layout.
+    """A linear layer for few rows, with its weight packed once for oneDNN on CPUs.
 
     F.linear packs the weight in every call, which takes as long as the product of a few dozen rows. It is faster for small
-    weights, but there a row's numbers depend on the number of rows and of threads.
+    weights, but then a row's result depends on the numbers of rows and threads.
 
     `weight` is (out, in), `bias` (out,) or None. With `gelu` the tanh-GELU follows.
     """
@@ -41,7 +41,7 @@ class PackedLinear:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)  # best for 32 rows, good for all
 
     def __call__(self, x, residual=None):
-        """Returns (N, out) for x (N, in), plus `residual` (N, out) if given. In float32 a row does not depend on the others."""
+        """Returns (N, out) for x (N, in), plus `residual` (N, out) if given. In float32 rows are independent."""
         if not self.packed:
             x = F.linear(x, self.weight, self.bias)
             x = F.gelu(x, approximate="tanh") if self.gelu else x
@@ -60,7 +60,7 @@ class PackedLinear:
 
 
 class Blocks:
-    """The blocks and the last layer norm of a GPT2Model in eval mode, for rows (N, D) of any sequences."""
+    """Blocks and last layer norm of a GPT2Model in eval mode, for rows (N, D)."""
 
     def __init__(self, gpt2):
         assert gpt2.config.activation_function == "gelu_pytorch_tanh"  # see utils._fused
@@ -72,7 +72,7 @@ class Blocks:
             self.layers.append((layer_norm(block.ln_1), layer_norm(block.ln_2), *linears))
 
     def __call__(self, x, attend):
-        """Returns (N, D) for x (N, D), positions added; attend(layer, qkv) returns (N, D) for qkv (N, 3, H, 64)."""
+        """Returns (N, D) for x (N, D), positions added. attend(layer, qkv) returns (N, D) for qkv (N, 3, H, 64)."""
         for layer, (norm_1, norm_2, qkv, attended, inner, outer) in enumerate(self.layers):
             # (N, D) -> (N, 3·D) -> (N, 3, H, 64)
             x = attended(attend(layer, qkv(norm_1(x)).view(-1, 3, self.num_heads, HEAD_SIZE)), x)
@@ -81,17 +81,17 @@ class Blocks:
 
 
 def layer_norm(norm):
-    """Returns an nn.LayerNorm as a plain function, which is called faster."""
+    """Returns an nn.LayerNorm as a plain function, which has less overhead."""
     shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
 class KVCache:
-    """Keys and values of every layer of a GPT-2 for a batch of sequences, allocated once.
+    """Keys and values of all layers of a GPT-2 for a batch, allocated once.
 
-    On a CPU they are float32 also for a bf16 model: PyTorch's attention of one query is then up to three times faster.
+    On a CPU they are float32 for a bf16 model too, since attention of one query is then up to three times faster.
 
-    `kv` is (layers, B, H, 2, T, 64), the keys and the values. T is the most positions, rounded up to a multiple of 16.
+    `kv` is (layers, B, H, 2, T, 64), the keys and the values. T is `length` rounded up to a multiple of 16.
     """
 
     def __init__(self, gpt2, batch_size, length):
@@ -106,17 +106,17 @@ class KVCache:
         return list(zip(kv, keys.transpose(2, 3), values))
 
     def mask(self, positions, longest):
-        """Returns the mask of queries at `positions`, int64 (N,): (N·H, 1, longest), 0 up to the position and -inf behind."""
+        """Returns the mask (N·H, 1, longest) of queries at `positions`, int64 (N,). It is 0 up to the position, then -inf."""
         later = torch.arange(longest, device=positions.device) > positions[:, None, None, None]  # (N, 1, 1, longest)
         mask = torch.zeros(later.shape, dtype=self.kv.dtype, device=later.device).masked_fill_(later, -torch.inf)
         return mask.expand(-1, self.kv.shape[2], -1, -1).flatten(0, 1)
 
 
 def attend_cached(qkv, view, where, mask):
-    """Caches the keys and values of one position of each sequence; returns the attention of its query, (B, D).
+    """Caches one position of each sequence and returns the attention of its query, (B, D).
 
-    A row's numbers do not depend on the others. PyTorch's scaled_dot_product_attention is no faster for one query on a CPU,
-    and the last digits of its results there depend on the row's place in the batch.
+    Rows are independent. On a CPU, scaled_dot_product_attention is no faster for one query, and its rounding depends on a row's
+    index in the batch.
 
     `qkv` is (B, 3, H, 64). `view` is one layer of `KVCache.views`, in which to cache at the indices `where`, (rows, positions).
     `mask` is (B·H, 1, longest), see `KVCache.mask`, or (1, 1, longest) if it is the same for all.
