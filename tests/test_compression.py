@@ -82,7 +82,7 @@ def seal(container, extension=b"abc"):
 
 
 def test_files_come_back_whatever_the_batch_and_the_threads(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(lossless, "STRETCH", 150)  # windows have 60 bytes and then 32: four in a stretch
+    monkeypatch.setattr(lossless, "CHUNK", 150)  # windows have 60 bytes and then 32: four in a chunk
     sizes = [0, 1, 3, 4, 5, 60, 61, 92, 93, 150, 151, 300]
     contents = {f"{size}.abc": tune(size) for size in sizes} | {"noise": noise(70), "mixed.x": tune(130) + noise(40)}
     containers = []
@@ -171,7 +171,7 @@ def test_hostile_containers_take_no_memory(tmp_path, coder):
     start = compress(coder, tmp_path / "in", {"a.abc": tune(60)})["a.abc"][:10]
     lengths = [b"\xff" * 8 + b"\x7f", b"\xff" * 12, b"\x80\x80\x80\x80\x04", b""]  # 2**63 - 1, none, 2**30, none
     variants = [start + length + rest for length in lengths for rest in (b"", bytes(40), noise(400))]
-    two = start + b"\x80\x80\x04"  # 65,536 bytes, so two stretches
+    two = start + b"\x80\x80\x04"  # 65,536 bytes, so two chunks
     variants += [two + b"\xff\xff\x03" * 2, two + b"\0\x09" + bytes(36), start + b"\x09" + bytes(5)]
     tracemalloc.start()
     messages = outcomes(coder, tmp_path / "out", [seal(variant) for variant in variants])
