@@ -1,7 +1,4 @@
-"""A trained model as an object: `bgpt.load(path)` returns a Generator or a Classifier. inference.py works with the same.
-
-The network is in utils.py.
-"""
+"""A trained model as an object: `bgpt.load(path)` returns a Generator or a Classifier."""
 
 import contextlib
 import copy
@@ -22,16 +19,16 @@ from bgpt.windows import evaluation_windows
 
 
 def load_model(path, device=None, precision="auto", name="path"):
-    """Returns the Generator or Classifier of a checkpoint, see `bgpt.load`; `name` is the constant with the path."""
+    """Returns the Generator or Classifier of a checkpoint, see `bgpt.load`. `name` is the constant with the path."""
     settings.check_value("PRECISION", precision)
-    net, found = checkpoint.load_model(path, name)
+    net, saved = checkpoint.load_model(path, name)
     device = distributed.pick_device() if device is None else torch.device(device)
     kind = Classifier if isinstance(net, utils.bGPTForClassification) else Generator
-    return kind(net.to(device).eval(), found, distributed.pick_dtype(precision, device), f"{name}: {path!r}")
+    return kind(net.to(device).eval(), saved, distributed.pick_dtype(precision, device), f"{name}: {path!r}")
 
 
 def _takes_one_or_many(method):
-    """Lets a method of a list of contents also take a single one (bytes), and return its result."""
+    """Lets a method for a list of contents also take a single one (bytes)."""
 
     @functools.wraps(method)
     def call(self, content, *arguments, **keywords):
@@ -52,22 +49,22 @@ def _files_of(contents, ending):
 
 
 class Trained:
-    """A model with its checkpoint's record of the training.
+    """A trained model and its checkpoint's metadata.
 
     Attributes:
         net: the bGPTLMHeadModel or bGPTForClassification, in eval mode, its weights in float32.
         dtype: torch.dtype to compute in.
-        where: the constant with the checkpoint's path, and the path, for messages.
-        extensions: of the training files; None if the checkpoint has no record of them.
-        file_hashes: int64 (n,), of the training files' real paths; empty if unknown.
+        where: the checkpoint's constant and path, for messages.
+        extensions: list of str, of the training files. None = unknown.
+        file_hashes: int64 (n,), of the training files' real paths. Empty = unknown.
     """
 
-    def __init__(self, net, found, dtype=torch.float32, where=""):
-        self.net, self.dtype, self.where, self.extensions = net, dtype, where, found.get("extensions")
-        self.file_hashes = found.get("file_hashes", torch.zeros(0, dtype=torch.int64))
+    def __init__(self, net, saved, dtype=torch.float32, where=""):
+        self.net, self.dtype, self.where, self.extensions = net, dtype, where, saved.get("extensions")
+        self.file_hashes = saved.get("file_hashes", torch.zeros(0, dtype=torch.int64))
 
     def has_seen(self, extension):
-        """Returns whether a training file had an extension; True if that is unknown."""
+        """Returns whether a training file had an extension, True if unknown."""
         return self.extensions is None or bool({extension, extension.lower()} & set(self.extensions))
 
     def shown_extensions(self):
@@ -75,7 +72,7 @@ class Trained:
         return "unknown" if self.extensions is None else first_names(each or "(none)" for each in self.extensions)
 
     def check_files(self, files, are_scored):
-        """Prints a note on input files of extensions that no training file had, and if they are scored, on training files."""
+        """Prints a note on files of untrained extensions, and a warning on scored training files."""
         new = {extension for extension in set(map(extension_of, files)) if not self.has_seen(extension)}
         if new := [path for path in files if extension_of(path) in new]:
             what = f"{len(new)} of {len(files)} files have extensions that {self.where} was not trained on"
@@ -85,17 +82,17 @@ class Trained:
 
 
 class Generator(Trained):
-    """A generative model. The content (bytes) that a method takes may be a list; it then returns a list, made in one batch.
+    """A generative model. Methods take one content (bytes), or a list, for which they return a list.
 
     Attributes:
-        conversion_mode: CONVERSION_MODE of the training; False if unknown.
+        conversion_mode: CONVERSION_MODE of the training. False = unknown.
     """
 
-    def __init__(self, net, found, dtype=torch.float32, where=""):
-        super().__init__(net, found, dtype, where)
-        constants = found.get("config")
+    def __init__(self, net, saved, dtype=torch.float32, where=""):
+        super().__init__(net, saved, dtype, where)
+        constants = saved.get("config")
         self.conversion_mode = constants.get("CONVERSION_MODE") if isinstance(constants, dict) else False
-        self.num_symbols = net.patch_size * net.patch_length  # the most of a sequence, extension patch included
+        self.num_symbols = net.patch_size * net.patch_length  # most symbols of a sequence, extension patch included
 
     @functools.cached_property
     def cast(self):
@@ -103,12 +100,12 @@ class Generator(Trained):
         return self.net if self.dtype == torch.float32 else copy.deepcopy(self.net).to(self.dtype)
 
     def extension_patch(self, extension):
-        """Returns the extension patch, int16 (S,): in lower case, unless a training file had this very spelling."""
+        """Returns the extension patch, int16 (S,), in lower case unless training files had this spelling."""
         extension = extension if extension in (self.extensions or ()) else extension.lower()
         return utils.extension_patch(extension, self.net.patch_size)
 
     def completion_prompt(self, content, extension):
-        """Returns the symbols [ext] content, int16 (n,); the content may end within a patch."""
+        """Returns the symbols [ext] content, int16 (n,). The content may end within a patch."""
         return np.concatenate((self.extension_patch(extension), np.frombuffer(content, np.uint8).astype(np.int16)))
 
     def conversion_prompt(self, content, source, target):
@@ -117,9 +114,10 @@ class Generator(Trained):
         return np.concatenate((self.extension_patch(source), patches, self.extension_patch(target)))
 
     def check_task(self, mode, input_ext=None, target_ext=None, conversion_mode=None):
-        """Compares a task with the training: UserError if it must be a mistake, a note if it may be meant.
+        """Compares a task with the training and prints a note if they differ.
 
         The arguments are constants of config.py. Returns `target_ext`, or for None the only extension of the training files.
+        Raises UserError for an extension of no training file, and in MODE evaluate for an untrained conversion.
         """
         own, sources = self.conversion_mode, [input_ext] * (mode == "convert")
         wanted = directions_of(conversion_mode) if mode == "evaluate" else []
@@ -143,18 +141,18 @@ class Generator(Trained):
         return target_ext
 
     def _own_extension(self, sources):
-        """Returns the only extension of the training files that is not in `sources`; UserError if there are others."""
+        """Returns the training files' only extension outside `sources`, or raises UserError."""
         if self.extensions is None and not sources:
             print(f"note: TARGET_EXT is None, and {self.where} has no record of its extensions: writes .bin files")
             return "bin"  # the published code's default
-        own = {each.lower(): each for each in sorted(self.extensions or ())}  # abc stays of ABC and abc
+        own = {each.lower(): each for each in sorted(self.extensions or ())}  # of ABC and abc, abc is kept
         own = [each for key, each in own.items() if key not in map(str.lower, sources)]
         if len(own) != 1:
             raise UserError(f"TARGET_EXT is None, but must be one of the extensions of {self.where}: {self.shown_extensions()}")
         return own[0]
 
     def generate(self, ext, count=1, *, top_k=0, top_p=1.0, temperature=1.0, seed=0, batch_size=32):
-        """Returns `count` new files of an extension, a list of bytes; the sampling is that of config.py, see TOP_K."""
+        """Returns `count` new files of an extension, a list of bytes. For sampling see TOP_K, TOP_P, … in config.py."""
         ext = self.check_task("generate", target_ext=ext)
         prompts = [(self.extension_patch(ext), [seed, i]) for i in range(1, count + 1)]  # as inference.py seeds them
         return self._continue(prompts, (top_k, top_p, temperature), batch_size)
@@ -186,7 +184,7 @@ class Generator(Trained):
 
     @_takes_one_or_many
     def bits_per_byte(self, content, ext, *, batch_size=32):
-        """Returns the model's bits per byte of a content, its end included; NaN for an empty one. Long ones go in windows."""
+        """Returns the bits per byte of a content, its end included, or NaN if empty. Long ones are cut into windows."""
         failed, scores = [], {}
         with _files_of(content, f".{ext}") as folder:
             windows = evaluation_windows(utils.Examples(list_files([folder], "ext")), self.net.patch_size, self.net.patch_length)
@@ -196,7 +194,7 @@ class Generator(Trained):
 
     @_takes_one_or_many
     def compress(self, content, ext, *, batch_size=32):
-        """Returns a content as a container, see `bgpt.lossless`; `decompress` on the same kind of machine returns it."""
+        """Returns the container of a content, see `bgpt.lossless`. Only the same kind of machine can decompress it."""
         return self._code("compress", content, f".{ext}", batch_size)
 
     @_takes_one_or_many
@@ -214,8 +212,8 @@ class Generator(Trained):
         failed, done = [], {}
         with _files_of(content, ending) as folder:
             arguments = (coder, list_files([folder], "ext"), *[True] * (how == "compress"), lambda count: None, failed)
-            for path, found, container in getattr(lossless, how)(*arguments):
-                done[path] = container if how == "compress" else found
+            for path, original, container in getattr(lossless, how)(*arguments):
+                done[path] = container if how == "compress" else original
         if failed:
             raise ValueError(failed[0][1])
         return [done[path] for path in sorted(done)]
@@ -229,14 +227,14 @@ class Classifier(Trained):
         label_mode: LABELS of its training.
     """
 
-    def __init__(self, net, found, dtype=torch.float32, where=""):
-        super().__init__(net, found, dtype, where)
-        self.labels = checkpoint.label_list(found, where)
-        self.label_mode = found.get("label_mode", "name")  # published checkpoints have none
+    def __init__(self, net, saved, dtype=torch.float32, where=""):
+        super().__init__(net, saved, dtype, where)
+        self.labels = checkpoint.label_list(saved, where)
+        self.label_mode = saved.get("label_mode", "name")  # published checkpoints have none
 
     @_takes_one_or_many
     def classify(self, content, ext):
-        """Returns {label: probability} of a content (bytes), the likeliest first; of a list, a list. Long ones: their heads."""
+        """Returns {label: probability} of a content's first PATCH_LENGTH patches, likeliest first."""
         patches = [utils.to_patches(each, ext, self.net.patch_size)[: self.net.patch_length] for each in content]
         probabilities = self.probabilities(utils.Batch((each, each != utils.END, 1) for each in patches))
         return [dict(sorted(zip(self.labels, row), key=lambda item: -item[1])) for row in probabilities.tolist()]
