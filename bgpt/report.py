@@ -1,4 +1,4 @@
-"""Tables and pages of results: the report of MODE evaluate, and the index of a folder of outputs.
+"""Tables and pages of results: MODE evaluate's report, and the index of outputs.
 
 The pages are single HTML files without scripts, see report.html.j2 and gallery.html.j2. Their Content-Security-Policy forbids
 loading anything, and Jinja's autoescape makes hostile names and contents harmless.
@@ -30,8 +30,8 @@ LEVELS = (0.5, 1, 2, 3, 4, 6, 8, 12)  # bits at which the colour of a byte chang
 
 INDEX_NAMES = ("index.tsv", "index.html")
 INDEX_COLUMNS = ("file", "source", "bytes", "bits per byte", "cut off or ended", "seed")
-SHOWN_FILES, SHOWN_BYTES = 1000, 2**23  # most files, and their bytes, that the gallery shows: the page must open at once
-SHOWN_TEXT = 2000  # bytes of a text
+SHOWN_FILES, SHOWN_BYTES = 1000, 2**23  # most files and bytes in the gallery, so that the page opens at once
+SHOWN_TEXT = 2000  # most bytes of a text
 
 _SYMBOLS = [*(chr(byte) if 32 < byte < 127 else f"x{byte:02x}" for byte in range(256)), "end"]  # names for hover titles
 _IMAGES = {"jpg": "jpeg", "svg": "svg+xml"} | {name: name for name in ("bmp", "gif", "jpeg", "png", "webp")}
@@ -52,8 +52,8 @@ def _render(template, **values):
 def sum_up(scores):
     """Returns the figures of FileScores as a dict.
 
-    `files` and `bytes` are sums. The others are (value, lower, upper end of the 95 % interval): `compressors` are the bits per
-    byte of gzip, bz2 and xz, and `gains` how many fewer the model needs.
+    `files` and `bytes` are sums. The others are (value, low, high) with a 95 % interval. `compressors` are the bits per byte of
+    gzip, bz2 and xz. `gains` are those minus the model's.
     """
     columns = ((each.bytes, each.bits, each.nats, each.symbols, each.top1, each.exact) for each in scores)
     num_bytes, bits, nats, symbols, top1, exact = np.array(list(columns), dtype=np.float64).T
@@ -71,7 +71,7 @@ def sum_up(scores):
 
 
 def sum_up_groups(scores):
-    """Returns {group: figures}, see `sum_up`: "all" first, then the groups by name."""
+    """Returns {group: figures}, "all" first, then the groups by name. See `sum_up`."""
     groups = {}
     for score in scores:
         groups.setdefault(score.group, []).append(score)
@@ -79,7 +79,7 @@ def sum_up_groups(scores):
 
 
 def with_interval(figure, digits):
-    """Returns a (value, lower, upper end) as text: "1.23 (1.20 to 1.26)", or "-" without a value."""
+    """Returns a (value, low, high) as "1.23 (1.20 to 1.26)", or "-" without a value."""
     value, low, high = (None if each is None else f"{each:.{digits}f}" for each in figure)
     return "-" if value is None else value if low is None else f"{value} ({low} to {high})"
 
@@ -96,11 +96,11 @@ def figures_table(groups):
 
 
 def comparison(gains):
-    """Returns a sentence on which compressors the model beats, from the `gains` of `sum_up`."""
+    """Returns a sentence that compares the model with the compressors, from the `gains` of `sum_up`."""
     verdicts = {"beats": [], "does not clearly differ from": [], "is beaten by": []}
     for name, (gain, low, high) in gains.items():
         if gain is None:
-            return "There are no bytes to compare the compressors by."
+            return "There are no bytes to compare the compressors on."
         if (gain if low is None else low) > 0:  # a single file has no interval
             verdicts["beats"].append(f"{name} by {with_interval((gain, low, high), 2)}")
         elif (gain if high is None else high) < 0:
@@ -144,8 +144,8 @@ def table_of_files(files):
 # ---- The page of an evaluation --------------------------------------------------------------------------------------
 
 def choose_files(scores):
-    """Returns [(FileScore, its rank as text)] of the 3 worst, median and best files each by bits per byte, each file once."""
-    # empty files have no bits per byte; one is shown only if all are empty
+    """Returns [(FileScore, rank as text)] of the 3 worst, median and best files, without repeats."""
+    # empty files have no bits per byte, so one is shown only if all are empty
     ranked = sorted((each for each in scores if each.bytes), key=lambda each: (-each.bits_per_byte, each.name)) or scores[:1]
     count, titles = len(ranked), {}  # {rank: text}
     for title, first in (("worst", 0), ("best", max(count - 3, 0)), ("median", max((count - 3) // 2, 0))):
@@ -155,7 +155,7 @@ def choose_files(scores):
 
 
 def shown_parts(score, most):
-    """Returns the parts (start, stop) of a file's symbols to show: all, or at most `most` around its surprising stretches."""
+    """Returns [(start, stop)] of at most `most` symbols to show, around the surprising stretches."""
     total = score.bytes + 1
     if total <= most:
         return [(0, total)]
@@ -170,17 +170,17 @@ def shown_parts(score, most):
 
 
 def _characters(symbols):
-    """Returns the shown text of each symbol (n,), and whether they look like UTF-8: at most one byte in twenty is odd."""
+    """Returns the shown text of each symbol (n,), and whether 95 % are valid UTF-8."""
     content, shown = symbols[symbols != END].astype(np.uint8).tobytes(), []
-    for character in content.decode("utf-8", "surrogateescape"):  # an odd byte becomes a character that is not printable
+    for character in content.decode("utf-8", "surrogateescape"):  # an invalid byte becomes unprintable
         name = {"\n": "↵\n", "\t": "→\t", "\r": "␍"}.get(character, character if character.isprintable() else "\ufffd")
-        # the first byte of a longer character shows it, the others a dot
+        # the first byte of a multi-byte character shows it, the others a dot
         shown += [name, *"·" * (len(character.encode("utf-8", "surrogateescape")) - 1)]
     return shown + ["⏹"] * (len(symbols) - len(content)), 20 * shown.count("\ufffd") <= len(content)
 
 
 def _cells(start, symbols, bits, likeliest, probabilities):
-    """Returns (symbol, number of its colour, hover title, shown text) of each symbol, and whether they look like text."""
+    """Returns [(symbol, colour index, hover title, shown text)], and whether they look like text."""
     characters, is_text = _characters(symbols)
     columns = (each.tolist() for each in (symbols, bits, likeliest, probabilities))
     cells = []
@@ -193,7 +193,7 @@ def _cells(start, symbols, bits, likeliest, probabilities):
 
 
 def build_page(notes, groups, files):
-    """Returns the page as bytes, from lines of text, a `sum_up_groups`, and (FileScore, title, parts, their `score_symbols`)."""
+    """Returns the page (bytes). `files` are (FileScore, title, parts, `score_symbols` of the parts), `notes` lines of text."""
     with_bytes, most_groups = [name for name in groups if groups[name]["bytes"]], 12
     largest = sorted(with_bytes, key=lambda name: -groups[name]["bytes"])[: most_groups + 1]  # "all" is the largest
     bars = []  # (group, [("model" or a compressor, bits per byte)])
@@ -212,7 +212,7 @@ def write_report(folder, model, windows, scores, dtype, settings, unfit, failed)
     """Writes the files NAMES into a folder and returns their summary for the screen.
 
     `settings` are the constants of config.py as a dict. `unfit` are (name, patches) of the pairs that were left out. `failed`
-    are (path, reason) of the files that could not be read. Files that have become unreadable since are appended.
+    are (path, reason) of unreadable files, to which files that have become unreadable since are appended.
     """
     groups, weights = sum_up_groups(scores), settings["INFERENCE_WEIGHTS_PATH"]
     paths = [os.path.join(folder, name) for name in NAMES]
@@ -254,7 +254,7 @@ def write_report(folder, model, windows, scores, dtype, settings, unfit, failed)
 # ---- The index of a folder of outputs -------------------------------------------------------------------------------
 
 def read_index(path):
-    """Returns {file: fields of its line} of an index.tsv, or None if the file is missing or no index."""
+    """Returns {file: fields} of an index.tsv, or None if it is missing or foreign."""
     try:
         lines = [line.split("\t") for line in read_bytes(path).decode().split("\n") if line]
     except (FileNotFoundError, UnicodeDecodeError):
@@ -267,9 +267,9 @@ def read_index(path):
 def write_index(folder, rows):
     """Writes index.tsv and index.html into a folder of outputs.
 
-    Files that earlier runs listed stay listed while they exist. An index.tsv that is no index is kept as a backup, with its page,
-    and so is an index.html that is no gallery. The page has the contents of the newest files, never of one outside the folder.
-    `rows` are tuples of INDEX_COLUMNS, with the path within the folder. Bits per byte may be None.
+    Existing files of earlier runs stay listed. A foreign index.tsv gets a backup, as does its page, and so does a foreign
+    index.html. The page has the contents of the newest files, never of one outside the folder. `rows` are tuples of
+    INDEX_COLUMNS, with the path within the folder. Bits per byte may be None.
     """
     table, page = (os.path.join(folder, name) for name in INDEX_NAMES)
     listed = read_index(table)
@@ -280,7 +280,7 @@ def write_index(folder, rows):
     for file, source, num_bytes, bits, how, seed in rows:
         bits = "" if bits is None else f"{bits:.4f}"
         listed[escape_name(file)] = [escape_name(file), escape_name(source), str(num_bytes), bits, how, str(seed)]
-    # numbers in names are sorted as numbers: 2 before 10
+    # sorts numbers in names as numbers, 2 before 10
     names = sorted(listed, key=lambda name: [part.zfill(20) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
     paths = {name: path for name in names if os.path.isfile(path := os.path.join(folder, system.unescape_name(name)))}
     system.write_whole(table, "".join("\t".join(fields) + "\n" for fields in [INDEX_COLUMNS, *map(listed.get, paths)]).encode())
@@ -290,7 +290,7 @@ def write_index(folder, rows):
         size = os.path.getsize(paths[name]) if extension in _IMAGES or extension in _SOUNDS else SHOWN_TEXT
         is_inside = os.path.realpath(paths[name]).startswith(os.path.join(os.path.realpath(folder), ""))
         if len(shown) < SHOWN_FILES and size <= room and is_inside:
-            with contextlib.suppress(OSError):  # unreadable: its figures are shown
+            with contextlib.suppress(OSError):  # of an unreadable file only the figures are shown
                 content = _shown_content(read_bytes(paths[name], stop=size), os.path.getsize(paths[name]), extension)
         if content is None:
             others.append(listed[name])
@@ -301,14 +301,14 @@ def write_index(folder, rows):
 
 
 def _shown_content(content, size, extension):
-    """Returns how the gallery shows a file of `size` bytes: ("image" or "audio", data URI), or ("text", text or hex dump)."""
+    """Returns ("image" or "audio", data URI) or ("text", text or hex dump) for the gallery."""
     for kind, media in (("image", _IMAGES), ("audio", _SOUNDS)):
         if extension in media:
             return kind, f"data:{kind}/{media[extension]};base64,{base64.b64encode(content).decode()}"
     most = SHOWN_TEXT
     text = content.decode("utf-8", "replace").replace("\r\n", "\n")
     printable = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-    if extension not in ("abc", "txt") and (printable != text or "\ufffd" in text[:-1]):  # the last character may be cut through
+    if extension not in ("abc", "txt") and (printable != text or "\ufffd" in text[:-1]):  # the last character may be cut
         rows, most = [], 256
         for start in range(0, min(len(content), most), 16):
             row = content[start : start + 16]
