@@ -71,12 +71,12 @@ _overridden = {}  # {constant: its value in config.py}, for the next script of a
 
 
 def as_dict(config, training_only=False):
-    """Returns {constant: current value} of the module config; `training_only`: without those of inference.py."""
+    """Returns {constant: current value} of the module config. With `training_only`, omits inference.py's."""
     return {name: getattr(config, name) for name in CONSTANTS if not (training_only and name in _INFERENCE)}
 
 
 def check(values):
-    """Raises UserError with the first of all constants that is illegal, its value and the legal ones."""
+    """Raises UserError with the first illegal constant, its value and the legal ones."""
     for name in CONSTANTS:
         check_value(name, values[name])
     if values["BATCH_SIZE"] % values["ACCUMULATION_STEPS"]:
@@ -96,11 +96,11 @@ def check_value(name, value):
 
 
 def override(config, argv=None):
-    """Checks config.py and sets its constants from a command line, for example ["--BATCH_SIZE", "4", "--EVAL_FOLDERS"].
+    """Checks config.py and overrides its constants from a command line. Prints every change.
 
-    None, True and False are understood. An option without values is an empty list. Every constant that changes is printed
-    with its value in config.py. `--help` lists all. An unknown option or an illegal value, here or in config.py, raises
-    SystemExit with status 2 after one line on stderr. `config` is the module. `argv`: None = this process's command line.
+    `config` is the module, `argv` for example ["--BATCH_SIZE", "4"]. None = this process's command line. None, True and False
+    are parsed. An option without values is an empty list. An unknown option or an illegal value, also one in config.py, raises
+    SystemExit with status 2 after one line on stderr.
     """
     vars(config).update(_overridden)
     _overridden.clear()
@@ -142,12 +142,12 @@ def override(config, argv=None):
 
 
 def latest_path(weights_path):
-    """Returns the path of a run's latest state, next to its best: weights.pth -> weights-last.pth."""
+    """Returns the path of a run's latest state, weights-last.pth for weights.pth."""
     return "-last".join(os.path.splitext(weights_path))
 
 
 def check_training_paths(values):
-    """Raises UserError if a folder or a checkpoint that a run starts with is missing; `values` is `as_dict`'s."""
+    """Raises UserError if a folder or initial checkpoint of a run is missing. `values` are from `as_dict`."""
     for name in ("TRAIN_FOLDERS", "EVAL_FOLDERS"):
         check_folders(values[name], name)
     own = values["WEIGHTS_PATH"], latest_path(values["WEIGHTS_PATH"])
@@ -157,7 +157,7 @@ def check_training_paths(values):
 
 
 def _hint(name, dashes=""):
-    """Returns the constant that an unknown name may stand for, as the end of a message."""
+    """Returns the constant that an unknown name may mean, as the end of a message."""
     if name in PUBLISHED_NAMES:
         return f"; here it is {dashes * (PUBLISHED_NAMES[name] in CONSTANTS)}{PUBLISHED_NAMES[name]}"
     near = difflib.get_close_matches(name, CONSTANTS, n=1, cutoff=0.8)
@@ -173,7 +173,7 @@ def _has_type(value, kind):
 
 
 def _parse(words, kind, is_optional):
-    """Returns the value of an option's words. Raises ValueError or KeyError if they have another type."""
+    """Returns the value of an option's words, or raises ValueError or KeyError."""
     if kind is list:
         return [] if words == ["None"] else words
     if words == "None":
@@ -184,5 +184,5 @@ def _parse(words, kind, is_optional):
 def _comments(path):
     """Returns {constant: the comment above it} in config.py."""
     with open(path, encoding="utf-8") as file:
-        found = re.findall(r"^((?:# .*\n)+)([A-Z_]+) *(?::[^=\n]*)?=", file.read(), flags=re.MULTILINE)
-    return {name: " ".join(line.removeprefix("# ") for line in comment.splitlines()) for comment, name in found}
+        matches = re.findall(r"^((?:# .*\n)+)([A-Z_]+) *(?::[^=\n]*)?=", file.read(), flags=re.MULTILINE)
+    return {name: " ".join(line.removeprefix("# ") for line in comment.splitlines()) for comment, name in matches}

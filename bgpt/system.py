@@ -1,4 +1,4 @@
-"""Errors, whole files, locks, signals, and how a script starts and ends. It needs no PyTorch."""
+"""Errors, atomic writes, locks, signals, and the start and end of scripts. No PyTorch here."""
 
 import builtins
 import contextlib
@@ -13,39 +13,39 @@ import tempfile
 
 import filelock
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # errors of a write when nothing more fits
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # errors of a write to a full disk or quota
 NO_FSYNC = (errno.EINVAL, errno.ENOTSUP)  # errors of fsync on a file system without it
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a job system, a closed terminal
 SHOWN_NAMES = 10  # most names in a message
 
 
 class UserError(ValueError):
-    """A mistake that the user can correct; the message names the constant or file, the problem, and the remedy."""
+    """A mistake that the user can correct. The message names the constant or file, the problem and the remedy."""
 
 
 # ---- Names and folders ----------------------------------------------------------------------------------------------
 
 
 def escape_name(name):
-    """Returns a name with backslashes and unprintable characters (tabs, newlines, broken UTF-8) as escapes like \\t."""
+    """Returns a name with backslashes, tabs, newlines, broken UTF-8 and the like as escapes like \\t."""
     return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in name)
 
 
 def unescape_name(text):
-    """Returns the name whose `escape_name` is `text`."""
+    """Reverts `escape_name`."""
     escapes = r"\\(?:x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8}|[tnr\\])"
     return re.sub(escapes, lambda match: match[0].encode().decode("unicode_escape"), text)
 
 
 def first_names(names, most=SHOWN_NAMES):
-    """Returns the first names of a sequence for a message, and how many more there are."""
+    """Returns the first names of a sequence and the number of others, for a message."""
     names = list(names)
     shown = ", ".join(map(escape_name, names[:most]))
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def check_folders(folders, name):
-    """Raises UserError if one of the folders of the constant `name` is missing or is a file."""
+    """Raises UserError if a folder of the constant `name` is missing or a file."""
     for folder in folders:
         if not os.path.isdir(folder):
             problem = "is a file" if os.path.exists(folder) else "does not exist"
@@ -53,7 +53,7 @@ def check_folders(folders, name):
 
 
 def check_checkpoint(path, name):
-    """Raises UserError if the constant `name` has a path where there is no file."""
+    """Raises UserError if the path of the constant `name` is not a file."""
     if not os.path.isfile(path):
         problem = "is a folder" if os.path.isdir(path) else "does not exist"
         raise UserError(f"{name}: {path!r} {problem}; it must be a checkpoint (.pth)")
@@ -71,7 +71,7 @@ def make_folder(folder, name):
 def check_writable(path, name):
     """Makes the folder of a file if it is missing. Raises UserError if the file cannot be written."""
     make_folder(os.path.dirname(path) or ".", name)
-    # a rename would replace a device by a file
+    # a rename would replace a device with a file
     if os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK)):
         kind = "a folder" if os.path.isdir(path) else "read-only or a device"
         raise UserError(f"{name}: {path!r} is {kind}; it must be a file that can be replaced")
@@ -81,28 +81,28 @@ def check_writable(path, name):
 
 
 def hidden(path, ending):
-    """Returns the path of a hidden file next to a file, or next to a symlink's target: weights.pth -> .weights.pth.tmp."""
+    """Returns a hidden path next to a file or a symlink's target, .weights.pth.tmp for weights.pth."""
     folder, name = os.path.split(os.path.realpath(path))
     return os.path.join(folder, f".{name}.{ending}")
 
 
 def write_whole(path, content):
-    """Writes a temporary file and renames it to `path`, which is at any moment the whole old file or the whole new one.
+    """Writes a file atomically, as a temporary file that is renamed.
 
-    Calls fsync before the rename. A symlink stays one, its target is replaced. A replaced file keeps its mode and group, and
-    its owner if root replaces it. Since the caller has locked the file or its folder, the temporary name is fixed: that of a
-    killed run is overwritten by the next one.
+    Calls fsync before the rename. Of a symlink, the target is replaced. A replaced file keeps its mode and group, and its owner
+    if root replaces it. The caller must have locked the file or its folder, since the temporary name is fixed, so that a killed
+    run's temporary file is overwritten by the next run's.
 
     Args:
-        path: the file, named by every OSError.
+        path: the file, also the filename of every OSError.
         content: bytes, or a function that writes them to an open binary file.
     """
     path, temporary = os.path.realpath(path), hidden(path, "tmp")
     try:
         with open(temporary, "wb") as file:
-            with contextlib.suppress(OSError):  # no file there, a file system without modes, or a group without this user
+            with contextlib.suppress(OSError):  # no old file, no modes here, or a group without this user
                 before = os.stat(path)
-                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))  # before the content is in it, which may be private
+                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))  # before the content, which may be private
                 os.fchown(file.fileno(), before.st_uid if os.geteuid() == 0 else -1, before.st_gid)
             if callable(content):
                 content(file)
@@ -121,7 +121,7 @@ def write_whole(path, content):
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, path) from None
         raise
-    with contextlib.suppress(OSError):  # puts the new name on the disk, too; some file systems cannot open or sync a folder
+    with contextlib.suppress(OSError):  # syncs the rename, unless the file system cannot open or sync a folder
         folder = os.open(os.path.dirname(path), os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -130,9 +130,9 @@ def write_whole(path, content):
 
 
 def keep_backup(path, content=None):
-    """Keeps the file at `path` as the first free of path.bak, path.bak2, … and returns that path.
+    """Keeps a file under the first free of path.bak, path.bak2, … and returns that path.
 
-    Returns None if there is no file, or if `content` (bytes) is what it has.
+    Returns None if there is no file, or if it equals `content` (bytes).
     """
     if not os.path.exists(path):
         return None
@@ -145,20 +145,20 @@ def keep_backup(path, content=None):
         number += 1
         backup = f"{path}.bak{number}"
     try:
-        os.link(os.path.realpath(path), backup)  # a symlink's target; `path` is never without its file
+        os.link(os.path.realpath(path), backup)  # of a symlink's target, and not a move, so that `path` always exists
     except OSError:  # a file system without hard links
         shutil.copy2(path, backup)
     return backup
 
 
 def print_backups(backups, why="not made by this run"):
-    """Prints results of `keep_backup`."""
+    """Prints paths from `keep_backup`."""
     if backups := list(filter(None, backups)):
         print(f"{why}: kept as {first_names(backups)}")
 
 
 def write_results(contents):
-    """Writes files, {path: bytes}, see `write_whole`. Files of other content that are in their places get backups."""
+    """Writes files, {path: bytes}, see `write_whole`. Existing files of other content get backups."""
     print_backups([keep_backup(path, content) for path, content in contents.items()])
     for path, content in contents.items():
         write_whole(path, content)
@@ -166,7 +166,7 @@ def write_results(contents):
 
 @contextlib.contextmanager
 def lock(path, name):
-    """Keeps other runs away from a file or folder within the block. Raises UserError if the constant `name` is in use."""
+    """Locks a file or folder against other runs. Raises UserError with the constant `name` if another run has locked it."""
     lock_path = hidden(path, "lock")
     try:
         with filelock.FileLock(lock_path, timeout=0):
@@ -206,7 +206,7 @@ class StopSignals:
 
 @contextlib.contextmanager
 def delayed_signals(impatient):
-    """Lets the current step finish before a stop signal takes effect; yields the StopSignals."""
+    """Delays stop signals until the current step has finished. Yields the StopSignals."""
     signals = StopSignals(impatient)
     with _handled_by(signals.receive):
         yield signals
@@ -235,14 +235,14 @@ def signal_name(number):
 
 
 def torchrun_rank():
-    """Returns this process's rank and the number of ranks; (0, 1) without torchrun, whatever a job system sets."""
+    """Returns (rank, number of ranks). It is (0, 1) without torchrun, whatever a job system sets."""
     if not all(map(os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))):
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def progress_options():
-    """Returns tqdm's options: as wide as the terminal; in a file, one line a minute instead of ten a second."""
+    """Returns tqdm's options: the terminal's width, or in a file one line a minute."""
     if _is_notebook():
         return {"ncols": 100, "mininterval": 1}
     if sys.stderr is not None and sys.stderr.isatty():
@@ -251,18 +251,18 @@ def progress_options():
 
 
 def _is_notebook():
-    return hasattr(builtins, "__IPYTHON__")  # by %run: streams and signals are then not the script's
+    return hasattr(builtins, "__IPYTHON__")  # under %run, where streams and signals are not the script's
 
 
 def start(*checks):
-    """Runs checks that need no PyTorch, before a script imports it, so that mistakes are answered at once.
+    """Runs a script's checks before its slow import of PyTorch.
 
     From here to `run`, Ctrl-C ends the script without a traceback.
     """
     if not _is_notebook():
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="backslashreplace")  # file names may contain bytes that no terminal can show
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell has SIGINT ignored after `&`
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if a shell ignores it, after `&`
             signal.signal(signal.SIGINT, signal.SIG_DFL)
     with user_errors():
         for check in checks:
@@ -270,10 +270,10 @@ def start(*checks):
 
 
 def run(main):
-    """Runs a script's main function and exits with the status that it returns, or with that of `user_errors`."""
+    """Runs a script's main function and exits with its status, or as `user_errors` does."""
 
     def stop(number, frame):
-        for each in STOP_SIGNALS:  # a second signal does not interrupt the cleaning up
+        for each in STOP_SIGNALS:  # a second signal does not interrupt the cleanup
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
@@ -283,11 +283,11 @@ def run(main):
 
 @contextlib.contextmanager
 def user_errors():
-    """Turns UserError and OSError into one line on stderr and exit status 1, stop signals into 128 plus their number."""
+    """Turns errors into one line on stderr. Exits with 1 for UserError and OSError, 128 + number for stop signals."""
     try:
         yield
-    except BrokenPipeError:  # the reader of `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries to flush once more at its end
+    except BrokenPipeError:  # `| head` has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python flushes again at exit and fails
         sys.exit(1)
     except (UserError, OSError, KeyboardInterrupt) as error:
         (rank, _), status, message = torchrun_rank(), 1, f"error: {error}"
