@@ -22,17 +22,17 @@ from bgpt.examples import digest, directed, extensions_of, hash_texts, real_path
 from bgpt.settings import latest_path
 from bgpt.system import UserError
 
-MOST_EXTENSIONS = 1000  # a checkpoint lists at most so many extensions of training files
-MOST_FILES = 10**6  # and hashes of so many training files, 8 bytes each
+MOST_EXTENSIONS = 1000  # most extensions of training files in a checkpoint
+MOST_FILES = 10**6  # most hashes of training files in a checkpoint, 8 bytes each
 
 # ---- Steps ----------------------------------------------------------------------------------------------------------
 
 
 class Steps:
-    """The index arrays that this rank reads, step by step; together the ranks read every index of `order` once.
+    """This rank's share of `order`, one index array for each step.
 
-    The ranks get nearly as many patches in each step, and `batch_size` examples on average. If a step has fewer examples
-    than ranks, some arrays are empty: those ranks compute a dummy batch with weight 0, since DDP needs every rank in backward.
+    The ranks get nearly equal numbers of patches in each step, and `batch_size` examples on average. With fewer examples than
+    ranks, some arrays are empty. Those ranks run a dummy batch with weight 0, since DDP needs every rank in backward.
     """
 
     def __init__(self, dataset, order, batch_size, ranks):
@@ -42,7 +42,7 @@ class Steps:
         return -(-len(self.order) // self.size)
 
     def count(self, number):
-        """Returns the examples of all ranks in step `number`."""
+        """Returns the number of examples of all ranks in step `number`."""
         return min(self.size, len(self.order) - number * self.size)
 
     def __getitem__(self, number):
@@ -58,9 +58,9 @@ class Steps:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for matrices and AdamW for the rest, as one optimizer for the scheduler, the scaler and the checkpoint.
+    """Muon for matrices and AdamW for the rest, as one optimizer.
 
-    `groups` are AdamW's parameter groups, `matrices` the 2-D parameters for Muon, which scales the learning rate `lr` of both so
+    `groups` are AdamW's parameter groups, `matrices` Muon's 2-D parameters, `lr` the learning rate of both. Muon scales it so
     that its updates are as large as AdamW's.
     """
 
@@ -71,7 +71,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        *groups, matrices = self.param_groups  # new objects after a checkpoint was loaded
+        *groups, matrices = self.param_groups  # new objects after loading a checkpoint
         self.adamw.state = self.muon.state = self.state
         self.adamw.param_groups, self.muon.param_groups = groups, [matrices]
         self.adamw.step()
@@ -79,7 +79,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(model, name, learning_rate, embedding_start):
-    """Returns OPTIMIZER `name` of a model; `lr_factor` of a parameter group scales its learning rate.
+    """Returns OPTIMIZER `name` of a model. A parameter group's `lr_factor` scales its learning rate.
 
     Muon gets the matrices of the decoders' blocks. AdamW's groups keep the order of `model.parameters()`, as published.
     """
@@ -93,8 +93,8 @@ def make_optimizer(model, name, learning_rate, embedding_start):
 
 
 def make_scheduler(optimizer, name, learning_rate, num_steps, steps_done):
-    """Returns LR_SCHEDULE `name` of an optimizer after `steps_done` of `num_steps`, a tenth of them linear warm-up."""
-    for group in optimizer.param_groups:  # also of an optimizer from a checkpoint with another learning rate
+    """Returns LR_SCHEDULE `name` after `steps_done` of `num_steps`. The first tenth is linear warm-up."""
+    for group in optimizer.param_groups:  # a checkpoint may have had another learning rate
         group["initial_lr"] = learning_rate * group.get("lr_factor", 1.0)
     if name == "cosine":
         return get_cosine_schedule_with_warmup(optimizer, num_steps // 10, num_steps, last_epoch=steps_done - 1)
@@ -102,8 +102,8 @@ def make_scheduler(optimizer, name, learning_rate, num_steps, steps_done):
 
 
 def start_wandb(settings, run_id):
-    """Returns a Weights & Biases run, offline without a login unless WANDB_MODE is set. UserError if it cannot start."""
-    import wandb  # here, so that nobody needs it without WANDB_LOG
+    """Starts a Weights & Biases run, offline without login or WANDB_MODE. Raises UserError if it cannot start."""
+    import wandb  # here, since only WANDB_LOG needs it
 
     options = {"project": "bGPT", "id": run_id, "resume": "allow", "config": settings}
     try:
@@ -115,13 +115,13 @@ def start_wandb(settings, run_id):
             why = f"cannot start ({' '.join(str(error).split())})"
         print(f"wandb: {why}; this run is logged offline, in the folder wandb")
         return wandb.init(**options, mode="offline")
-    except Exception as error:  # no home folder, or one that cannot be read; its errors have no common class
+    except Exception as error:  # an unreadable home folder, for example. Its errors have no common class
         hint = "set HOME to a folder that can be written, or WANDB_LOG to False"
         raise UserError(f"WANDB_LOG: wandb cannot start ({' '.join(str(error).split())}): {hint}") from None
 
 
 def own_paths(settings):
-    """Returns the paths that a run writes or loads weights from: they are no data, and may not exist yet."""
+    """Returns the paths that a run writes or loads weights from. They are excluded from the data and may not exist yet."""
     weights = [settings["WEIGHTS_PATH"], latest_path(settings["WEIGHTS_PATH"])]
     backups = [backup for path in weights for backup in glob.glob(f"{glob.escape(path)}.bak*")]
     folders = [settings["OUTPUT_FOLDER"], os.path.join(os.environ.get("WANDB_DIR", "."), "wandb")]
@@ -133,27 +133,27 @@ def own_paths(settings):
 
 @dataclasses.dataclass
 class State:
-    """The progress of a run as its checkpoints have it, the same on all ranks."""
+    """A run's progress, as saved in checkpoints. It is the same on all ranks."""
 
     run_id: str
     epoch: int = 0  # finished epochs
-    position: int = 0  # examples of the current epoch that all ranks together have trained on
+    position: int = 0  # finished examples of the current epoch, of all ranks
     best_epoch: int = 0  # 0 = none
-    best: float | None = None  # bits per byte in the best epoch, or a classifier's accuracy: the figure that decides
-    best_loss: float = -math.inf  # its eval loss, which decides between equal figures; -inf (unknown) is never beaten
+    best: float | None = None  # bits per byte of the best epoch, or a classifier's accuracy
+    best_loss: float = -math.inf  # its eval loss, for ties. -inf = unknown, never beaten
     report: str = ""  # of the best epoch
     figures: dict = dataclasses.field(default_factory=dict)  # of the last finished epoch
 
 
 class Run:
-    """A run of training. Within `with run:` its files are locked, and stop signals wait for the current step.
+    """A training run. Within `with run:` its files are locked, and stop signals are delayed until a step has finished.
 
     Args:
-        ranks: the Ranks.
+        ranks: `distributed.Ranks`.
         model: a bGPTLMHeadModel or bGPTForClassification on their device.
         sizes: its ModelSizes.
         dtype: torch.dtype to compute in.
-        settings: dict of the constants of config.py that bear on training.
+        settings: dict of config.py's constants for training.
         train, held_out: Examples to train and to evaluate on.
         totals: the running sums of an epoch, an `evaluation.Totals`.
         labels: a classifier's {label: index}.
@@ -173,8 +173,8 @@ class Run:
         self.optimizer = make_optimizer(model, settings["OPTIMIZER"], settings["LEARNING_RATE"], settings["EMBEDDING_START"])
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
         self.state = State(ranks.gather(os.urandom(8).hex())[0])
-        self._random_state = None  # this rank's, to restore before the next step
-        self._saved = None  # (epoch, position) of the last save of the latest state; False if it failed
+        self._random_state = None  # this rank's, restored before the next step
+        self._saved = None  # (epoch, position) of the latest state's last save, False if that failed
         self._is_broken = False  # whether NaN or infinity was seen in this rank's sums
         self._stack = contextlib.ExitStack()
 
@@ -185,43 +185,43 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        with self._stack, contextlib.suppress(SystemExit):  # the error itself ends this rank
-            if isinstance(error, OSError) and self._saved is not None:  # of reading a batch, so between two steps
+        with self._stack, contextlib.suppress(SystemExit):  # the original error ends this rank
+            if isinstance(error, OSError) and self._saved is not None:  # from reading a batch, so between two steps
                 self.begin_step(fails=True)
 
-    # ---- beginning -------------------------------------------------------------------------------------------------
+    # ---- start -----------------------------------------------------------------------------------------------------
 
     def resume(self):
-        """Loads the latest state, or else the best model, and returns whether there was one; UserError if it does not fit."""
+        """Loads the latest state, else the best model. Returns whether there was one. Raises UserError if it does not fit."""
         path, settings, state = self.files.newest(), self.settings, self.state
         if path is None or not settings["LOAD_FROM_CHECKPOINT"]:
             return False
         try:
-            found = checkpoint.load_sized_weights(self.model, self.sizes, path, "WEIGHTS_PATH")
+            saved = checkpoint.load_sized_weights(self.model, self.sizes, path, "WEIGHTS_PATH")
         except checkpoint.DamagedCheckpoint as error:
             hint = f". Without that file, the run resumes from its best model, {self.files.best}"
             raise UserError(f"{error}{hint * (path == self.files.latest and os.path.exists(self.files.best))}") from None
         try:
-            before = dict(found.get("config") or {})
+            before = dict(saved.get("config") or {})
             changed = {name: before[name] for name in settings if name in before and before[name] != settings[name]}
-            data = found.get("data") or {}
+            data = saved.get("data") or {}
             other_files = [name for name in self.digests if data.get(name, self.digests[name]) != self.digests[name]]
-            self._check_same_task(path, found, before, changed, other_files)
+            self._check_same_task(path, saved, before, changed, other_files)
             old_optimizer = before.get("OPTIMIZER", "adamw")  # published runs have AdamW
             if old_optimizer == settings["OPTIMIZER"]:
-                checkpoint.load_optimizer(self.optimizer, found["optimizer"])
+                checkpoint.load_optimizer(self.optimizer, saved["optimizer"])
             else:
                 what = f"{path!r} has the moments of {old_optimizer!r}"
                 print(f"OPTIMIZER: {what}, so those of {settings['OPTIMIZER']!r} start from zero")
-            if found.get("scaler"):
-                self.scaler.load_state_dict(found["scaler"])
-            self._load_state(found)
-            self.file_hashes = torch.cat((self.file_hashes, found.get("file_hashes", self.file_hashes))).unique()
-            restarts = other_files or {"SEED", "LONG_FILES"} & set(changed) or len(found.get("totals", [0])) != self.ranks.count
-            if found.get("position") and not restarts:
-                state.position, self._random_state = int(found["position"]), found["random_states"][self.ranks.rank]
-                torch.Generator().set_state(self._random_state["cpu"])  # an error if it is damaged
-                self.totals.load(found["totals"][self.ranks.rank])
+            if saved.get("scaler"):
+                self.scaler.load_state_dict(saved["scaler"])
+            self._load_state(saved)
+            self.file_hashes = torch.cat((self.file_hashes, saved.get("file_hashes", self.file_hashes))).unique()
+            restarts = other_files or {"SEED", "LONG_FILES"} & set(changed) or len(saved.get("totals", [0])) != self.ranks.count
+            if saved.get("position") and not restarts:
+                state.position, self._random_state = int(saved["position"]), saved["random_states"][self.ranks.rank]
+                torch.Generator().set_state(self._random_state["cpu"])  # raises an error if it is damaged
+                self.totals.load(saved["totals"][self.ranks.rank])
         except UserError:
             raise
         except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
@@ -229,49 +229,49 @@ class Run:
             hint = "set PRE_WEIGHTS_PATH to it, LOAD_FROM_PRE_CHECKPOINT to True and LOAD_FROM_CHECKPOINT to False"
             raise UserError(f"{what}. To start from its weights, {hint}") from None
         within = f" and {state.position} examples of the next" if state.position else ""
-        so_far = f"; {self.best_name} so far {state.best:.4f}" if state.best_epoch and self.best_name in found else ""
+        so_far = f"; {self.best_name} so far {state.best:.4f}" if state.best_epoch and self.best_name in saved else ""
         print(f"resumes from {path} after epoch {state.epoch}{within}{so_far}")
         for name, value in changed.items():
             print(f"{name} was {value!r} and is now {settings[name]!r}" + "; the schedule changes" * (name == "NUM_EPOCHS"))
-        if found.get("position") and restarts:
+        if saved.get("position") and restarts:
             print(f"epoch {state.epoch + 1} restarts: files, SEED, LONG_FILES or the number of processes have changed")
         is_other_set = "EVAL_FOLDERS" in other_files or (self.labels is None and "LONG_FILES" in changed)
-        self._check_best(is_other_set or self.best_name not in found)
+        self._check_best(is_other_set or self.best_name not in saved)
         return True
 
-    def _check_same_task(self, path, found, before, changed, other_files):
-        """Raises UserError if a checkpoint's run had another conversion, other labels, or files other than now."""
+    def _check_same_task(self, path, saved, before, changed, other_files):
+        """Raises UserError if a checkpoint's run had another conversion, other labels or other files."""
         from_here = f"from these weights, with PRE_WEIGHTS_PATH {path!r} and LOAD_FROM_PRE_CHECKPOINT True"
         new_run = f"To start a new run, give another WEIGHTS_PATH ({from_here})"
         mode, old_mode = self.settings["CONVERSION_MODE"], before.get("CONVERSION_MODE", self.settings["CONVERSION_MODE"])
         if (old_mode or "").lower() != (mode or "").lower():
             raise UserError(f"CONVERSION_MODE is {mode!r}, but the run at {path!r} trains with {old_mode!r}. {new_run}")
-        if self.labels is not None and found.get("labels") != self.labels:
+        if self.labels is not None and saved.get("labels") != self.labels:
             why = f" (LABELS was {changed['LABELS']!r})" if "LABELS" in changed else ""
-            raise UserError(f"TRAIN_FOLDERS: the labels or their order are not those of {path!r}{why}. {new_run}")
+            raise UserError(f"TRAIN_FOLDERS: the labels or their order differ from those of {path!r}{why}. {new_run}")
         if other_files and not self.settings["ALLOW_CHANGED_FILES"]:
             choices = {name: changed[name] for name in ("SEED", "EVAL_SPLIT", "LONG_FILES") if name in changed}
             why = "".join(f"; {name} was {value!r} and is now {self.settings[name]!r}" for name, value in choices.items())
             what = f"{', '.join(other_files)}: other files than in the run at {path!r}, by their names and sizes{why}"
-            hint = "To resume with the files of now (the current epoch restarts), add --ALLOW_CHANGED_FILES True"
+            hint = "To resume on the changed files (the current epoch restarts), add --ALLOW_CHANGED_FILES True"
             raise UserError(f"{what}. {new_run}. {hint}")
 
-    def _load_state(self, found):
+    def _load_state(self, saved):
         state = self.state
         for name in ("epoch", "best_epoch"):
-            if type(found[name]) is not int or not 0 <= found[name] < 2**31:
-                raise TypeError(f"{name} is {found[name]!r}")
-            setattr(state, name, found[name])
-        # published checkpoints have no bits per byte, best_loss nor run_id; `_check_best` resets their best score
-        best, state.best_loss = (float(found.get(name, -math.inf)) for name in (self.best_name, "best_loss"))
+            if type(saved[name]) is not int or not 0 <= saved[name] < 2**31:
+                raise TypeError(f"{name} is {saved[name]!r}")
+            setattr(state, name, saved[name])
+        # published checkpoints have no bits per byte, best_loss or run_id, so `_check_best` resets their best score
+        best, state.best_loss = (float(saved.get(name, -math.inf)) for name in (self.best_name, "best_loss"))
         if math.isnan(best):
             raise ValueError(f"{self.best_name} is NaN")
         state.best = best if state.best_epoch else None
-        state.run_id = str(found.get("run_id") or state.run_id)
-        state.figures, state.report = dict(found.get("figures", {})), str(found.get("report", ""))
+        state.run_id = str(saved.get("run_id") or state.run_id)
+        state.figures, state.report = dict(saved.get("figures", {})), str(saved.get("report", ""))
 
     def _check_best(self, is_other_set):
-        """Resets the best score if the best checkpoint is missing or was scored on another evaluation set."""
+        """Resets the best score if its checkpoint is missing or had another evaluation set."""
         has_best = self.files.find_own(self.state.run_id)
         if (is_other_set or not has_best) and self.state.best_epoch:
             why = "scored on another evaluation set" if has_best else f"the best model of this run is not at {self.files.best}"
@@ -289,11 +289,11 @@ class Run:
         step_size = settings["BATCH_SIZE"] * ranks.count  # examples in a step of all ranks
         num_epochs = max(settings["NUM_EPOCHS"], state.epoch + 1)
         counts = [len(self.train)] * num_epochs
-        if self.cuts_windows:  # an epoch's number of windows depends on their offsets
+        if self.cuts_windows:  # the number of windows depends on their offsets
             seeds = [self.seeds(epoch) for epoch in range(num_epochs)]
             counts = windows.count_training_windows(self.train, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH, seeds)
         steps = [-(-count // step_size) for count in counts]
-        # by epochs, since another BATCH_SIZE has another number of steps in an epoch
+        # counted by epochs, since BATCH_SIZE may have changed
         done = sum(steps[: state.epoch]) + -(-state.position // step_size)
         num_steps = sum(steps[: settings["NUM_EPOCHS"]])
         self.scheduler = make_scheduler(self.optimizer, settings["LR_SCHEDULE"], settings["LEARNING_RATE"], num_steps, done)
@@ -309,17 +309,17 @@ class Run:
         self._stop_signals = self._stack.enter_context(system.delayed_signals(impatient=ranks.count == 1))
         self._saved = state.epoch, state.position
         self._saved_at = self._shown_at = self._epoch_began = time.monotonic()
-        self._steps_to_time = steps[state.epoch]  # of the epoch; 0 once the first step has been timed
+        self._steps_to_time = steps[state.epoch]  # of the epoch, 0 once the first step has been timed
         return ranks.wrap(self.model)
 
     def _print_memory(self, parameters, count):
-        """Prints about how much memory a step takes in an epoch of `count` examples, and a warning if there is less."""
+        """Prints an estimate of a step's memory, and a warning if the device has less."""
         settings, sizes, device = self.settings, self.sizes, self.ranks.device
         sequences = min(settings["BATCH_SIZE"] // settings["ACCUMULATION_STEPS"], count)
         rows = sequences * min(int(self.train.lengths(sizes.PATCH_SIZE).max()), sizes.PATCH_LENGTH)  # patches of a micro-batch
         byte_rows = min(rows, settings["PATCH_SAMPLING_BATCH_SIZE"] or rows) * sizes.PATCH_SIZE
         layers = rows * sizes.PATCH_NUM_LAYERS + byte_rows * (sizes.BYTE_NUM_LAYERS or 0)
-        # measured: of 512 patches at paper size, the activations take 3.0 GB in float32 and 2.0 GB in bf16
+        # the factors are measured: at paper size the activations of 512 patches take 3.0 GB in float32
         fixed, activations = 16 * parameters, layers * sizes.HIDDEN_SIZE * (127 if self.dtype == torch.float32 else 85)
         needed, total = fixed + activations, total_memory(device)
         how = f"{fixed / 1e9:.2f} GB of it for weights, gradients and optimizer"
@@ -335,11 +335,11 @@ class Run:
         return [self.settings["SEED"], epoch + 1]
 
     def step_rng(self):
-        """Returns a numpy Generator for this step and rank alone."""
+        """Returns a numpy Generator that depends on the step and rank."""
         return np.random.default_rng([*self.seeds(self.state.epoch), self.state.position, self.ranks.rank, zlib.crc32(b"step")])
 
     def training_steps(self):
-        """Returns (data set, Steps) of the rest of the epoch, and sets the seed of dropout."""
+        """Returns (data set, Steps) of the rest of the epoch, and seeds dropout."""
         size, length, seeds = self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH, self.seeds(self.state.epoch)
         make = windows.training_windows if self.cuts_windows else utils.ByteDataset
         dataset = make(self.train, size, length, seeds)
@@ -354,7 +354,7 @@ class Run:
         return dataset, Steps(dataset, order, self.settings["BATCH_SIZE"], self.ranks)
 
     def evaluation_steps(self):
-        """Returns (data set, Steps) of every evaluation example once, the shortest first."""
+        """Returns (data set, Steps) of all evaluation examples, the shortest first."""
         make = windows.evaluation_windows if self.cuts_windows else utils.ByteDataset
         dataset = make(self.held_out, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH)
         order = np.argsort(dataset.lengths(np.arange(len(dataset))), kind="stable")
@@ -372,9 +372,9 @@ class Run:
         return autocast(self.ranks.device, self.dtype)
 
     def begin_step(self, count=0, fails=False):
-        """Sums a number over all ranks. First saves the state after the last finished step, or ends the run, if that is due.
+        """Sums `count` over all ranks. Before that, saves the state or ends the run if that is due.
 
-        A rank that cannot read its batch sets `fails`, so that all ranks save and end.
+        A rank that cannot read its batch sets `fails`, so that all ranks save the last finished step and end.
         """
         number, state = self._stop_signals.first, self.state
         # rank 0's clock decides, so that all save together
@@ -398,14 +398,14 @@ class Run:
         return f"epoch {self.state.epoch + 1} after {self.state.position} examples"
 
     def update_weights(self):
-        """Clips the gradients, takes an optimizer step, clears the gradients, and sets the next learning rate."""
+        """Clips the gradients, steps the optimizer and the schedule, and clears the gradients."""
         if self.settings["MAX_GRAD_NORM"]:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings["MAX_GRAD_NORM"])
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        with warnings.catch_warnings(action="ignore"):  # PyTorch warns of the steps that fp16 skips
+        with warnings.catch_warnings(action="ignore"):  # PyTorch warns about steps that fp16 skips
             self.scheduler.step()
 
     def end_step(self, bar, count):
@@ -418,7 +418,7 @@ class Run:
             epoch = tqdm.format_interval(seconds * self._steps_to_time)
             tqdm.write(f"the first step took {seconds:.1f} s; at that rate an epoch takes {epoch}")
             self._steps_to_time = 0
-        if time.monotonic() - self._shown_at >= 1:  # not in every step, since reading the sums waits for the device
+        if time.monotonic() - self._shown_at >= 1:  # rarely, since reading the sums waits for the device
             self._shown_at = time.monotonic()
             self._is_broken = not all(map(math.isfinite, self.totals.tolist()))
             bar.set_postfix(self.totals.shown(), lr=f"{self.scheduler.get_last_lr()[-1]:.1e}", refresh=False)
@@ -428,15 +428,15 @@ class Run:
         hint = "resume from it with a lower LEARNING_RATE, MAX_GRAD_NORM 1.0 or PRECISION fp32"
         self.ranks.leave(f"error: {what}: {hint}")
 
-    # ---- ends ------------------------------------------------------------------------------------------------------
+    # ---- end -------------------------------------------------------------------------------------------------------
 
     def end_epoch(self, figures, value, loss, report="", details=""):
-        """Counts an epoch as finished; saves, logs and prints it.
+        """Finishes an epoch: saves, logs and prints it.
 
         Args:
-            figures: {name: number} to log, without those that are None.
-            value, loss: the best epoch is decided by bits per byte or a classifier's accuracy, among equals by the lower loss.
-            report, details: more lines for the log of the best epoch. `finish` prints the first.
+            figures: {name: number} to log, None = not logged.
+            value, loss: bits per byte or a classifier's accuracy, which decides the best epoch, and the loss, for ties.
+            report, details: more lines for the log of the best epoch. `finish` prints the report.
         """
         state, figures = self.state, {name: figure for name, figure in figures.items() if figure is not None}
         if not all(map(math.isfinite, figures.values())):
@@ -449,7 +449,7 @@ class Run:
             before = dataclasses.replace(state)
             state.best_epoch, state.best, state.best_loss, state.report = state.epoch, value, loss, report
             if not self._save(best=True):
-                self.state, is_best = before, False  # as the file has it
+                self.state, is_best = before, False  # as in the unchanged file
         self._save()
         line = f"epoch {state.epoch}  " + "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
         if self.ranks.rank == 0:
@@ -460,7 +460,7 @@ class Run:
             self.wandb.log({"epoch": state.epoch, **figures})
 
     def finish(self):
-        """Prints the best epoch and closes the logger. Raises UserError if the latest state is not on the disk."""
+        """Prints the best epoch and closes the logger. Exits with status 1 if the latest state is not on the disk."""
         state = self.state
         if self.wandb:
             self.wandb.finish()
@@ -469,10 +469,10 @@ class Run:
             best = f"best: epoch {state.best_epoch}, {self.best_name} {state.best:.4f}, in {self.files.best}"
             print(f"{best}\n{state.report}", end="")
         if not self._saved:
-            self.ranks.leave(f"error: {self.files.latest!r} could not be saved: with room, the same command repeats the rest")
+            self.ranks.leave(f"error: {self.files.latest!r} could not be saved: free disk space and run the same command")
 
     def _save(self, best=False):
-        """Saves the latest state, or the best model, and returns whether that succeeded; NaN and infinity are never saved."""
+        """Saves the latest state or best model, never NaN, and returns whether that succeeded."""
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             self._leave_broken()
         device, state = self.ranks.device, self.state
@@ -507,5 +507,5 @@ class Run:
 
 
 def cuts_windows(settings):
-    """Returns whether an epoch covers all of the files longer than PATCH_LENGTH. Pairs fit in it anyway."""
+    """Returns whether files longer than PATCH_LENGTH are cut into windows. Pairs always fit."""
     return settings["LONG_FILES"] == "windows" and settings["CONVERSION_MODE"] is None

@@ -1,7 +1,7 @@
-"""Files longer than the context as windows: which patches each reads, and which of them the model predicts.
+"""Windows of files that are longer than the context.
 
 A file of more than L = PATCH_LENGTH patches is read in windows of at most L patches. Every patch but the first is predicted
-once. A window's patches before those are context. With L = 8, for a file of 19 patches:
+once. In a window, the patches before the predicted ones are context. With L = 8, for a file of 19 patches:
 
     evaluation: windows advance by half                 training: by all but one patch, from a new random start each epoch
 
@@ -17,43 +17,43 @@ import numpy as np
 
 import utils
 
-ADVANCE = 0.5  # in evaluation, windows advance by this share of PATCH_LENGTH; the rest of each is context
+ADVANCE = 0.5  # in evaluation, windows advance by this share of PATCH_LENGTH, the rest is context
 
 
 def evaluation_advance(patch_length):
-    """Returns the patches by which windows of `patch_length` advance in evaluation."""
+    """Returns the number of patches by which windows of `patch_length` advance in evaluation."""
     return max(int(patch_length * ADVANCE), 1)
 
 
 def evaluation_windows(examples, patch_size, patch_length):
-    """Returns the Windows to evaluate Examples by: all but the first of each have a context of half of `patch_length`."""
+    """Returns the Windows to evaluate Examples. All but the first of each have half of `patch_length` as context."""
     return Windows(examples, patch_size, patch_length, evaluation_advance(patch_length))
 
 
 def training_windows(examples, patch_size, patch_length, seeds):
-    """Returns the Windows to train on Examples for an epoch; `seeds`, a list of integers, draw their offsets."""
+    """Returns the Windows to train on Examples for an epoch. `seeds`, a list of integers, seed their offsets."""
     rng = np.random.default_rng([*seeds, zlib.crc32(b"windows")])
     return Windows(examples, patch_size, patch_length, patch_length - 1, rng)
 
 
 def count_training_windows(examples, patch_size, patch_length, seeds):
-    """Returns the list of how many windows `training_windows` makes with each of several `seeds`."""
+    """Returns the number of `training_windows` with each of several `seeds`, a list."""
     first, last = examples.spans(patch_size).T
-    longer = examples.select(np.flatnonzero(last - first > patch_length))  # the others, maybe millions, are one window each
+    longer = examples.select(np.flatnonzero(last - first > patch_length))  # the others, possibly millions, are one window each
     return [len(examples) - len(longer) + len(training_windows(longer, patch_size, patch_length, each)) for each in seeds]
 
 
 class Windows:
-    """A data set of windows, numbered example by example; a pair is one window that predicts its target.
+    """A data set of windows, numbered example by example. A pair is one window that predicts its target.
 
     A window is (first patch, last patch + 1, first predicted patch) within the example's whole sequence. Pairs must fit in one
     of `patch_length` patches. Windows advance by `advance` patches, from 1 to L - 1. `rng`, a numpy Generator, draws the end of
-    a longer file's first window. None = it is as long as possible.
+    a longer file's first window. None = the window is as long as possible.
 
     Attributes:
         sizes: int64 (n,), bytes of each file that is predicted.
         totals: int64 (n,), patches of each whole sequence.
-        given: int64 (n,), the first patch of each that is predicted: in a pair, the one after the target's extension patch.
+        given: int64 (n,), the first predicted patch of each, in a pair the one after the target's extension patch.
     """
 
     def __init__(self, examples, patch_size, patch_length, advance, rng=None):
@@ -73,12 +73,12 @@ class Windows:
         return int(self._numbers[-1])
 
     def __getitem__(self, number):
-        """Returns the window of this number as (patches, counted, context), see `utils.ByteDataset`."""
+        """Returns window `number` as (patches, counted, context), see `utils.ByteDataset`."""
         index, *window = (int(bound[0]) for bound in self.bounds(np.array([number])))
         return self.read(index, window)
 
     def bounds(self, numbers):
-        """Returns (example, first, last, predicted), int64 (m,) each, of the windows of these numbers, an integer array."""
+        """Returns (example, first, last, predicted), int64 (m,) each, of the windows `numbers`, an integer array."""
         example = np.searchsorted(self._numbers, numbers, side="right") - 1
         nth = numbers - self._numbers[example]
         last = np.minimum(self._first_ends[example] + nth * self.advance, self.totals[example])
@@ -87,7 +87,7 @@ class Windows:
         return example, first, last, np.where(nth == 0, self.given[example], before)
 
     def lengths(self, numbers):
-        """Returns the patches of the windows of these numbers, int64 (m,)."""
+        """Returns the number of patches in each of the windows `numbers`, int64 (m,)."""
         _, first, last, _ = self.bounds(numbers)
         return last - first
 
@@ -102,13 +102,13 @@ class Windows:
             yield from ((index, window) for window in self.of(index))
 
     def predicted_symbols(self, index, window):
-        """Returns the slice of a file's content and first 256, an array of size + 1 symbols, that a window predicts."""
+        """Returns the slice that a window predicts of a file's bytes and first 256."""
         _, last, predicted = window
         start, stop = ((patch - int(self.given[index])) * self.patch_size for patch in (predicted, last))
         return slice(start, min(stop, int(self.sizes[index]) + 1))
 
     def read(self, index, window):
-        """Returns a window of an example as (patches, counted, context), reading no other bytes; see `read_patches`."""
+        """Reads a window of an example, and no other bytes, as (patches, counted, context). See `read_patches`."""
         first, last, predicted = window
         if self.examples.are_pairs:
             patches, counted, _ = utils.ByteDataset(self.examples, self.patch_size, self.patch_length)[index]
