@@ -63,7 +63,7 @@ def evaluate(run):
     run.model.eval()
     with run.progress("eval", steps) as bar:
         for number, (indices, batch) in enumerate(zip(steps, utils.batches(dataset, steps, config.NUM_WORKERS))):
-            run.begin_step()
+            run.begin_step()  # saves or stops the run when that is due
             if len(indices):
                 with run.autocast():
                     output = run.model(batch.patches_on(run.ranks.device), batch.masks, batch.targets)
@@ -97,13 +97,15 @@ def train(ranks):
             engine.train()
             with run.progress("train", steps) as bar:
                 for number, (indices, batch) in enumerate(zip(steps, utils.batches(dataset, steps, config.NUM_WORKERS))):
-                    micro_batches, rng = [micro for _, micro in batch.split(config.ACCUMULATION_STEPS)], run.step_rng()
+                    micro_batches = [micro for _, micro in batch.split(config.ACCUMULATION_STEPS)]
+                    rng = run.step_rng()
                     targets = [sample_targets(micro.targets, config.PATCH_SAMPLING_BATCH_SIZE, rng) for micro in micro_batches]
                     is_dummy = not len(indices)  # this rank has no examples in this step, see `training.Steps`
-                    num_targets = 0 if is_dummy else sum(int(chosen.sum()) for chosen in targets)
-                    num_targets = run.begin_step(num_targets)  # of all ranks; saves or stops the run when that is due
+                    own_targets = 0 if is_dummy else sum(int(chosen.sum()) for chosen in targets)
+                    num_targets = run.begin_step(own_targets)  # of all ranks; saves or stops the run when that is due
 
-                    # The loss is the mean over all symbols of all ranks. DDP averages gradients, hence `ranks.count`.
+                    # The loss is the mean over all symbols of the drawn targets of all ranks. DDP divides the sum of the ranks'
+                    # gradients by `ranks.count`, which the weight undoes.
                     weight = 0 if is_dummy else ranks.count / (num_targets * config.PATCH_SIZE)
                     for part, (micro, chosen) in enumerate(zip(micro_batches, targets), 1):
                         with ranks.accumulate(engine, is_last=part == len(micro_batches)):

@@ -339,8 +339,8 @@ def batches(dataset, index_batches, num_workers=0):
 
 MOST_SEQUENCES = 2**15  # of one attention call on a GPU; CUDA has no kernel for 2**16 and more
 BLOCK = 128  # queries in a block on a CPU; smaller blocks multiply slower, larger ones compute more masked weights
-# Most attention weights (B·H·T²) in several blocks on a CPU that are kept for the backward pass, 0.4 GB per layer in float32.
-# Above that, the backward pass recomputes them.
+# With up to so many attention weights (B·H·T²) on a CPU, the backward pass uses stored ones, 0.4 GB a layer in float32 with
+# their dropout. Above that it recomputes them.
 MOST_KEPT = 2**26
 
 
@@ -393,13 +393,13 @@ def _attend_block(queries, keys, values, rate):
 class Ragged:
     """Sequences of different lengths, concatenated without padding into rows (N, ·).
 
-    Only attention needs the sequences. It pads each to `padded_length` of its own length, so that its numbers do not depend on
-    the rest of the batch. The shortest come first, so that sequences of the same padded length are adjacent.
+    The rows are ordered by the length of their sequence, the shortest first. Only attention pads, each sequence to the
+    `padded_length` of its own length, so that its result does not depend on the rest of the batch.
     `lengths`, int (B,), are the patches of each sequence, 0 or more. `device` is the device of the rows.
 
     Attributes:
-        sequence, position: int64 (N,), each row's sequence, and its position there.
-        starts: int64 (B,), the first row of each sequence.
+        sequence, position: int64 (N,), each row's sequence as an index into `lengths`, and its position there.
+        starts: int64 (B,), the first row of each sequence, in the order of `lengths`.
     """
 
     def __init__(self, lengths, device):
@@ -438,7 +438,10 @@ class Ragged:
 
 
 def padded_length(length):
-    """Returns a sequence's padded length in attention, at most 15 or a quarter more."""
+    """Returns the length to which attention pads a sequence.
+
+    That adds up to 15 positions, or up to a quarter to a long one. Few different lengths make few groups.
+    """
     step = max(16, 1 << (max(length - 1, 4).bit_length() - 3))  # from an eighth to a quarter of the length
     return -(-length // step) * step
 
@@ -487,8 +490,8 @@ def finish_block(block, x, attended, rate):
 def run_gpt2(gpt2, inputs, attend, parts=(project_qkv, finish_block)):
     """Returns the outputs (…, D) of a GPT2Model for inputs (…, D) that include positions.
 
-    Same as its forward, with faster dropout and attention, for rows of any sequences. `attend` takes queries, keys and values
-    (…, 3, H, 64) and a dropout rate, and returns (…, H, 64). `parts` may be compiled.
+    It equals the model's own forward, with faster dropout and attention, and for rows of several sequences. `attend` takes
+    queries, keys and values (…, 3, H, 64) and a dropout rate, and returns (…, H, 64). `parts` may be compiled.
     """
     config, (project, finish) = gpt2.config, parts
     rates = config.embd_pdrop, config.attn_pdrop, config.resid_pdrop
@@ -501,14 +504,14 @@ def run_gpt2(gpt2, inputs, attend, parts=(project_qkv, finish_block)):
 
 
 class ByteModel(PreTrainedModel):
-    """Base of the four models, configured by a GPT2Config."""
+    """Base of both decoders, the generative model and the classifier, configured by GPT2Configs."""
 
     config_class = GPT2Config
     _supports_sdpa = True  # without it, transformers would fall back to its slow attention
     parts = project_qkv, finish_block  # of a block, compiled by `compile_blocks`
 
     def compile_blocks(self):
-        """Compiles the blocks without their attention, once for all layers and numbers of rows. Names and weights stay."""
+        """Compiles the blocks without their attention, once for all layers and numbers of rows. Weights keep their names."""
         self.parts = tuple(torch.compile(part, dynamic=True) for part in self.parts)
 
 
@@ -537,19 +540,19 @@ class PatchLevelDecoder(ByteModel):
         super().__init__(config)
         self.patch_size = getattr(config, "patch_size", 16)
         self.patch_embedding = nn.Linear(self.patch_size * NUM_SYMBOLS, config.n_embd)
-        # (D, S·V) as published, but column-major, so that the vector of each symbol is contiguous
-        by_columns = torch.empty(self.patch_size * NUM_SYMBOLS, config.n_embd).normal_(std=0.02)
-        self.patch_embedding.weight = nn.Parameter(by_columns.t())
+        # The weight is (D, S·V) as published, but a view of its transpose, in which the vector of each symbol is contiguous.
+        vectors = torch.empty(self.patch_size * NUM_SYMBOLS, config.n_embd).normal_(std=0.02)
+        self.patch_embedding.weight = nn.Parameter(vectors.t())
         self.base = GPT2Model(config)
 
     def embed(self, patches):
         """Returns the embeddings (N, D) of patches, int64 (N, S), before positions are added.
 
-        A linear layer's output for a one-hot patch is the sum of the S columns that the ones select.
+        A linear layer's output for a one-hot patch is the sum of the S vectors that the ones select.
         """
-        columns = patches + torch.arange(self.patch_size, device=patches.device) * NUM_SYMBOLS  # (N, S)
+        indices = patches + torch.arange(self.patch_size, device=patches.device) * NUM_SYMBOLS  # (N, S)
         weight = self.patch_embedding.weight.t().contiguous()  # (S·V, D), no copy: see __init__
-        return F.embedding_bag(columns, weight, mode="sum") + self.patch_embedding.bias
+        return F.embedding_bag(indices, weight, mode="sum") + self.patch_embedding.bias
 
     def encode(self, patches, masks):
         """Returns (outputs (N, D) of the real patches, their Ragged) for patches int64 (B, P, S) or (B, P·S).
@@ -675,7 +678,7 @@ class ModelSizes:
             vectors = structured_vectors(embedding_start, self.PATCH_SIZE, self.HIDDEN_SIZE)  # (S, V, D)
             with torch.no_grad():
                 patch_embedding.copy_(vectors.flatten(0, 1).t())
-                if embedding_start == "bits" and self.num_labels is None:
+                if embedding_start == "bits" and self.num_labels is None:  # the head is tied to the byte-level embedding
                     model.byte_level_decoder.base.lm_head.weight.copy_(structured_vectors("bits", 1, self.HIDDEN_SIZE)[0])
         return model
 
@@ -683,9 +686,9 @@ class ModelSizes:
 def structured_vectors(start, count, width):
     """Returns random embeddings (count, V, width) in which related bytes have similar vectors.
 
-    A byte's vector is a random linear map of its features, plus a little noise. Symbol 256 gets only noise. `start` "smooth"
-    has waves of half a period to four periods over the bytes, so that close values have close vectors. "bits" has the eight
-    bits, and waves of 1, 2, 4 … 64 periods.
+    A byte's vector is a linear map of its features, plus a little noise. The map is random for each of the `count` positions.
+    Symbol 256 gets a random vector. The features are by `start`: "smooth" has waves of half a period to four periods over the
+    bytes, so that close values have close vectors. "bits" has the eight bits, and waves of 1, 2, 4 … 64 periods.
     """
     periods, noise, std = ((0.5, 1, 2, 4), 0.02, 0.12) if start == "smooth" else ([2.0**n for n in range(7)], 0.05, 0.2)
     values = torch.arange(256)[:, None]

@@ -29,10 +29,11 @@ MOST_FILES = 10**6  # most hashes of training files in a checkpoint, 8 bytes eac
 
 
 class Steps:
-    """This rank's share of `order`, one index array for each step.
+    """The steps of an epoch: for each, the array of this rank's indices.
 
-    The ranks get nearly equal numbers of patches in each step, and `batch_size` examples on average. With fewer examples than
-    ranks, some arrays are empty. Those ranks run a dummy batch with weight 0, since DDP needs every rank in backward.
+    `order` has the indices of all ranks, in the order of their use. In each step the ranks get nearly equal numbers of patches,
+    and `batch_size` examples on average. If a step has fewer examples than ranks, some ranks get an empty array. They run a
+    dummy batch with weight 0, since DDP needs every rank in backward.
     """
 
     def __init__(self, dataset, order, batch_size, ranks):
@@ -54,14 +55,14 @@ class Steps:
         return step[utils.balanced_parts(self.dataset.lengths(step), self.ranks.count)[self.ranks.rank]]
 
 
-# ---- Learning rate, logs --------------------------------------------------------------------------------------------
+# ---- Optimizer, schedule, logs ----------------------------------------------------------------------------------------
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for matrices and AdamW for the rest, as one optimizer.
 
     `groups` are AdamW's parameter groups, `matrices` Muon's 2-D parameters, `lr` the learning rate of both. Muon scales it so
-    that its updates are as large as AdamW's.
+    that its updates have the size of AdamW's.
     """
 
     def __init__(self, groups, matrices, lr):
@@ -71,7 +72,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        *groups, matrices = self.param_groups  # new objects after loading a checkpoint
+        *groups, matrices = self.param_groups  # loading a checkpoint replaces the groups and the state
         self.adamw.state = self.muon.state = self.state
         self.adamw.param_groups, self.muon.param_groups = groups, [matrices]
         self.adamw.step()
@@ -186,7 +187,8 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         with self._stack, contextlib.suppress(SystemExit):  # the original error ends this rank
-            if isinstance(error, OSError) and self._saved is not None:  # from reading a batch, so between two steps
+            # a batch could not be read: the other ranks save and end too
+            if isinstance(error, OSError) and self._saved is not None:
                 self.begin_step(fails=True)
 
     # ---- start -----------------------------------------------------------------------------------------------------
@@ -293,7 +295,7 @@ class Run:
             seeds = [self.seeds(epoch) for epoch in range(num_epochs)]
             counts = windows.count_training_windows(self.train, self.sizes.PATCH_SIZE, self.sizes.PATCH_LENGTH, seeds)
         steps = [-(-count // step_size) for count in counts]
-        # counted by epochs, since BATCH_SIZE may have changed
+        # steps done, as if all epochs had had this BATCH_SIZE and these files
         done = sum(steps[: state.epoch]) + -(-state.position // step_size)
         num_steps = sum(steps[: settings["NUM_EPOCHS"]])
         self.scheduler = make_scheduler(self.optimizer, settings["LR_SCHEDULE"], settings["LEARNING_RATE"], num_steps, done)
@@ -372,9 +374,10 @@ class Run:
         return autocast(self.ranks.device, self.dtype)
 
     def begin_step(self, count=0, fails=False):
-        """Sums `count` over all ranks. Before that, saves the state or ends the run if that is due.
+        """Returns `count` summed over all ranks. Saves the state or ends the run if that is due.
 
-        A rank that cannot read its batch sets `fails`, so that all ranks save the last finished step and end.
+        All ranks call it before each step. A rank that cannot read its batch sets `fails`, so that all ranks save the last
+        finished step and end.
         """
         number, state = self._stop_signals.first, self.state
         # rank 0's clock decides, so that all save together
@@ -435,7 +438,7 @@ class Run:
 
         Args:
             figures: {name: number} to log, None = not logged.
-            value, loss: bits per byte or a classifier's accuracy, which decides the best epoch, and the loss, for ties.
+            value, loss: bits per byte, or a classifier's accuracy, decides the best epoch. The loss decides ties.
             report, details: more lines for the log of the best epoch. `finish` prints the report.
         """
         state, figures = self.state, {name: figure for name, figure in figures.items() if figure is not None}
@@ -449,7 +452,7 @@ class Run:
             before = dataclasses.replace(state)
             state.best_epoch, state.best, state.best_loss, state.report = state.epoch, value, loss, report
             if not self._save(best=True):
-                self.state, is_best = before, False  # as in the unchanged file
+                self.state, is_best = before, False  # the best model on the disk is still the old one
         self._save()
         line = f"epoch {state.epoch}  " + "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
         if self.ranks.rank == 0:
@@ -472,7 +475,7 @@ class Run:
             self.ranks.leave(f"error: {self.files.latest!r} could not be saved: free disk space and run the same command")
 
     def _save(self, best=False):
-        """Saves the latest state or best model, never NaN, and returns whether that succeeded."""
+        """Saves the latest state or the best model. Returns whether that succeeded. Ends the run if a weight is not finite."""
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             self._leave_broken()
         device, state = self.ranks.device, self.state
