@@ -240,7 +240,7 @@ def test_two_processes_learn_the_same(folder):
         for process in [Running("train-cls.py", *options(**settings), cwd=folder, env=env) for env in torchrun_environments(2)]
     ]
     assert [process.returncode for process in done] == [0, 0], done[0].stderr
-    assert load(folder, "both-last")["figures"] == pytest.approx(load(folder, "one-last")["figures"], rel=1e-5)
+    assert load(folder, "both-last")["figures"] == pytest.approx(load(folder, "one-last")["figures"], rel=2e-4)  # Muon rounds to bf16
     assert load(folder, "both-last")["report"] == load(folder, "one-last")["report"]
 
 
@@ -255,7 +255,9 @@ def test_a_stopped_run_ends_the_same(folder):
     train(folder, "stopped", **long)
     for part in ("", "-last"):
         states = [load(folder, name + part) for name in ("whole", "stopped")]
-        for key in ("model", "optimizer", "epoch", "best_epoch", "max_eval_acc", "figures", "random_states"):
+        for state in states:
+            state["moments"] = state["optimizer"]["state"]
+        for key in ("model", "moments", "epoch", "best_epoch", "max_eval_acc", "figures", "random_states"):
             torch.testing.assert_close(*(state[key] for state in states), rtol=0, atol=0)
         assert states[0]["report"] == states[1]["report"]
     assert (folder / "whole.txt").read_text() == (folder / "stopped.txt").read_text()
