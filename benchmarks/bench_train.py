@@ -8,7 +8,8 @@ matrix rate, measured between the steps, and the median speed against the first 
     python benchmarks/bench_train.py --files abc_midi/train --batch 16 --variants padded-fp32 fp32 ideal-fp32
     python benchmarks/bench_train.py --size quick --batch 64 --against FOLDER --variants before-fp32 fp32
 
-Variants are naive, fp32, bf16, fp16 (CUDA only), and bf16-compile for COMPILE. megabyte-fp32 and megabyte-bf16 are
+Variants: naive, fp32, bf16, fp16 (CUDA only), with -compile for COMPILE (bf16-compile); transformers-fp32 and -bf16, the same
+model by transformers' own forward with PyTorch's attention, fused AdamW and no one-hots; megabyte-fp32 and megabyte-bf16 are
 MEGABYTE-pytorch of about the same size, if it is installed (`pip install MEGABYTE-pytorch==0.3.6`), with the same dropout of
 attention weights and within its feed-forward layers. megabyte-fp32-default has its default dropout, 0.
 
@@ -77,6 +78,21 @@ class Naive(nn.Module):
         inputs = torch.cat((encoded.unsqueeze(1), symbols), dim=1)  # (N, S, D)
         logits = self.byte_level(inputs_embeds=inputs, attention_mask=torch.ones_like(targets)).logits  # (N, S, V)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class Transformers(utils.bGPTLMHeadModel):
+    """Our model by transformers' own forward with PyTorch's attention: what a competent user would write. Padding is computed."""
+
+    def forward(self, patches, masks, targets=None):
+        patch_level, byte_level = self.patch_level_decoder, self.byte_level_decoder.base
+        embedded = patch_level.embed(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])  # (B, P, S) -> (B, P, D)
+        padding = None if masks.all() else masks.long()
+        encoded = patch_level.base(inputs_embeds=embedded, attention_mask=padding).last_hidden_state
+        chosen = masks[:, 1:] == 1
+        encoded, targets = encoded[:, :-1][chosen], patches[:, 1:][chosen]  # (N, D), (N, S)
+        symbols = byte_level.transformer.wte(targets[:, :-1])  # (N, S-1, D)
+        logits = byte_level(inputs_embeds=torch.cat((encoded.unsqueeze(1), symbols), dim=1)).logits  # (N, S, V)
+        return utils.BytePrediction(loss=F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()))
 
 
 def step_flops(sizes, lengths):
@@ -153,6 +169,8 @@ def make_loss(variant, sizes, dropout, device):
         return model, model
     tune_memory()
     model = sizes.build(dropout).to(device).train()
+    if name == "transformers":
+        model.__class__, name = Transformers, option
     if option == "compile":
         for decoder in model.children():
             decoder.compile_blocks()

@@ -1,23 +1,31 @@
 """Draws pictures of README.md and docs/results.md from logs and outputs of runs. Needs matplotlib.
 
     python benchmarks/plots.py curves docs/learning.svg "random batches=new0.txt,new1.txt,new2.txt" "one length=old0.txt,old1.txt"
-    python benchmarks/plots.py rolls docs/conversion.svg --true abc_midi/test --made output --files a.abc.mid b.abc.mid
+    python benchmarks/plots.py strip docs/strip.png --images output/*.bmp --weights weights.pth --damaged damaged.bin \\
+        --true abc_midi/test --made converted --tune a.abc.mid
 
 curves: bits per byte of the evaluation after each epoch, mean and range of each label's logs (LOGS_PATH).
-rolls: the notes of true MIDI files and of their conversions.
+strip: generated images, the bytes of a file coloured by their bits, and the notes of a MIDI file and its conversion.
 """
 
 import argparse
-import os
+import math
 import statistics
 import sys
+from pathlib import Path
 
 import matplotlib
+import numpy as np
+import torch
 from bench_convert import read_notes, read_pair, share_right
 from matplotlib.figure import Figure
+from PIL import Image
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tests"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import bgpt  # noqa: E402
+import utils  # noqa: E402
 from logs import read_log  # noqa: E402
 
 
@@ -45,20 +53,50 @@ def draw_curves(options):
     return figure
 
 
-def draw_rolls(options):
-    """Returns a figure of piano rolls, true notes as grey bars, converted ones as coloured lines."""
-    figure = Figure(figsize=(9, 1.9 * len(options.files)), layout="constrained")
-    rows = figure.subplots(len(options.files), squeeze=False)
-    for name, axes in zip(options.files, rows[:, 0]):
-        contents = read_pair(options.true, options.made, name)
-        styles = ({"color": "0.8", "linewidth": 5, "label": "true"}, {"color": "tab:blue", "linewidth": 1.8, "label": "converted"})
-        for content, style in zip(contents, styles):
-            notes = [note for note in read_notes(content) if note[0] < options.ticks]
-            starts, pitches, lengths = zip(*notes) if notes else ((), (), ())
-            axes.hlines(pitches, starts, [start + length for start, length in zip(starts, lengths)], **style)
-        axes.set(title=f"{name}: {share_right(*contents):.0%} of all its notes right", ylabel="MIDI pitch", xlim=(0, options.ticks))
-    rows[-1, 0].set(xlabel="ticks")
-    rows[0, 0].legend(frameon=False, loc="upper right", ncols=2)
+def draw_images(axes, paths):
+    """Draws generated bitmaps in two rows."""
+    columns, size = -(-len(paths) // 2), 36  # pixels of 32 and a margin
+    for number, path in enumerate(paths):
+        left, top = number % columns * size, number // columns * size
+        axes.imshow(Image.open(path).convert("L"), cmap="gray", extent=(left, left + 32, top + 32, top), vmin=0, vmax=255)
+    axes.set(xlim=(0, columns * size - 4), ylim=(2 * size - 4, 0), title="images written byte by byte")
+    axes.axis("off")
+
+
+def draw_map(axes, weights, path):
+    """Draws the bytes of a file in rows of 8, coloured by their bits."""
+    net, content = bgpt.load(weights).net, Path(path).read_bytes()
+    patches = utils.to_patches(np.frombuffer(content, np.uint8), Path(path).suffix[1:], net.patch_size)
+    batch = utils.Batch([(patches, patches != utils.END, 1)])
+    with torch.no_grad():
+        bits = net(batch.patches_on(net.device), batch.masks).nats.flatten()[: len(content)] / math.log(2)
+    rows = -(-len(content) // 8)
+    axes.imshow(torch.nn.functional.pad(bits, (0, 8 * rows - len(bits)), value=math.nan).view(rows, 8), cmap="YlGnBu", vmin=0, vmax=10)
+    for i, (byte, bit) in enumerate(zip(content, bits.tolist())):
+        color = "white" if bit > 5 else "black"
+        axes.text(i % 8, i // 8, f"{byte:02x}", ha="center", va="center", family="monospace", size=8, color=color)
+    axes.set(title="a damaged byte, found by its bits")
+    axes.axis("off")
+
+
+def draw_roll(axes, true, made, name, ticks):
+    """Draws the notes of a true MIDI file as grey bars, and those of its conversion as coloured lines."""
+    contents = read_pair(true, made, name)
+    for content, style in zip(contents, ({"color": "0.8", "linewidth": 5}, {"color": "tab:blue", "linewidth": 1.8})):
+        notes = [note for note in read_notes(content) if note[0] < ticks]
+        starts, pitches, lengths = zip(*notes) if notes else ((), (), ())
+        axes.hlines(pitches, starts, [start + length for start, length in zip(starts, lengths)], **style)
+    title = f"a tune converted to MIDI: {share_right(*contents):.0%} of its notes right (grey: true)"
+    axes.set(title=title, xlabel="ticks", ylabel="pitch", xlim=(0, ticks))
+
+
+def draw_strip(options):
+    """Returns a figure of generated images, a surprisal map and a piano roll."""
+    figure = Figure(figsize=(11, 2.6), dpi=110, layout="constrained")
+    images, surprisal, roll = figure.subplots(1, 3, width_ratios=(4, 3, 5))
+    draw_images(images, options.images)
+    draw_map(surprisal, options.weights, options.damaged)
+    draw_roll(roll, options.true, options.made, options.tune, options.ticks)
     return figure
 
 
@@ -69,13 +107,16 @@ def main():
     curves.set_defaults(draw=draw_curves)
     curves.add_argument("picture")
     curves.add_argument("lines", nargs="+", help="LABEL=LOG,LOG,…")
-    rolls = kinds.add_parser("rolls")
-    rolls.set_defaults(draw=draw_rolls)
-    rolls.add_argument("picture")
-    rolls.add_argument("--true", required=True, help="folder of the true files")
-    rolls.add_argument("--made", required=True, help="OUTPUT_FOLDER of MODE convert")
-    rolls.add_argument("--files", nargs="+", required=True)
-    rolls.add_argument("--ticks", type=int, default=24000, help="ticks to draw")
+    strip = kinds.add_parser("strip")
+    strip.set_defaults(draw=draw_strip)
+    strip.add_argument("picture")
+    strip.add_argument("--images", nargs="+", required=True, help="generated .bmp files")
+    strip.add_argument("--weights", required=True, help="model for the damaged file")
+    strip.add_argument("--damaged", required=True, help="file of at most PATCH_LENGTH patches")
+    strip.add_argument("--true", required=True, help="folder of the true MIDI files")
+    strip.add_argument("--made", required=True, help="OUTPUT_FOLDER of MODE convert")
+    strip.add_argument("--tune", required=True, help="file in both")
+    strip.add_argument("--ticks", type=int, default=24000, help="ticks to draw")
     options = parser.parse_args()
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "bgpt", "axes.spines.top": False, "axes.spines.right": False}
     options.draw(options).savefig(options.picture, metadata={"Date": None})
