@@ -86,7 +86,7 @@ def draw_roll(axes, true, made, name, ticks):
         notes = [note for note in read_notes(content) if note[0] < ticks]
         starts, pitches, lengths = zip(*notes) if notes else ((), (), ())
         axes.hlines(pitches, starts, [start + length for start, length in zip(starts, lengths)], **style)
-    title = f"a tune converted to MIDI: {share_right(*contents):.0%} of its notes right (grey: true)"
+    title = f"ABC converted to MIDI (grey: true), {share_right(*contents):.0%} right"
     axes.set(title=title, xlabel="ticks", ylabel="pitch", xlim=(0, ticks))
 
 
