@@ -419,7 +419,7 @@ def test_reads_that_fall_short_are_errors(tmp_path, monkeypatch):
     with open(path, "wb") as file:
         file.write(bytes(range(100)))
     assert utils.read_bytes(path, 10, 20) == bytes(range(10, 20)) and utils.read_bytes(path, 95, 200) == bytes(range(95, 100))
-    with pytest.raises(OSError, match="has 100 bytes now, and had 101"):
+    with pytest.raises(OSError, match="has 100 bytes now, but had 101"):
         utils.read_bytes(path, size=101)
     for unreadable in ("/proc/self/mem", str(tmp_path)):
         with pytest.raises(OSError, match=re.escape(unreadable)):  # a failed read is no end of the file, and is named
@@ -432,7 +432,7 @@ def test_reads_that_fall_short_are_errors(tmp_path, monkeypatch):
     for sizes[0] in (60, 0):  # some file systems have another size than reading gives
         assert cpu_report.read_file(path) == (b"", -1)
         for start in (0, 60):
-            with pytest.raises(OSError, match=f"more than the {sizes[0]} bytes.*a.x"):
+            with pytest.raises(OSError, match=f"longer than its reported size, {sizes[0]} bytes.*a.x"):
                 utils.read_bytes(path, start, 60)
 
 

@@ -167,4 +167,4 @@ def test_the_page_of_many_outputs_stays_small(tmp_path):
 def test_an_output_never_takes_the_place_of_the_index(tmp_path, tiny_checkpoint):
     write_files(tmp_path / "input", {"index.html": b"abc"})
     done = run_script("inference.py", *options(MODE="complete"), cwd=tmp_path)
-    assert done.returncode == 1 and "index.html: its output would have the name" in done.stdout
+    assert done.returncode == 1 and "index.html: its output would replace the index" in done.stdout

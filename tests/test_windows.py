@@ -48,9 +48,9 @@ def test_every_patch_but_the_first_is_predicted_once(sizes, length, cut, seed):
     ):
         assert len(windows) == sum(len(windows.of(index)) for index in range(len(examples)))
         numbers = np.arange(len(windows))
-        spans = list(zip(*map(np.ndarray.tolist, windows.bounds(numbers))))
-        assert spans == [(index, *window) for index in range(len(examples)) for window in windows.of(index)]
-        assert windows.lengths(numbers).tolist() == [last - first for _, first, last, _ in spans]
+        bounds = list(zip(*map(np.ndarray.tolist, windows.bounds(numbers))))
+        assert bounds == [(index, *window) for index in range(len(examples)) for window in windows.of(index)]
+        assert windows.lengths(numbers).tolist() == [last - first for _, first, last, _ in bounds]
         for index, (begin, end) in enumerate(spans):
             predicted = []
             for nth, (first, last, start) in enumerate(windows.of(index)):
