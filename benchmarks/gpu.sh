@@ -14,6 +14,7 @@ case ${1:-10} in
     --cpu) sizes=quick batches=8 samples=4 end=$((SECONDS + 600)) ;;
     *[!0-9]*) echo "usage: bash benchmarks/gpu.sh [MINUTES]" >&2; exit 2 ;;
     *)
+        python -c 'import torch' 2> /dev/null || { echo "gpu.sh: PyTorch is missing: pip install -r tests/requirements.txt" >&2; exit 1; }
         python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu.sh: PyTorch finds no CUDA GPU")'
         sizes="paper small quick" batches="16 64" samples="1 12 100 512" end=$((SECONDS + 60 * ${1:-10}))
         python -m pytest -q -p no:xdist -o addopts= tests/test_cuda.py ;;

@@ -34,16 +34,16 @@ def commands(page):
 def make_folder(folder):
     """Fills a folder that a command reads with pairs, with labels in their names."""
     folder.mkdir(parents=True)
-    for i in range(4):
+    for i in range(2):
         for extension in ("abc", "mid", "txt"):
-            (folder / f"{'ab'[i % 2]}_{i}.{extension}").write_bytes(bytes(range(40 * i, 40 * i + 24)))
+            (folder / f"{'ab'[i]}_{i}.{extension}").write_bytes(bytes(range(40 * i, 40 * i + 24)))
 
 
 def patch_sizes(line):
-    """Returns the PATCH_SIZE of a command and a PATCH_LENGTH of at most 2 KB."""
+    """Returns the PATCH_SIZE of a command and a PATCH_LENGTH of at most 1,200 bytes."""
     sizes = {"PATCH_SIZE": 16, "PATCH_LENGTH": 512}
     sizes.update((name, int(value)) for name, value in re.findall(r"--(PATCH_SIZE|PATCH_LENGTH) (\d+)", line))
-    return {**sizes, "PATCH_LENGTH": min(sizes["PATCH_LENGTH"], 2048 // sizes["PATCH_SIZE"])}
+    return {**sizes, "PATCH_LENGTH": min(sizes["PATCH_LENGTH"], 1200 // sizes["PATCH_SIZE"])}
 
 
 def make_weights(path, line):
