@@ -180,8 +180,8 @@ def write_files(model, files, stop_signals, target):
     report.read_index(os.path.join(config.OUTPUT_FOLDER, report.INDEX_NAMES[0]))  # UserError if unreadable
     num_outputs, num_candidates = (config.NUM_SAMPLES, 1) if files is None else (len(files), config.NUM_CANDIDATES)
     if config.NUM_CANDIDATES > 1 and (files is None or config.TEMPERATURE == 0 or config.TOP_K == 1):
-        why = "MODE 'generate' has none" if files is None else "they are equal with TEMPERATURE 0 or TOP_K 1"
-        print(f"note: NUM_CANDIDATES is {config.NUM_CANDIDATES}, but {why}; 1 is drawn")
+        when = "in MODE 'generate'" if files is None else "with TEMPERATURE 0 or TOP_K 1, since all candidates are equal"
+        print(f"note: NUM_CANDIDATES is {config.NUM_CANDIDATES}, but 1 is drawn {when}")
         num_candidates = 1
     prompts = new_prompts(model, target) if files is None else input_prompts(model, files, target, num_candidates, failed)
     batch_size = min(config.INFERENCE_BATCH_SIZE, num_outputs * num_candidates)

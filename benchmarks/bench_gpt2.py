@@ -23,8 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from bgpt.distributed import autocast, pick_device, pick_dtype
 from bgpt.files import list_files
-
-END = 256  # before each file, and after it
+from utils import END, NUM_SYMBOLS
 
 
 def read_files(folder):
@@ -95,7 +94,7 @@ def main():
     dtype = pick_dtype("auto", device)
     torch.manual_seed(options.seed)
     sizes = {"n_embd": options.hidden, "n_layer": options.layers, "n_head": options.hidden // 64, "n_positions": options.context}
-    config = GPT2Config(vocab_size=257, bos_token_id=END, eos_token_id=END, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes)
+    config = GPT2Config(vocab_size=NUM_SYMBOLS, bos_token_id=END, eos_token_id=END, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes)
     model = GPT2LMHeadModel(config).to(device)
     contents = read_files(options.train)
     stream = np.concatenate([part for content in contents for part in (np.array([END]), content)] + [np.array([END])]).astype(np.int16)

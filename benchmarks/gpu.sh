@@ -11,12 +11,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1
 case ${1:-10} in
-    --cpu) sizes=quick batches=8 samples=4 end=$((SECONDS + 600)) ;;
+    --cpu) variants="transformers-fp32 fp32" sizes=quick batches=8 samples=4 end=$((SECONDS + 600)) ;;
     *[!0-9]*) echo "usage: bash benchmarks/gpu.sh [MINUTES]" >&2; exit 2 ;;
     *)
-        python -c 'import torch' 2> /dev/null || { echo "gpu.sh: PyTorch is missing: pip install -r tests/requirements.txt" >&2; exit 1; }
-        python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu.sh: PyTorch finds no CUDA GPU")'
-        sizes="paper small quick" batches="16 64" samples="1 12 100 512" end=$((SECONDS + 60 * ${1:-10}))
+        has_gpu=$(python -c 'import torch; print(torch.cuda.is_available())' 2> /dev/null) ||
+            { echo "gpu.sh: PyTorch is missing: pip install -r tests/requirements.txt" >&2; exit 1; }
+        [[ $has_gpu == True ]] || { echo "gpu.sh: PyTorch finds no CUDA GPU" >&2; exit 1; }
+        variants="transformers-bf16 bf16 bf16-compile" sizes="paper small quick" batches="16 64" samples="1 12 100 512" end=$((SECONDS + 60 * ${1:-10}))
         python -m pytest -q -p no:xdist -o addopts= tests/test_cuda.py ;;
 esac
 
@@ -37,8 +38,6 @@ echo "| size | | rate | share | against the first row |"
 echo "|---|---|---|---|---|"
 for size in $sizes; do
     for batch in $batches; do
-        variants="transformers-fp32 fp32"
-        if [[ $sizes != quick ]]; then variants="transformers-bf16 bf16 bf16-compile"; fi
         # variant, 3 times, step, range, KB/s, share, memory, speed
         measure "s/^([a-z0-9-]+) +([0-9.]+ +){4}[0-9.]+-[0-9.]+ +([0-9.]+) +([0-9]+%) +[0-9.]+ +([0-9.]+x).*/| $size | training, \1, $batch sequences | \3 KB\/s | \4 | \5 |/p" \
             benchmarks/bench_train.py --size "$size" --batch "$batch" --rounds 5 --variants $variants

@@ -1,6 +1,6 @@
 """Draws pictures of README.md and docs/results.md from logs and outputs of runs. Needs matplotlib.
 
-    python benchmarks/plots.py curves docs/learning.svg "random batches=new0.txt,new1.txt,new2.txt" "one length=old0.txt,old1.txt"
+    python benchmarks/plots.py curves docs/learning.svg "Muon=muon0.txt,muon1.txt" "AdamW=adamw0.txt,adamw1.txt"
     python benchmarks/plots.py strip docs/strip.png --images output/*.bmp --weights weights.pth --damaged damaged.bin \\
         --true abc_midi/test --made converted --tune a.abc.mid
 
@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import bgpt  # noqa: E402
 import utils  # noqa: E402
+from bgpt import evaluation  # noqa: E402
 from logs import read_log  # noqa: E402
 
 
@@ -67,11 +68,11 @@ def draw_map(axes, weights, path):
     """Draws the bytes of a file in rows of 8, coloured by their bits."""
     net, content = bgpt.load(weights).net, Path(path).read_bytes()
     patches = utils.to_patches(np.frombuffer(content, np.uint8), Path(path).suffix[1:], net.patch_size)
-    batch = utils.Batch([(patches, patches != utils.END, 1)])
     with torch.no_grad():
-        bits = net(batch.patches_on(net.device), batch.masks).nats.flatten()[: len(content)] / math.log(2)
-    rows = -(-len(content) // 8)
-    axes.imshow(torch.nn.functional.pad(bits, (0, 8 * rows - len(bits)), value=math.nan).view(rows, 8), cmap="YlGnBu", vmin=0, vmax=10)
+        [(nats, _)] = evaluation.predict(net, [(patches, patches != utils.END, 1)], torch.float32)
+    bits = nats.reshape(-1)[: len(content)] / math.log(2)
+    cells = np.pad(bits, (0, -len(bits) % 8), constant_values=math.nan).reshape(-1, 8)
+    axes.imshow(cells, cmap="YlGnBu", vmin=0, vmax=10)
     for i, (byte, bit) in enumerate(zip(content, bits.tolist())):
         color = "white" if bit > 5 else "black"
         axes.text(i % 8, i // 8, f"{byte:02x}", ha="center", va="center", family="monospace", size=8, color=color)

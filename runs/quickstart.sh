@@ -9,13 +9,14 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 instances=${INSTANCES:-280000}
+if [[ $# != 0 && $* != --fresh ]]; then
+    echo "usage: bash runs/quickstart.sh [--fresh]" >&2
+    exit 2
+fi
 mkdir -p quickstart
 cd quickstart
 if [[ ${1:-} == --fresh ]]; then
     rm -rf cpu_states output weights.pth weights-last.pth logs.txt true.txt predicted.txt
-elif [[ $# != 0 ]]; then
-    echo "usage: bash runs/quickstart.sh [--fresh]" >&2
-    exit 2
 fi
 set -x
 

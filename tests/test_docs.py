@@ -6,21 +6,21 @@ import shlex
 import subprocess
 import sys
 
-import conftest
 import pytest
 import torch
 import utils
-from conftest import ROOT, run_script
+from conftest import ROOT, options, run_script
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = {
     "train-gen.py": ["--HIDDEN_SIZE", "64", "--PATCH_NUM_LAYERS", "1", "--BYTE_NUM_LAYERS", "1", "--NUM_EPOCHS", "1"],
     "train-cls.py": ["--HIDDEN_SIZE", "64", "--PATCH_NUM_LAYERS", "1", "--NUM_EPOCHS", "1"],
+    "inference.py": [],
     "cpu-simulation.py": "--num_train_instance 4 --num_test_instance 2 --num_max_program 4".split(),
 }
 FOLDERS = re.compile(r"--(?:TRAIN_FOLDERS|EVAL_FOLDERS|INPUT_FOLDER|true|folder) (\S+)")
-# installed and measured by hand
-NOT_RUN = "pip ", "git ", "python -m pytest", "python benchmarks/bench_generate", "python benchmarks/bench_gpt2", "python benchmarks/bench_compress", "python benchmarks/bench_train", "bash benchmarks/gpu.sh"
+BENCHMARKS = [f"python benchmarks/bench_{name}" for name in ("compress", "generate", "gpt2", "train")]
+NOT_RUN = "pip ", "git ", "python -m pytest", "bash benchmarks/gpu.sh", *BENCHMARKS  # installed and measured by hand
 
 
 def commands(page):
@@ -54,7 +54,8 @@ def make_weights(path, line):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_run(page, tmp_path):
-    environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "INSTANCES": "800", "OMP_NUM_THREADS": "1"}
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "INSTANCES": "800", "OMP_NUM_THREADS": "1"}
     for line in commands(page):
         for folder in FOLDERS.findall(line):
             if not (tmp_path / folder).exists():
@@ -64,15 +65,15 @@ def test_commands_run(page, tmp_path):
                 make_weights(tmp_path / weights, line)
         line = line.replace("/*.py", "/abc.py").replace("runs/", f"{ROOT}/runs/").replace("benchmarks/", f"{ROOT}/benchmarks/")
         words = shlex.split(re.sub(r"^(OMP_NUM_THREADS=\d )?torchrun --nproc_per_node=2", "python", line))
-        if words[0] == "python" and words[1] in SMALL | {"inference.py": []}:
-            options = [next((tmp_path / word).parent.glob("*.bin")) if word.endswith("/NAME.bin") else word for word in words[2:]]
-            if "generate" in options or not words[1].startswith("cpu"):
-                options += SMALL.get(words[1], [])
+        if words[0] == "python" and words[1] in SMALL:
+            arguments = [next((tmp_path / word).parent.glob("*.bin")) if word.endswith("/NAME.bin") else word for word in words[2:]]
+            if "generate" in arguments or not words[1].startswith("cpu"):
+                arguments += SMALL[words[1]]
             if words[1].startswith("train"):
-                options += conftest.options(**patch_sizes(line))
-            if words[1] == "inference.py" and "generate" in options:
-                options += ["--NUM_SAMPLES", "2"]
-            done = run_script(words[1], *options, cwd=tmp_path)
+                arguments += options(**patch_sizes(line))
+            if words[1] == "inference.py" and "generate" in arguments:
+                arguments += ["--NUM_SAMPLES", "2"]
+            done = run_script(words[1], *arguments, cwd=tmp_path)
         else:
             done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"

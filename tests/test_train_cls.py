@@ -232,16 +232,20 @@ def test_micro_batches_change_nothing(folder):
     assert parts == pytest.approx(whole, rel=1e-4)
 
 
-def test_two_processes_learn_the_same(folder):
-    train(folder, "one", DROPOUT=0, NUM_EPOCHS=2)
-    settings = {**SETTINGS, "WEIGHTS_PATH": "both.pth", "LOGS_PATH": "both.txt", "DROPOUT": 0, "NUM_EPOCHS": 2, "BATCH_SIZE": 4}
+@pytest.mark.parametrize("optimizer, rel", [("adamw", 1e-5), ("muon", 2e-4)])  # Muon rounds to bf16
+def test_two_processes_learn_the_same(folder, optimizer, rel):
+    one, both = f"one-{optimizer}", f"both-{optimizer}"
+    same = {"OPTIMIZER": optimizer, "DROPOUT": 0, "NUM_EPOCHS": 2}
+    train(folder, one, **same)
+    settings = {**SETTINGS, **same, "WEIGHTS_PATH": f"{both}.pth", "LOGS_PATH": f"{both}.txt", "BATCH_SIZE": 4}
     done = [
         process.wait()
         for process in [Running("train-cls.py", *options(**settings), cwd=folder, env=env) for env in torchrun_environments(2)]
     ]
     assert [process.returncode for process in done] == [0, 0], done[0].stderr
-    assert load(folder, "both-last")["figures"] == pytest.approx(load(folder, "one-last")["figures"], rel=2e-4)  # Muon rounds to bf16
-    assert load(folder, "both-last")["report"] == load(folder, "one-last")["report"]
+    ends = [load(folder, f"{name}-last") for name in (one, both)]
+    assert ends[1]["figures"] == pytest.approx(ends[0]["figures"], rel=rel)
+    assert ends[1]["report"] == ends[0]["report"]
 
 
 def test_a_stopped_run_ends_the_same(folder):
