@@ -406,10 +406,12 @@ def test_a_start_from_bits():
         assert likeness[256, :256].abs().max() < 0.5
 
 
-def test_muon_is_pytorchs_for_the_matrices_of_the_blocks():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_is_pytorchs_for_the_matrices_of_the_blocks(dtype):
     """Its steps are those of torch.optim.Muon and AdamW, also after its state went through a checkpoint."""
     models = [utils.ModelSizes(**TINY).build() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
+    start = {name: p.detach().clone() for name, p in models[0].named_parameters()}
     named = dict(models[1].named_parameters())
     matrices = {name: p for name, p in named.items() if ".h." in name and p.dim() == 2}
     assert len(matrices) == 4 * (TINY["PATCH_NUM_LAYERS"] + TINY["BYTE_NUM_LAYERS"])
@@ -420,6 +422,7 @@ def test_muon_is_pytorchs_for_the_matrices_of_the_blocks():
     optimizer = training.make_optimizer(models[0], "muon", 1e-2, "published")
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for step in range(4):
+        optimizer.dtype = dtype
         for p, q in zip(models[0].parameters(), models[1].parameters()):
             q.grad = torch.randn_like(q)
             p.grad = q.grad * scaler.get_scale() if step < 3 else torch.full_like(p, torch.inf)
@@ -430,5 +433,6 @@ def test_muon_is_pytorchs_for_the_matrices_of_the_blocks():
             each.step()
         state, optimizer = optimizer.state_dict(), training.make_optimizer(models[0], "muon", 1e-2, "published")
         checkpoint.load_optimizer(optimizer, state)
-    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
+    for name, p in models[0].named_parameters():
+        change, difference = named[name] - start[name], p - named[name]
+        assert difference.norm() <= (0.03 if name in matrices else 1e-5) * change.norm(), name  # PyTorch's Muon computes in bf16
