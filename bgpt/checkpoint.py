@@ -40,7 +40,6 @@ Published files also have buffers of old transformers, ….attn.bias and ….att
 import contextlib
 import dataclasses
 import errno
-import math
 import os
 import pickle
 import re
@@ -173,27 +172,17 @@ def load_weights(model, state, where):
     model.load_state_dict(state)
 
 
-def load_optimizer(optimizer, state):
-    """Checks and loads an optimizer's moments. The optimizer keeps its learning rates and other settings.
+def load_optimizer(optimizer, state, where):
+    """Loads an optimizer's moments. The optimizer keeps its learning rates and other settings.
 
-    The fused step does not check shapes, so that smaller moments would make it read beyond their memory. Raises ValueError,
-    KeyError, TypeError, IndexError or AttributeError if these are not the moments of the optimizer's parameters.
+    Raises UserError for moments of other shapes. The fused step does not check these, and would use memory beyond smaller ones.
     """
-    groups = optimizer.state_dict()["param_groups"]
-    # only Muon's groups have a momentum
-    parameters = [(p, "momentum" in group) for group in optimizer.param_groups for p in group["params"]]
-    for index, values in state["state"].items():
-        parameter, is_muon = parameters[index]
-        moments = {"momentum_buffer"} if is_muon else {"exp_avg", "exp_avg_sq"}
-        if set(values) != (moments if is_muon else moments | {"step"}):
-            raise ValueError(f"optimizer: it has {sorted(map(str, values))}")
-        for name in moments:
-            moment = values[name]
-            if not _is_plain_tensor(moment) or moment.shape != parameter.shape or not moment.isfinite().all():
-                raise ValueError(f"optimizer: {name} is not {tuple(parameter.shape)} numbers")
-        if not is_muon and (torch.as_tensor(values["step"]).numel() != 1 or not math.isfinite(values["step"])):
-            raise ValueError("optimizer: a step is not one number")
-    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, moments in state["state"].items():
+        for name, moment in moments.items():
+            if name != "step" and not (_is_plain_tensor(moment) and moment.shape == parameters[index].shape):
+                raise UserError(f"{where}: the optimizer's {name} {index} is not {tuple(parameters[index].shape)} numbers")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def load_model(path, name="path"):

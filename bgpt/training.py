@@ -232,33 +232,28 @@ class Run:
         except checkpoint.DamagedCheckpoint as error:
             hint = f". Without that file, the run resumes from its best model, {self.files.best}"
             raise UserError(f"{error}{hint * (path == self.files.latest and os.path.exists(self.files.best))}") from None
-        try:
-            before = dict(saved.get("config") or {})
-            changed = {name: before[name] for name in settings if name in before and before[name] != settings[name]}
-            data = saved.get("data") or {}
-            other_files = [name for name in self.digests if data.get(name, self.digests[name]) != self.digests[name]]
-            self._check_same_task(path, saved, before, changed, other_files)
-            old_optimizer = before.get("OPTIMIZER", "adamw")  # published runs have AdamW
-            if old_optimizer == settings["OPTIMIZER"]:
-                checkpoint.load_optimizer(self.optimizer, saved["optimizer"])
-            else:
-                what = f"{path!r} has the moments of {old_optimizer!r}"
-                print(f"OPTIMIZER: {what}, so those of {settings['OPTIMIZER']!r} start from zero")
-            if saved.get("scaler"):
-                self.scaler.load_state_dict(saved["scaler"])
-            self._load_state(saved)
-            self.file_hashes = torch.cat((self.file_hashes, saved.get("file_hashes", self.file_hashes))).unique()
-            restarts = other_files or {"SEED", "LONG_FILES"} & set(changed) or len(saved.get("totals", [0])) != self.ranks.count
-            if saved.get("position") and not restarts:
-                state.position, self._random_state = int(saved["position"]), saved["random_states"][self.ranks.rank]
-                torch.Generator().set_state(self._random_state["cpu"])  # raises an error if it is damaged
-                self.totals.load(saved["totals"][self.ranks.rank])
-        except UserError:
-            raise
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-            what = f"WEIGHTS_PATH: {path!r} has a model, but not the state of a run to resume ({error!r})"
+        if missing := {"optimizer", "epoch", "best_epoch"} - set(saved):
+            what = f"WEIGHTS_PATH: {path!r} has a model, but not the state of a run to resume (no {', '.join(sorted(missing))})"
             hint = "set PRE_WEIGHTS_PATH to it, LOAD_FROM_PRE_CHECKPOINT to True and LOAD_FROM_CHECKPOINT to False"
-            raise UserError(f"{what}. To start from its weights, {hint}") from None
+            raise UserError(f"{what}. To start from its weights, {hint}")
+        before, data = saved.get("config", {}), saved.get("data", self.digests)
+        changed = {name: before[name] for name in settings if name in before and before[name] != settings[name]}
+        other_files = [name for name in self.digests if data[name] != self.digests[name]]
+        self._check_same_task(path, saved, before, changed, other_files)
+        old_optimizer = before.get("OPTIMIZER", "adamw")  # published runs have AdamW
+        if old_optimizer == settings["OPTIMIZER"]:
+            checkpoint.load_optimizer(self.optimizer, saved["optimizer"], f"WEIGHTS_PATH: {path!r}")
+        else:
+            what = f"{path!r} has the moments of {old_optimizer!r}"
+            print(f"OPTIMIZER: {what}, so those of {settings['OPTIMIZER']!r} start from zero")
+        if saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
+        self._load_state(saved)
+        self.file_hashes = torch.cat((self.file_hashes, saved.get("file_hashes", self.file_hashes))).unique()
+        restarts = other_files or {"SEED", "LONG_FILES"} & set(changed) or len(saved.get("totals", [0])) != self.ranks.count
+        if saved.get("position") and not restarts:
+            state.position, self._random_state = saved["position"], saved["random_states"][self.ranks.rank]
+            self.totals.load(saved["totals"][self.ranks.rank])
         within = f" and {state.position} examples of the next" if state.position else ""
         so_far = f"; {self.best_name} so far {state.best:.4f}" if state.best_epoch and self.best_name in saved else ""
         print(f"resumes from {path} after epoch {state.epoch}{within}{so_far}")
@@ -289,17 +284,12 @@ class Run:
 
     def _load_state(self, saved):
         state = self.state
-        for name in ("epoch", "best_epoch"):
-            if type(saved[name]) is not int or not 0 <= saved[name] < 2**31:
-                raise TypeError(f"{name} is {saved[name]!r}")
-            setattr(state, name, saved[name])
+        state.epoch, state.best_epoch = saved["epoch"], saved["best_epoch"]
         # published checkpoints have no bits per byte, best_loss or run_id, so `_check_best` resets their best score
-        best, state.best_loss = (float(saved.get(name, -math.inf)) for name in (self.best_name, "best_loss"))
-        if math.isnan(best):
-            raise ValueError(f"{self.best_name} is NaN")
+        best, state.best_loss = (saved.get(name, -math.inf) for name in (self.best_name, "best_loss"))
         state.best = best if state.best_epoch else None
-        state.run_id = str(saved.get("run_id") or state.run_id)
-        state.figures, state.report = dict(saved.get("figures", {})), str(saved.get("report", ""))
+        state.run_id = saved.get("run_id", state.run_id)
+        state.figures, state.report = saved.get("figures", {}), saved.get("report", "")
 
     def _check_best(self, is_other_set):
         """Resets the best score if its checkpoint is missing or had another evaluation set."""

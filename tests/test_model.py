@@ -432,7 +432,7 @@ def test_muon_is_pytorchs_for_the_matrices_of_the_blocks(dtype):
         for each in expected if step < 3 else ():
             each.step()
         state, optimizer = optimizer.state_dict(), training.make_optimizer(models[0], "muon", 1e-2, "published")
-        checkpoint.load_optimizer(optimizer, state)
+        checkpoint.load_optimizer(optimizer, state, "here")
     for name, p in models[0].named_parameters():
         change, difference = named[name] - start[name], p - named[name]
         assert difference.norm() <= (0.03 if name in matrices else 1e-5) * change.norm(), name  # PyTorch's Muon computes in bf16
