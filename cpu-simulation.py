@@ -66,8 +66,6 @@ def read_options(argv=None):
         if not os.path.isfile(args.states_path):
             raise system.UserError(f"--states_path: {args.states_path!r} does not exist; give a .bin file")
         folder, output, name = os.path.dirname(args.states_path) or ".", args.output_path, "--output_path"
-        if os.path.exists(output) and os.path.samefile(args.states_path, output):
-            raise system.UserError(f"--output_path: {output!r} is the file to translate; give another")
     system.check_folders([folder], "--dir_path")
     stored = stored_options(folder) or stored_options(os.path.dirname(os.path.abspath(folder)))
     for size, default in (("num_registers", 10), ("memory_size", 1024)):

@@ -68,14 +68,6 @@ def find_inputs():
     return files
 
 
-def list_failed(failed):
-    """Prints the failed files, pairs (path, reason), and returns the exit status."""
-    if failed:
-        print(f"{len(failed)} files failed:")
-        print_first(f"{system.escape_name(path)}: {why}" for path, why in failed)
-    return 1 if failed else 0
-
-
 def print_first(lines):
     """Prints the first lines of an iterable, and the number of the others."""
     lines = [f"  {line}" for line in lines]
@@ -114,10 +106,7 @@ Output = collections.namedtuple("Output", "path source prefix candidate")
 
 def new_prompts(model, target):
     """Yields Prompts for NUM_SAMPLES new files YYYYmmdd-HHMMSS-i.`target`. Their keys are Outputs."""
-    taken = {name[:15] for name in os.listdir(config.OUTPUT_FOLDER)}
-    while (stamp := time.strftime("%Y%m%d-%H%M%S")) in taken:  # another run started in this second
-        time.sleep(0.1)
-    suffix = f".{target}" if target else ""
+    stamp, suffix = time.strftime("%Y%m%d-%H%M%S"), f".{target}" if target else ""
     for i in range(1, config.NUM_SAMPLES + 1):
         path = os.path.join(config.OUTPUT_FOLDER, f"{stamp}-{i}{suffix}")
         yield generation.Prompt(Output(path, "", b"", 0), model.extension_patch(target), [config.SEED, i])
@@ -166,16 +155,17 @@ def best_candidates(continuations, count):
             yield max(ended.pop(continuation.key.path), key=lambda each: (each.mean_log_probability(), -each.key.candidate))
 
 
-def write_files(model, files, stop_signals, target):
-    """Writes new files, or conversions or continuations of the input files. Returns the exit status.
+def write_files(model, files, stop_signals, failed, target):
+    """Writes new files, or conversions or continuations of the input files.
 
     Args:
         model: the Generator.
         files: the input files, or None for new ones.
         stop_signals: the `system.StopSignals`.
+        failed: list to append (path, reason) of each failed file to.
         target: TARGET_EXT, or the model's own if that is None.
     """
-    rows, cut_off, backups, failed = [], [], [], []  # rows: of the index
+    rows, cut_off, backups = [], [], []  # rows: of the index
     indexed_at = time.monotonic()
     report.read_index(os.path.join(config.OUTPUT_FOLDER, report.INDEX_NAMES[0]))  # UserError if unreadable
     num_outputs, num_candidates = (config.NUM_SAMPLES, 1) if files is None else (len(files), config.NUM_CANDIDATES)
@@ -215,16 +205,14 @@ def write_files(model, files, stop_signals, target):
         if cut_off:
             reason = f"the model's {model.net.patch_length} patches (PATCH_LENGTH) were full"
             print(f"{len(cut_off)} of them cut off, since {reason}: {system.first_names(cut_off)}")
-        list_failed(failed)
         report.write_index(config.OUTPUT_FOLDER, rows)
-    return 1 if failed else 0
 
 
 # ---- Classify -------------------------------------------------------------------------------------------------------
 
 
-def classify_files(model, files, stop_signals):
-    """Writes each file's three likeliest labels to predictions.tsv. Returns the exit status.
+def classify_files(model, files, stop_signals, failed):
+    """Writes each file's three likeliest labels to predictions.tsv.
 
     A stopped run writes predictions-partial.tsv. The arguments are as in `write_files`, the model is a Classifier.
     """
@@ -233,7 +221,7 @@ def classify_files(model, files, stop_signals):
     if longer := int((lengths > model.net.patch_length).sum()):
         print(f"{longer} of {len(files)} files exceed the model's {model.net.patch_length} patches: their heads are classified")
     order = np.argsort(lengths.clip(max=model.net.patch_length), kind="stable").tolist()  # least padding
-    predictions, failed = {}, []  # predictions: {index of a file: (probabilities, label indices) of the likeliest labels}
+    predictions = {}  # {index of a file: (probabilities, label indices) of the likeliest labels}
     try:
         with tqdm(total=len(files), unit="file", desc=config.MODE, **system.progress_options()) as bar:
             for start in range(0, len(order), config.INFERENCE_BATCH_SIZE):
@@ -253,10 +241,8 @@ def classify_files(model, files, stop_signals):
         is_whole = len(predictions) + len(failed) == len(files)
         if is_whole:
             report_labels(model, files, predictions)
-        list_failed(failed)
         if predictions or is_whole:
             write_predictions(model, files, predictions, "predictions.tsv" if is_whole else "predictions-partial.tsv")
-    return 1 if failed else 0
 
 
 def write_predictions(model, files, predictions, name):
@@ -308,11 +294,11 @@ def examples_to_score(files, patch_size, patch_length):
     return pairs.select(np.flatnonzero(lengths <= patch_length)), unfit
 
 
-def evaluate_files(model, files, stop_signals):
-    """Writes evaluation.tsv, .json and .html, and prints bits per byte. Arguments and result as in `write_files`."""
+def evaluate_files(model, files, stop_signals, failed):
+    """Writes evaluation.tsv, .json and .html, and prints bits per byte. Arguments as in `write_files`."""
     net = model.net
     scored, unfit = examples_to_score(files, net.patch_size, net.patch_length)
-    windows, scores, failed = evaluation_windows(scored, net.patch_size, net.patch_length), [], []
+    windows, scores = evaluation_windows(scored, net.patch_size, net.patch_length), []
     total = int(windows.sizes.sum() + len(scored))
     with tqdm(total=total, unit="B", unit_scale=True, desc=config.MODE, **system.progress_options()) as bar:
 
@@ -333,17 +319,16 @@ def evaluate_files(model, files, stop_signals):
     if unfit:
         print(f"{len(unfit)} pairs do not fit in the model's {net.patch_length} patches (PATCH_LENGTH) and are left out:")
         print_first(f"{system.escape_name(name)}: {length} patches" for name, length in unfit)
-    return list_failed(failed)
 
 
 # ---- Compress, decompress -------------------------------------------------------------------------------------------
 
 
-def code_files(model, files, stop_signals):
-    """Compresses or decompresses the input files. Arguments and result as in `write_files`."""
+def code_files(model, files, stop_signals, failed):
+    """Compresses or decompresses the input files. Arguments as in `write_files`."""
     from bgpt import lossless  # imported here, since only these MODEs need constriction
 
-    is_compressing, backups, failed = config.MODE == "compress", [], []
+    is_compressing, backups = config.MODE == "compress", []
     paths = [files[i] for i in np.argsort(-files.sizes, kind="stable")]  # the longest first, so that the last batches are full
     if not is_compressing:
         paths = [path for path in paths if path.endswith(lossless.SUFFIX)]
@@ -381,11 +366,10 @@ def code_files(model, files, stop_signals):
             if content:
                 line += f": {8 * containers / content:.4f} bits per byte (xz -9e, file by file: {8 * compressed / content:.4f})"
             print(f"{line}; {seconds:.1f} s, {content / seconds:,.0f} bytes/s")
-        list_failed(failed)
-    return 1 if failed else 0
 
 
 def main():
+    """Runs MODE and returns the exit status, 1 if files failed."""
     distributed.tune_memory()
     mode, where = config.MODE, f"INFERENCE_WEIGHTS_PATH: {config.INFERENCE_WEIGHTS_PATH!r}"
     is_coding = mode in CODING_MODES
@@ -409,9 +393,16 @@ def main():
     print(f"{mode} with {config.INFERENCE_WEIGHTS_PATH}: {model.dtype} on {model.net.device}{seed}")
     # two runs at once would replace each other's files and index
     locked = system.lock(os.path.join(config.OUTPUT_FOLDER, report.INDEX_NAMES[0]), "OUTPUT_FOLDER")
+    run_mode = {"classify": classify_files, "evaluate": evaluate_files, "compress": code_files, "decompress": code_files}
+    run_mode, failed = run_mode.get(mode, functools.partial(write_files, target=target)), []  # failed: (path, reason) of files
     with distributed.memory_errors(), system.delayed_signals(impatient=True) as stop_signals, locked:
-        run_mode = {"classify": classify_files, "evaluate": evaluate_files, "compress": code_files, "decompress": code_files}
-        return run_mode.get(mode, functools.partial(write_files, target=target))(model, files, stop_signals)
+        try:
+            run_mode(model, files, stop_signals, failed)
+        finally:  # also after Ctrl-C or on a full disk
+            if failed:
+                print(f"{len(failed)} files failed:")
+                print_first(f"{system.escape_name(path)}: {why}" for path, why in failed)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -125,9 +125,6 @@ def evaluate(run, truth):
 
 def train(ranks):
     """Trains up to NUM_EPOCHS, from the latest state if there is one."""
-    dtype = distributed.pick_dtype(config.PRECISION, ranks.device)
-    if config.COMPILE:
-        distributed.check_compiler(ranks.device)
     train_set, truth, held_out, held_out_truth, labels = find_examples()
     sizes = utils.ModelSizes(
         config.PATCH_SIZE, config.PATCH_LENGTH, config.HIDDEN_SIZE, config.PATCH_NUM_LAYERS, num_labels=len(labels)
@@ -136,7 +133,7 @@ def train(ranks):
     model = sizes.build(config.DROPOUT, config.EMBEDDING_START).to(ranks.device)
     constants, totals = settings.as_dict(config, training_only=True), LabelTotals(ranks.device)
 
-    with training.Run(ranks, model, sizes, dtype, constants, train_set, held_out, totals, labels) as run:
+    with training.Run(ranks, model, sizes, constants, train_set, held_out, totals, labels) as run:
         if not run.resume():
             if config.LOAD_FROM_PRE_CHECKPOINT:
                 load_pre_trained(model, sizes, labels, config.PRE_WEIGHTS_PATH, "PRE_WEIGHTS_PATH")

@@ -74,9 +74,6 @@ def evaluate(run):
 
 def train(ranks):
     """Trains up to NUM_EPOCHS, from the latest state if there is one."""
-    dtype = distributed.pick_dtype(config.PRECISION, ranks.device)
-    if config.COMPILE:
-        distributed.check_compiler(ranks.device)
     train_set, held_out = find_examples()
     sizes = utils.ModelSizes(
         config.PATCH_SIZE, config.PATCH_LENGTH, config.HIDDEN_SIZE, config.PATCH_NUM_LAYERS, config.BYTE_NUM_LAYERS
@@ -85,7 +82,7 @@ def train(ranks):
     model = sizes.build(config.DROPOUT, config.EMBEDDING_START).to(ranks.device)
     constants, totals = settings.as_dict(config, training_only=True), SymbolTotals(ranks.device)
 
-    with training.Run(ranks, model, sizes, dtype, constants, train_set, held_out, totals) as run:
+    with training.Run(ranks, model, sizes, constants, train_set, held_out, totals) as run:
         if not run.resume():
             if config.LOAD_FROM_PRE_CHECKPOINT:
                 checkpoint.load_sized_weights(model, sizes, config.PRE_WEIGHTS_PATH, "PRE_WEIGHTS_PATH")

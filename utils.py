@@ -83,17 +83,15 @@ def read_bytes(path, start=0, stop=None, size=None):
     Raises OSError with the path if the file is unreadable, not of `size` bytes (None = any), or not as long as reported.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb") as file:
             actual = os.fstat(file.fileno()).st_size
             if size is not None and actual != size:
                 raise OSError(errno.ESTALE, f"has {actual:,} bytes now, but had {size:,} when it was listed")
-            end, content = actual if stop is None else min(stop, actual), b""
-            file.seek(start)
-            while len(content) < end - start:
-                if not (part := file.read(end - start - len(content))):
-                    raise OSError(errno.EIO, f"ends {end - start - len(content):,} bytes too early")
-                content += part
-            file.seek(end)
+            end = actual if stop is None else min(stop, actual)
+            file.seek(min(start, end))
+            content = file.read(max(end - start, 0))
+            if len(content) < end - start:
+                raise OSError(errno.EIO, f"ends {end - start - len(content):,} bytes too early")
             if end == actual and file.read(1):  # some file systems report 0 or a multiple of 4096 for any file
                 raise OSError(errno.ESTALE, f"is longer than its reported size, {actual:,} bytes")
     except OSError as error:  # a read error has no file name
@@ -279,17 +277,14 @@ def to_device(tensor, device):
 
 
 class _BatchReader:
-    """A data set of whole batches for DataLoader. The item of a failed read is its OSError."""
+    """A data set for DataLoader with an array of indices as index. The item of a failed read is its OSError."""
 
-    def __init__(self, dataset, index_batches):
-        self.dataset, self.index_batches = dataset, index_batches
+    def __init__(self, dataset):
+        self.dataset = dataset
 
-    def __len__(self):
-        return len(self.index_batches)
-
-    def __getitem__(self, number):
+    def __getitem__(self, indices):
         try:
-            return [self.dataset[index] for index in self.index_batches[number]]
+            return [self.dataset[index] for index in indices]
         except OSError as error:  # returned, since DataLoader would raise it with a traceback as its text
             return error
 
@@ -315,7 +310,7 @@ def batches(dataset, index_batches, num_workers=0):
     patches = np.full((2, dataset.patch_size), END, dtype=np.int16)
     dummy = [(patches, patches != END, 1)]  # an empty file
     loader = DataLoader(
-        _BatchReader(dataset, index_batches), batch_size=None, collate_fn=_return_as_is, num_workers=num_workers,
+        _BatchReader(dataset), sampler=index_batches, batch_size=None, collate_fn=_return_as_is, num_workers=num_workers,
         worker_init_fn=_begin_worker, generator=torch.Generator(),  # the default one would change dropout's random numbers
         # a forked worker needs no copy of the data set, and no second import of PyTorch
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
@@ -515,20 +510,6 @@ class ByteModel(PreTrainedModel):
         self.parts = tuple(torch.compile(part, dynamic=True) for part in self.parts)
 
 
-class FileModel(ByteModel):
-    """Base of the two models that read files."""
-
-    @property
-    def patch_size(self):
-        """S, the symbols in a patch."""
-        return self.patch_level_decoder.patch_size
-
-    @property
-    def patch_length(self):
-        """L, the most patches in a sequence."""
-        return self.patch_level_decoder.config.n_positions
-
-
 class PatchLevelDecoder(ByteModel):
     """GPT-2 over patches, each one embedding (paper, 3.1). Each output encodes the patches up to it.
 
@@ -601,19 +582,20 @@ class ByteLevelDecoder(ByteModel):
         return BytePrediction(loss=nats.mean(), logits=logits, nats=nats)
 
 
-class bGPTLMHeadModel(FileModel):
+class bGPTLMHeadModel(ByteModel):
     """The generative byte model: a patch-level and a byte-level decoder (paper, 3.1 and 3.2).
 
-    Raises ValueError if the two GPT2Configs differ in PATCH_SIZE or width.
+    Its attributes `patch_size` and `patch_length` are S and L. Raises ValueError if the two GPT2Configs differ in PATCH_SIZE or
+    width.
     """
 
     def __init__(self, patch_config, byte_config):
         super().__init__(byte_config)
-        patch_size = byte_config.n_positions - 1
-        if getattr(patch_config, "patch_size", patch_size) != patch_size or patch_config.n_embd != byte_config.n_embd:
+        self.patch_size, self.patch_length = byte_config.n_positions - 1, patch_config.n_positions
+        if getattr(patch_config, "patch_size", self.patch_size) != self.patch_size or patch_config.n_embd != byte_config.n_embd:
             raise ValueError("patch_config and byte_config differ in PATCH_SIZE (byte positions less one) or in width")
         patch_config = copy.deepcopy(patch_config)
-        patch_config.patch_size = patch_size
+        patch_config.patch_size = self.patch_size
         self.patch_level_decoder = PatchLevelDecoder(patch_config)
         self.byte_level_decoder = ByteLevelDecoder(byte_config)
 
@@ -633,15 +615,16 @@ class bGPTLMHeadModel(FileModel):
         return self.byte_level_decoder(encoded, patches[sequence, before + 1])
 
 
-class bGPTForClassification(FileModel):
+class bGPTForClassification(ByteModel):
     """The classifier: one linear layer on the mean output over the real patches (paper, 3.3).
 
-    `patch_config` is the GPT2Config of a `PatchLevelDecoder`.
+    `patch_config` is the GPT2Config of a `PatchLevelDecoder`. The attributes `patch_size` and `patch_length` are S and L.
     """
 
     def __init__(self, patch_config, num_labels):
         super().__init__(patch_config)
         self.patch_level_decoder = PatchLevelDecoder(patch_config)
+        self.patch_size, self.patch_length = self.patch_level_decoder.patch_size, patch_config.n_positions
         self.classifier = nn.Linear(patch_config.n_embd, num_labels)
         nn.init.normal_(self.classifier.weight, std=0.02)
 

@@ -138,7 +138,7 @@ def model_sizes(state, where):
         return len(indices)
 
     width, inputs = shape("patch_level_decoder.patch_embedding.weight")
-    if inputs % NUM_SYMBOLS or inputs == 0 or width % HEAD_SIZE or width == 0:
+    if inputs % NUM_SYMBOLS or width % HEAD_SIZE:
         wanted = f"a multiple of {HEAD_SIZE} x one of {NUM_SYMBOLS}"
         raise UserError(f"{where}: patch_embedding.weight is {width} x {inputs}; it should be {wanted}")
     length = shape("patch_level_decoder.base.wpe.weight")[0]
@@ -147,8 +147,6 @@ def model_sizes(state, where):
         sizes.num_labels = shape("classifier.weight")[0]
     else:
         sizes.BYTE_NUM_LAYERS = layers("byte_level_decoder.base.transformer")
-    if sizes.PATCH_LENGTH < 2 or sizes.num_labels == 0:
-        raise UserError(f"{where}: {sizes.PATCH_LENGTH} patch positions and {sizes.num_labels} labels make no model")
     return sizes
 
 
@@ -241,8 +239,6 @@ class RunFiles:
         system.check_writable(self.log, "LOGS_PATH")
         for path in (self.best, self.latest):
             system.check_writable(path, "WEIGHTS_PATH")
-            if os.path.realpath(path) == os.path.realpath(self.log):
-                raise UserError(f"LOGS_PATH: {self.log!r} is a file of the run's weights; give another path")
             sizes = None
             with contextlib.suppress(UserError):  # a file that is no checkpoint will get a backup
                 sizes = model_sizes(load_checkpoint(path, "WEIGHTS_PATH", mmap=True)["model"], path)

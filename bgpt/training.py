@@ -18,7 +18,7 @@ from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_
 
 import utils
 from bgpt import checkpoint, system, windows
-from bgpt.distributed import autocast, pick_dtype, total_memory
+from bgpt.distributed import autocast, check_compiler, pick_dtype, total_memory
 from bgpt.examples import digest, directed, extensions_of, hash_texts, real_paths
 from bgpt.settings import latest_path
 from bgpt.system import UserError
@@ -182,16 +182,15 @@ class Run:
         ranks: `distributed.Ranks`.
         model: a bGPTLMHeadModel or bGPTForClassification on their device.
         sizes: its ModelSizes.
-        dtype: torch.dtype to compute in.
         settings: dict of config.py's constants for training.
         train, held_out: Examples to train and to evaluate on.
         totals: the running sums of an epoch, an `evaluation.Totals`.
         labels: a classifier's {label: index}.
     """
 
-    def __init__(self, ranks, model, sizes, dtype, settings, train, held_out, totals, labels=None):
-        self.ranks, self.model, self.sizes, self.dtype, self.settings = ranks, model, sizes, dtype, settings
-        self.totals, self.labels = totals, labels
+    def __init__(self, ranks, model, sizes, settings, train, held_out, totals, labels=None):
+        self.ranks, self.model, self.sizes, self.settings = ranks, model, sizes, settings
+        self.totals, self.labels, self.dtype = totals, labels, pick_dtype(settings["PRECISION"], ranks.device)
         self.train, self.held_out = (directed(each, settings["CONVERSION_MODE"]) for each in (train, held_out))
         self.best_name = "min_eval_bits_per_byte" if labels is None else "max_eval_acc"
         self.cuts_windows = labels is None and cuts_windows(settings)
@@ -201,7 +200,7 @@ class Run:
         self.digests = {"TRAIN_FOLDERS": digest(self.train), "EVAL_FOLDERS": digest(self.held_out)}
         self.files = checkpoint.RunFiles(settings["WEIGHTS_PATH"], settings["LOGS_PATH"])
         self.optimizer = make_optimizer(model, settings["OPTIMIZER"], settings["LEARNING_RATE"], settings["EMBEDDING_START"])
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
         self.state = State(ranks.gather(os.urandom(8).hex())[0])
         self._random_state = None  # this rank's, restored before the next step
         self._saved = None  # (epoch, position) of the latest state's last save, False if that failed
@@ -322,11 +321,12 @@ class Run:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         print(f"{parameters:,} parameters, {where}, seed {settings['SEED']}, {steps[state.epoch]} steps an epoch")
         self._print_memory(parameters, counts[state.epoch])
-        self.wandb = start_wandb(settings, state.run_id) if settings["WANDB_LOG"] and ranks.rank == 0 else None
         if settings["COMPILE"]:
+            check_compiler(ranks.device)
             for decoder in self.model.children():
                 if isinstance(decoder, utils.ByteModel):
                     decoder.compile_blocks()
+        self.wandb = start_wandb(settings, state.run_id) if settings["WANDB_LOG"] and ranks.rank == 0 else None
         self._stop_signals = self._stack.enter_context(system.delayed_signals(impatient=ranks.count == 1))
         self._saved = state.epoch, state.position
         self._saved_at = self._shown_at = self._epoch_began = time.monotonic()

@@ -104,7 +104,6 @@ def broken_checkpoints(folder, model):
     torch.save({"model": {**state, "x": torch.zeros(3).to_sparse()}}, folder / "sparse.pth")
     wpe = "patch_level_decoder.base.wpe.weight"
     torch.save({"model": {**state, wpe: torch.zeros(1, 64).expand(10**13, 64)}}, folder / "vast.pth")
-    torch.save({"model": {**state, wpe: torch.zeros(0, 64)}}, folder / "flat.pth")
     torch.save({"model": {**state, "patch_level_decoder.base.h.100000000.x": torch.zeros(1)}}, folder / "deep.pth")
     torch.save({"model": {**state, "patch_level_decoder.base.ln_f.bias": torch.full((64,), torch.nan)}}, folder / "nan.pth")
     torch.save({"model": {**state, "extra.weight": torch.zeros(1)}}, folder / "extra.pth")
@@ -125,7 +124,6 @@ def broken_checkpoints(folder, model):
         ("keys.pth", "is no bGPT checkpoint"),
         ("sparse.pth", "is no bGPT checkpoint"),
         ("vast.pth", "is no bGPT checkpoint"),
-        ("flat.pth", "0 patch positions"),
         ("deep.pth", "without gaps"),
         ("nan.pth", "ln_f.bias has NaN"),
         ("nothing.pth", "patch_embedding.weight is missing"),
