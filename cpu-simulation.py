@@ -87,8 +87,6 @@ def stored_options(folder):
         return {name: int(options[name]) for name in STORED}
     except FileNotFoundError:
         return {}
-    except OSError as error:
-        raise system.UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise system.UserError(f"{path}: is damaged; it must contain the options of the data set as JSON") from None
 

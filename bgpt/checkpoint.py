@@ -204,7 +204,7 @@ def check_sizes(wanted, state, where):
     """Checks a `model` dict against the ModelSizes `wanted`. Raises UserError with the constants to change."""
     actual = model_sizes(state, where)
     if actual.kind != wanted.kind:
-        raise UserError(f"{where} is a {actual.kind}; here a {wanted.kind} is needed")
+        raise UserError(f"{where} is a {actual.kind}; here a {wanted.kind} is needed: give another path")
     if actual.num_labels != wanted.num_labels:
         raise UserError(
             f"{where} has {actual.num_labels} labels, but the files of TRAIN_FOLDERS have {wanted.num_labels}: "
@@ -234,16 +234,11 @@ class RunFiles:
         self.best, self.latest, self.log = weights_path, latest_path(weights_path), logs_path
         self._own = set()  # the checkpoints that this run has written
 
-    def check(self, kind):
-        """Raises UserError if a file is not writable or has a model of another kind."""
+    def check(self):
+        """Raises UserError if a file is not writable."""
         system.check_writable(self.log, "LOGS_PATH")
         for path in (self.best, self.latest):
             system.check_writable(path, "WEIGHTS_PATH")
-            sizes = None
-            with contextlib.suppress(UserError):  # a file that is no checkpoint will get a backup
-                sizes = model_sizes(load_checkpoint(path, "WEIGHTS_PATH", mmap=True)["model"], path)
-            if sizes is not None and sizes.kind != kind:
-                raise UserError(f"WEIGHTS_PATH: {path!r} is a {sizes.kind}; here a {kind} is trained: give another path")
 
     def newest(self):
         """Returns the path to resume from: the latest state, else the best model, else None."""

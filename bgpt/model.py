@@ -90,8 +90,7 @@ class Generator(Trained):
 
     def __init__(self, net, saved, dtype=torch.float32, where=""):
         super().__init__(net, saved, dtype, where)
-        constants = saved.get("config")
-        self.conversion_mode = constants.get("CONVERSION_MODE") if isinstance(constants, dict) else False
+        self.conversion_mode = saved["config"].get("CONVERSION_MODE") if "config" in saved else False
         self.num_symbols = net.patch_size * net.patch_length  # most symbols of a sequence, extension patch included
 
     @functools.cached_property

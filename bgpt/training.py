@@ -208,7 +208,7 @@ class Run:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self):
-        self.files.check(self.sizes.kind)
+        self.files.check()
         if self.ranks.rank == 0:
             self._stack.enter_context(system.lock(self.files.best, "WEIGHTS_PATH"))
         return self
@@ -247,7 +247,12 @@ class Run:
             print(f"OPTIMIZER: {what}, so those of {settings['OPTIMIZER']!r} start from zero")
         if saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
-        self._load_state(saved)
+        state.epoch, state.best_epoch = saved["epoch"], saved["best_epoch"]
+        # published checkpoints have no bits per byte, best_loss or run_id, so `_check_best` resets their best score
+        best, state.best_loss = (saved.get(name, -math.inf) for name in (self.best_name, "best_loss"))
+        state.best = best if state.best_epoch else None
+        state.run_id = saved.get("run_id", state.run_id)
+        state.figures, state.report = saved.get("figures", {}), saved.get("report", "")
         self.file_hashes = torch.cat((self.file_hashes, saved.get("file_hashes", self.file_hashes))).unique()
         restarts = other_files or {"SEED", "LONG_FILES"} & set(changed) or len(saved.get("totals", [0])) != self.ranks.count
         if saved.get("position") and not restarts:
@@ -280,15 +285,6 @@ class Run:
             what = f"{', '.join(other_files)}: other files than in the run at {path!r}, by their names and sizes{why}"
             hint = "To resume on the changed files (the current epoch restarts), add --ALLOW_CHANGED_FILES True"
             raise UserError(f"{what}. {new_run}. {hint}")
-
-    def _load_state(self, saved):
-        state = self.state
-        state.epoch, state.best_epoch = saved["epoch"], saved["best_epoch"]
-        # published checkpoints have no bits per byte, best_loss or run_id, so `_check_best` resets their best score
-        best, state.best_loss = (saved.get(name, -math.inf) for name in (self.best_name, "best_loss"))
-        state.best = best if state.best_epoch else None
-        state.run_id = saved.get("run_id", state.run_id)
-        state.figures, state.report = saved.get("figures", {}), saved.get("report", "")
 
     def _check_best(self, is_other_set):
         """Resets the best score if its checkpoint is missing or had another evaluation set."""
@@ -407,17 +403,15 @@ class Run:
         if (stops or saves or failed) and self._saved != (state.epoch, state.position):
             self._save()
         if stops or failed:
+            where = f"epoch {state.epoch + 1} after {state.position} examples"
             resumes = "the same command" + " with LOAD_FROM_CHECKPOINT True" * (not self.settings["LOAD_FROM_CHECKPOINT"])
             rest = f"{resumes} resumes from there" if self._saved else "the latest state could not be saved"
             if failed:
                 hint = "; if a file is gone or has changed, with --ALLOW_CHANGED_FILES True"
-                self.ranks.leave(f"ended by an error in {self._where()}: {rest}{hint}")
+                self.ranks.leave(f"ended by an error in {where}: {rest}{hint}")
             number = max(self.ranks.gather(number))
-            self.ranks.leave(f"stopped by {system.signal_name(number)} in {self._where()}: {rest}", 128 + number)
+            self.ranks.leave(f"stopped by {system.signal_name(number)} in {where}: {rest}", 128 + number)
         return count
-
-    def _where(self):
-        return f"epoch {self.state.epoch + 1} after {self.state.position} examples"
 
     def update_weights(self):
         """Clips the gradients, steps the optimizer and the schedule, and clears the gradients."""

@@ -315,13 +315,14 @@ def test_every_label_keeps_a_training_file(folder):
     train(folder, "rare0", TRAIN_FOLDERS=["rare"], EVAL_FOLDERS=[], EVAL_SPLIT=0.5, NUM_EPOCHS=2)
 
 
-@pytest.mark.parametrize("resume", [True, False])
-def test_a_generative_checkpoint_is_never_overwritten(folder, resume):
+def test_a_generative_checkpoint_is_never_overwritten(folder):
     torch.save({"model": utils.ModelSizes(**TINY).build().state_dict()}, folder / "mine.pth")
     before = (folder / "mine.pth").read_bytes()
-    message = one_message(train(folder, "mine", status=1, LOAD_FROM_CHECKPOINT=resume))
-    assert "WEIGHTS_PATH: 'mine.pth' is a generative model; here a classifier is trained" in message
+    message = one_message(train(folder, "mine", status=1))
+    assert "WEIGHTS_PATH: 'mine.pth' is a generative model; here a classifier is needed: give another path" in message
     assert (folder / "mine.pth").read_bytes() == before and not (folder / "mine.pth.bak").exists()
+    train(folder, "mine", LOAD_FROM_CHECKPOINT=False, NUM_EPOCHS=1)
+    assert (folder / "mine.pth.bak").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -391,7 +392,7 @@ def test_ctrl_c_keeps_finished_predictions(folder, trained, monkeypatch, capsys)
     (folder / "stopped" / "predictions.tsv").write_text("of an earlier run")
     files = list_files(["eval"], "")
     with pytest.raises(KeyboardInterrupt):
-        inference.classify_files(models.load_model(f"{trained}.pth", "cpu", "fp32"), files, stop_signal)
+        inference.classify_files(models.load_model(f"{trained}.pth", "cpu", "fp32"), files, stop_signal, [])
     out = capsys.readouterr().out
     assert f"8 of {len(files)} files classified in stopped/predictions-partial.tsv" in out and "accuracy" not in out
     assert len((folder / "stopped" / "predictions-partial.tsv").read_text().splitlines()) == 9
