@@ -157,37 +157,33 @@ def score_files(model, windows, folder, batch_size, dtype, progress, failed):
     to `folder`. After each batch, `progress` is called with the number of bytes scored. (path, reason) of each unreadable file
     is appended to `failed`.
     """
-    pieces, unreadable = {}, set()  # {index: [(nats (n, S), whether each symbol is the likeliest (n, S)) of a window]}
+    pieces = {}  # {index: [(symbols, nats, whether each symbol is the likeliest, (n, S) each) of a window]}
 
-    def attempt(function, index, *arguments):
-        try:
-            return function(index, *arguments)
-        except OSError as error:
-            failed.append((windows.examples[index][-1], error.strerror))
-            unreadable.add(index)
-            return None
+    def read():
+        """Yields (index, window, sequence), the longest examples first, each one's windows in order."""
+        for index in np.argsort(-windows.totals.clip(max=windows.patch_length), kind="stable").tolist():
+            try:
+                for window in windows.of(index):
+                    yield index, window, windows.read(index, window)
+            except OSError as error:
+                failed.append((windows.examples[index][-1], error.strerror))
 
-    readable = (  # (index, window, sequence)
-        (index, window, sequence)
-        for index, window in windows.by_length()
-        if index not in unreadable and (sequence := attempt(windows.read, index, window)) is not None
-    )
-    while batch := list(itertools.islice(readable, batch_size)):
+    sequences = read()
+    while batch := list(itertools.islice(sequences, batch_size)):
         predicted = predict(model, [sequence for *_, sequence in batch], dtype)
         for (index, window, (patches, _, context)), (nats, likeliest) in zip(batch, predicted):
-            pieces.setdefault(index, []).append((nats, likeliest[:, :, 0] == patches[context:]))
+            symbols = patches[context:]
+            pieces.setdefault(index, []).append((symbols, nats, likeliest[:, :, 0] == symbols))
             if window[1] == windows.totals[index]:  # the file's last window, after all its others
-                nats, is_top1 = (np.concatenate(each).reshape(-1) for each in zip(*pieces.pop(index)))
-                if (score := attempt(_score_file, index, windows, nats, is_top1, folder)) is not None:
-                    yield score
+                columns = (np.concatenate(each).reshape(-1) for each in zip(*pieces.pop(index)))
+                yield _score_file(index, windows, *columns, folder)
         slices = [windows.predicted_symbols(index, window) for index, window, _ in batch]
         progress(sum(max(each.stop - each.start, 0) for each in slices))  # negative for an end patch alone
 
 
-def _score_file(index, windows, nats, is_top1, folder):
-    """Returns the FileScore of an example from its symbols' nats (n,) and top-1 flags (n,)."""
-    paths, size = windows.examples[index], int(windows.sizes[index])
-    content = utils.read_bytes(paths[-1], size=size)
+def _score_file(index, windows, symbols, nats, is_top1, folder):
+    """Returns the FileScore of an example from its symbols (n,), their nats (n,) and top-1 flags (n,)."""
+    paths, size, content = windows.examples[index], int(windows.sizes[index]), utils.to_content(symbols)
     extensions = [extension_of(path) for path in paths]
     bits, is_top1 = nats[: size + 1] / math.log(2), is_top1[: size + 1]
     starts = np.unique(np.linspace(0, size + 1, min(size + 1, 200), endpoint=False).astype(int))  # of the profile's parts

@@ -118,7 +118,7 @@ class _Row:
 # ---- Generation -----------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def generate(model, prompts, batch_size, sampling, on_patches=None):
+def generate(model, prompts, batch_size, sampling, on_patches=lambda num_patches: None):
     """Continues prompts of any lengths in batches. Yields each Continuation as soon as it ends.
 
     A sequence ends at its first drawn 256, or when PATCH_LENGTH patches are full. The next prompt then takes its row. Every
@@ -133,8 +133,7 @@ def generate(model, prompts, batch_size, sampling, on_patches=None):
         if not writer.rows:
             return
         num_patches, ended = len(writer.rows), writer.step()
-        if on_patches is not None:
-            on_patches(num_patches)
+        on_patches(num_patches)
         yield from ended
 
 

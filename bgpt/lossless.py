@@ -217,8 +217,6 @@ def _split(view):
     """Returns (bytes, words uint32 (n,)) of each chunk, or raises IndexError for wrong lengths."""
     size, view = _read_varint(view)
     count = max(-(-size // CHUNK), 1)
-    if count > len(view):  # before allocating for a number that may be huge
-        raise IndexError
     lengths = []
     for _ in range(count - 1):
         length, view = _read_varint(view)

@@ -96,11 +96,6 @@ class Windows:
         _, *bounds = self.bounds(np.arange(self._numbers[index], self._numbers[index + 1]))
         return list(zip(*map(np.ndarray.tolist, bounds)))
 
-    def by_length(self):
-        """Yields (example, window) of all windows, the longest examples first, each one's windows in order."""
-        for index in np.argsort(-self.totals.clip(max=self.patch_length), kind="stable").tolist():
-            yield from ((index, window) for window in self.of(index))
-
     def predicted_symbols(self, index, window):
         """Returns the slice that a window predicts of a file's bytes and first 256."""
         _, last, predicted = window

@@ -95,10 +95,10 @@ def test_a_window_holds_the_bytes_of_its_patches(tmp_path_factory, size, patch_s
     evaluation = windowing.evaluation_windows(examples, patch_size, patch_length)
     for windows in (evaluation, windowing.training_windows(examples, patch_size, patch_length, [seed])):
         symbols, times = np.full(size + 1, -1), np.zeros(size + 1, dtype=int)
-        for index, window in windows.by_length():
-            patches, counted, context = windows.read(index, window)
+        for window in windows.of(0):
+            patches, counted, context = windows.read(0, window)
             assert np.array_equal(patches, whole[window[0] : window[1]]) and len(counted) == len(patches)
-            predicted = windows.predicted_symbols(index, window)
+            predicted = windows.predicted_symbols(0, window)
             symbols[predicted] = patches[context:].reshape(-1)[: max(predicted.stop - predicted.start, 0)]
             times[predicted] += 1
         assert (times == 1).all() and symbols.tolist() == [*content, utils.END]
