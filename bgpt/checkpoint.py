@@ -132,10 +132,7 @@ def model_sizes(state, where):
         return state[key].shape
 
     def layers(prefix):
-        indices = {m[1] for m in (re.match(rf"{re.escape(prefix)}\.h\.(\d+)\.", key) for key in state) if m}
-        if not indices or indices != {str(layer) for layer in range(len(indices))}:
-            raise UserError(f"{where}: its layers should be {prefix}.h.0, .h.1 and so on, without gaps")
-        return len(indices)
+        return len({m[1] for m in (re.match(rf"{re.escape(prefix)}\.h\.(\d+)\.", key) for key in state) if m})
 
     width, inputs = shape("patch_level_decoder.patch_embedding.weight")
     if inputs % NUM_SYMBOLS or width % HEAD_SIZE:
@@ -152,22 +149,17 @@ def model_sizes(state, where):
 
 def load_weights(model, state, where):
     """Copies a `model` dict into a model. Raises UserError with every tensor that does not fit."""
-    own = model.state_dict()
     tied, source = "byte_level_decoder.base.lm_head.weight", "byte_level_decoder.base.transformer.wte.weight"
-    if tied in own and source in state:
+    if tied in model.state_dict() and source in state:
         state = {tied: state[source], **state}  # some files omit the tied tensor
         if state[tied].shape != state[source].shape or not torch.equal(state[tied], state[source]):
             raise UserError(f"{where}: {tied} differs from {source}, to which it is tied")
-    wrong = [f"{key} is missing" for key in own if key not in state]
-    wrong += [f"{key} is unknown" for key in state if key not in own]
-    for key in own.keys() & state.keys():
-        if state[key].shape != own[key].shape:
-            wrong.append(f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}")
-        if not state[key].isfinite().all():
-            wrong.append(f"{key} has NaN or infinite values")
-    if wrong:
-        raise UserError(f"{where} does not fit the model:\n  " + "\n  ".join(wrong))
-    model.load_state_dict(state)
+    if broken := [key for key, value in state.items() if not value.isfinite().all()]:
+        raise UserError(f"{where} has NaN or infinite values in {', '.join(broken)}")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # lists all missing, unknown and misshapen tensors
+        raise UserError(f"{where} does not fit the model. {error}") from None
 
 
 def load_optimizer(optimizer, state, where):
@@ -194,8 +186,7 @@ def load_model(path, name="path"):
 def label_list(checkpoint, where):
     """Returns the labels of a classifier's checkpoint by index. Raises UserError if they do not match its head."""
     labels, count = checkpoint.get("labels"), len(checkpoint["model"]["classifier.weight"])
-    indices = list(labels.values()) if isinstance(labels, dict) else []
-    if not all(type(index) is int for index in indices) or sorted(indices) != list(range(count)):
+    if not isinstance(labels, dict) or set(labels.values()) != set(range(count)):
         raise UserError(f"{where}: its 'labels' should be a dict of {count} labels and their indices, 0 to {count - 1}")
     return [str(label) for label in sorted(labels, key=labels.get)]
 

@@ -124,12 +124,12 @@ def broken_checkpoints(folder, model):
         ("keys.pth", "is no bGPT checkpoint"),
         ("sparse.pth", "is no bGPT checkpoint"),
         ("vast.pth", "is no bGPT checkpoint"),
-        ("deep.pth", "without gaps"),
-        ("nan.pth", "ln_f.bias has NaN"),
+        ("deep.pth", "h.2.ln_1.weight"),
+        ("nan.pth", "NaN or infinite values in patch_level_decoder.base.ln_f.bias"),
         ("nothing.pth", "patch_embedding.weight is missing"),
-        ("extra.pth", "extra.weight is unknown"),
-        ("missing.pth", "h.1.mlp.c_fc.bias is missing"),
-        ("shape.pth", r"ln_f.bias is \(3,\), not \(64,\)"),
+        ("extra.pth", 'Unexpected key.*"extra.weight"'),
+        ("missing.pth", 'Missing key.*h.1.mlp.c_fc.bias"'),
+        ("shape.pth", r"ln_f.bias.*\[3\].*\[64\]"),
         ("tied.pth", "lm_head.weight differs"),
         ("folder.pth", "is a folder"),
         ("absent.pth", "does not exist"),
@@ -227,7 +227,7 @@ def test_missing_and_unknown_layers_are_all_listed(tiny_model):
             state["x." + key] = state.pop(key)
     with pytest.raises(system.UserError) as caught:
         checkpoint.load_weights(tiny_model, state, "here")
-    assert str(caught.value).count("is missing") == 4 and str(caught.value).count("is unknown") == 4
+    assert str(caught.value).count(".h.0.ln_1.") == 8 and str(caught.value).count('"x.') == 4
 
 
 def test_tied_weight_may_be_left_out(tiny_model):
