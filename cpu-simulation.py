@@ -81,14 +81,10 @@ def read_options(argv=None):
 def stored_options(folder):
     """Returns the options in a folder's cpu_states.json, {} without one."""
     path = os.path.join(folder, "cpu_states.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            options = json.load(file)
-        return {name: int(options[name]) for name in STORED}
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return {}
-    except (ValueError, KeyError, TypeError):
-        raise system.UserError(f"{path}: is damaged; it must contain the options of the data set as JSON") from None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 if __name__ == "__main__":

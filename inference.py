@@ -288,9 +288,8 @@ def examples_to_score(files, patch_size, patch_length):
     lengths = pairs.lengths(patch_size)
     unfit = [(" -> ".join(pairs[i]), int(lengths[i])) for i in np.flatnonzero(lengths > patch_length)]
     if len(unfit) == len(pairs):
-        raise system.UserError(
-            f"INPUT_FOLDER: no pair fits in the model's {patch_length} patches (PATCH_LENGTH); the shortest has {min(lengths)}"
-        )
+        problem = f"no pair fits in the model's {patch_length} patches (PATCH_LENGTH); the shortest has {min(lengths)}"
+        raise system.UserError(f"INPUT_FOLDER: {problem}")
     return pairs.select(np.flatnonzero(lengths <= patch_length)), unfit
 
 

@@ -15,10 +15,8 @@ from bgpt import settings, system
 def check_settings():
     """Raises UserError for mistakes that can be found without PyTorch."""
     if config.TRAIN_FOLDERS == ["cpu_states/train"] and not os.path.isdir("cpu_states/train"):
-        raise system.UserError(
-            "TRAIN_FOLDERS: 'cpu_states/train' does not exist; give your own folders, or create it with "
-            "`python cpu-simulation.py --mode generate --num_train_instance 20000 --num_test_instance 200`"
-        )
+        create = "python cpu-simulation.py --mode generate --num_train_instance 20000 --num_test_instance 200"
+        raise system.UserError(f"TRAIN_FOLDERS: 'cpu_states/train' does not exist; give your own folders, or create it: {create}")
     settings.check_training_paths(settings.as_dict(config))
 
 

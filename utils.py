@@ -585,15 +585,12 @@ class ByteLevelDecoder(ByteModel):
 class bGPTLMHeadModel(ByteModel):
     """The generative byte model: a patch-level and a byte-level decoder (paper, 3.1 and 3.2).
 
-    Its attributes `patch_size` and `patch_length` are S and L. Raises ValueError if the two GPT2Configs differ in PATCH_SIZE or
-    width.
+    Its attributes `patch_size` and `patch_length` are S and L.
     """
 
     def __init__(self, patch_config, byte_config):
         super().__init__(byte_config)
         self.patch_size, self.patch_length = byte_config.n_positions - 1, patch_config.n_positions
-        if getattr(patch_config, "patch_size", self.patch_size) != self.patch_size or patch_config.n_embd != byte_config.n_embd:
-            raise ValueError("patch_config and byte_config differ in PATCH_SIZE (byte positions less one) or in width")
         patch_config = copy.deepcopy(patch_config)
         patch_config.patch_size = self.patch_size
         self.patch_level_decoder = PatchLevelDecoder(patch_config)

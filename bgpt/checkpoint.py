@@ -116,11 +116,9 @@ def _describe_damage(path, error):
 
 
 def _is_plain_tensor(value):
-    """Returns whether a value is a dense CPU tensor with storage for its whole shape."""
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
-        return False
-    # a few bytes can claim any shape
-    return value.untyped_storage().nbytes() >= value.numel() * value.element_size() and not value.is_complex()
+    """Returns whether a value is a dense tensor with storage for its whole shape. A few bytes can claim any shape."""
+    is_dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return is_dense and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
 def model_sizes(state, where):
@@ -197,11 +195,9 @@ def check_sizes(wanted, state, where):
     if actual.kind != wanted.kind:
         raise UserError(f"{where} is a {actual.kind}; here a {wanted.kind} is needed: give another path")
     if actual.num_labels != wanted.num_labels:
-        raise UserError(
-            f"{where} has {actual.num_labels} labels, but the files of TRAIN_FOLDERS have {wanted.num_labels}: "
-            "give another path. To start from its patch-level decoder, set PRE_WEIGHTS_PATH to it and "
-            "LOAD_FROM_PRE_CHECKPOINT to True"
-        )
+        hint = "To start from its patch-level decoder, set PRE_WEIGHTS_PATH to it and LOAD_FROM_PRE_CHECKPOINT to True"
+        what = f"has {actual.num_labels} labels, but the files of TRAIN_FOLDERS have {wanted.num_labels}: give another path"
+        raise UserError(f"{where} {what}. {hint}")
     pairs = zip(dataclasses.asdict(actual).items(), dataclasses.asdict(wanted).values())
     if changes := ", ".join(f"{name} = {old} (now {new})" for (name, old), new in pairs if old != new):
         raise UserError(f"{where} is a model of other sizes: set {changes}, or give another path")
