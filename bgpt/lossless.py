@@ -83,15 +83,11 @@ class Encoding(Chunk):
     def __init__(self, extension, content):
         super().__init__(extension, len(content), content)
         self.encoder = constriction.stream.queue.RangeEncoder()
-        self._pending = []  # probabilities of up to 64 symbols, encoded together for speed
 
     def _code_byte(self, probabilities):
-        self._pending.append(probabilities)
-        if len(self._pending) == 64 or self.done + 1 == self.size:
-            symbols = self.content[self.done + 1 - len(self._pending) : self.done + 1]
-            self.encoder.encode(np.array(symbols, dtype=np.int32), _FAMILY, np.stack(self._pending))  # (n,), (n, 256)
-            self._pending = []
-        return self.content[self.done]
+        symbol = self.content[self.done]
+        self.encoder.encode(np.array([symbol], dtype=np.int32), _FAMILY, probabilities[None])  # (1,), (1, 256)
+        return symbol
 
 
 class Decoding(Chunk):

@@ -1,7 +1,6 @@
 """train-gen.py as a user runs it: learning, logs, checkpoints, resuming and errors."""
 
 import math
-import os
 import re
 import signal
 import sys
