@@ -39,7 +39,6 @@ Published files also have buffers of old transformers, ….attn.bias and ….att
 
 import contextlib
 import dataclasses
-import errno
 import os
 import pickle
 import re
@@ -51,10 +50,6 @@ from bgpt import system
 from bgpt.settings import latest_path
 from bgpt.system import UserError
 from utils import HEAD_SIZE, NUM_SYMBOLS, ModelSizes
-
-
-class DamagedCheckpoint(UserError):
-    """An existing file that cannot be loaded as a checkpoint."""
 
 
 def save_checkpoint(path, checkpoint):
@@ -75,13 +70,11 @@ def load_checkpoint(path, name, mmap=False):
     """Returns the dict of a checkpoint, its tensors on the CPU. Code in the file is never run.
 
     `name` is the constant with the path, for messages. With `mmap` tensors are read from the file when they are used.
-    Raises UserError if the file is missing or unreadable, DamagedCheckpoint if it is no checkpoint or could run code.
+    Raises UserError if the file is missing, no checkpoint, or could run code, OSError if it is unreadable.
     """
     system.check_checkpoint(path, name)
     try:
-        with open(path, "rb") as file:
-            is_safetensors = file.read(9)[8:] == b"{"  # after 8 bytes of length, a JSON dict
-        if is_safetensors:
+        if os.path.splitext(path)[1] == ".safetensors":
             from safetensors.torch import load_file
 
             checkpoint = {"model": load_file(path)}
@@ -89,21 +82,19 @@ def load_checkpoint(path, name, mmap=False):
             with warnings.catch_warnings(action="ignore"):  # for files that are no checkpoints
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch.load raises many types, also of pickle and zipfile
-        if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # EINVAL: a seek in a truncated file
-            raise UserError(f"{name}: cannot read {path!r}: {error.strerror}") from None
-        raise DamagedCheckpoint(f"{name}: cannot load {path!r}: {_describe_damage(path, error)}") from None
+        raise UserError(f"{name}: cannot load {path!r}: {_describe_damage(path, error)}") from None
     if isinstance(checkpoint, dict) and "model" not in checkpoint and checkpoint:
         checkpoint = {"model": checkpoint}  # a bare state dict
     state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(key, str) and _is_plain_tensor(state[key]) for key in state):
-        raise DamagedCheckpoint(f"{name}: {path!r} is no bGPT checkpoint: its 'model' should be a dict of dense tensors")
+        raise UserError(f"{name}: {path!r} is no bGPT checkpoint: its 'model' should be a dict of dense tensors")
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
     checkpoint["model"] = {key: value for key, value in state.items() if not re.search(r"\.attn\.(masked_)?bias$", key)}
     return checkpoint
 
 
 def _describe_damage(path, error):
-    """Returns why a file did not load, and how to get the right one."""
+    """Returns why a file did not load, and how to get the right one. Raises OSError if it is unreadable."""
     with open(path, "rb") as file:
         beginning = file.read(256)
     if beginning.startswith(b"version https://git-lfs"):

@@ -222,11 +222,7 @@ class Run:
         path, settings, state = self.files.newest(), self.settings, self.state
         if path is None or not settings["LOAD_FROM_CHECKPOINT"]:
             return False
-        try:
-            saved = checkpoint.load_sized_weights(self.model, self.sizes, path, "WEIGHTS_PATH")
-        except checkpoint.DamagedCheckpoint as error:
-            hint = f". Without that file, the run resumes from its best model, {self.files.best}"
-            raise UserError(f"{error}{hint * (path == self.files.latest and os.path.exists(self.files.best))}") from None
+        saved = checkpoint.load_sized_weights(self.model, self.sizes, path, "WEIGHTS_PATH")
         if missing := {"optimizer", "epoch", "best_epoch"} - set(saved):
             what = f"WEIGHTS_PATH: {path!r} has a model, but not the state of a run to resume (no {', '.join(sorted(missing))})"
             hint = "set PRE_WEIGHTS_PATH to it, LOAD_FROM_PRE_CHECKPOINT to True and LOAD_FROM_CHECKPOINT to False"

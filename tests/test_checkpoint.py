@@ -153,7 +153,7 @@ def files_of_others(folder, state):
     for i, prefix in enumerate(("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")):
         torch.save({"model": {prefix + name: tensor for name, tensor in state.items()}}, folder / f"wrapped{i}.pth")
         yield folder / f"wrapped{i}.pth"
-    for name, contents in (("weights.safetensors", untied), ("tied.safetensors", state), ("another-name.pth", state)):
+    for name, contents in (("weights.safetensors", untied), ("tied.safetensors", state)):
         safetensors.torch.save_file(contents, folder / name)
         yield folder / name
 

@@ -415,14 +415,6 @@ def test_a_link_to_the_weights_stays_one(folder, tmp_path):
     assert (folder / "linked.pth").is_symlink() and load(tmp_path, "elsewhere")["epoch"] == 1
 
 
-def test_a_state_cut_short_is_one_message(folder):
-    train(folder, "short", NUM_EPOCHS=1)
-    whole = (folder / "short-last.pth").read_bytes()
-    (folder / "short-last.pth").write_bytes(whole[: len(whole) // 2])
-    message = one_message(start(folder, "short", NUM_EPOCHS=2)[0].wait())
-    assert "WEIGHTS_PATH: cannot load 'short-last.pth'" in message and "the run resumes from its best model, short.pth" in message
-
-
 def test_moments_of_other_shapes_are_one_message(folder):
     """The fused optimizer step would read past the end of moments that are too small."""
     train(folder, "moments", NUM_EPOCHS=1)
