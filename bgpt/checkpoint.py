@@ -218,10 +218,6 @@ class RunFiles:
         for path in (self.best, self.latest):
             system.check_writable(path, "WEIGHTS_PATH")
 
-    def newest(self):
-        """Returns the path to resume from: the latest state, else the best model, else None."""
-        return next((path for path in (self.latest, self.best) if os.path.exists(path)), None)
-
     def find_own(self, run_id):
         """Finds the checkpoints that this run has written. Returns whether the best model is one."""
         for path in (self.best, self.latest):

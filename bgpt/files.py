@@ -44,11 +44,6 @@ class Files:
         """Returns a file's folder index and path below it, which do not change when the folder moves."""
         return f"{self.folder_indices[index]}/{self.below(index)}"
 
-    def select(self, indices):
-        """Returns the Files at `indices`, integers."""
-        paths = [self.paths[index] for index in indices]
-        return Files(paths, self.sizes[indices], self.folder_indices[indices], self.folders)
-
 
 def list_files(folders, name, extension=None, own=()):
     """Returns all files below the folders as Files, each once, and prints those left out.
@@ -110,4 +105,5 @@ def list_readable_files(folders, name, own=()):
         return files
     names = first_names(files[index] for index in np.flatnonzero(is_unreadable))
     print(f"{name}: {sum(is_unreadable)} of {len(files)} files are unreadable and left out ({names})")
-    return files.select(np.flatnonzero(~np.array(is_unreadable)))
+    kept = np.flatnonzero(~np.array(is_unreadable))
+    return Files([files[index] for index in kept], files.sizes[kept], files.folder_indices[kept], files.folders)

@@ -219,7 +219,8 @@ class Run:
 
     def resume(self):
         """Loads the latest state, else the best model. Returns whether there was one. Raises UserError if it does not fit."""
-        path, settings, state = self.files.newest(), self.settings, self.state
+        settings, state = self.settings, self.state
+        path = next((path for path in (self.files.latest, self.files.best) if os.path.exists(path)), None)
         if path is None or not settings["LOAD_FROM_CHECKPOINT"]:
             return False
         saved = checkpoint.load_sized_weights(self.model, self.sizes, path, "WEIGHTS_PATH")
