@@ -37,7 +37,6 @@ Published files also have buffers of old transformers, ….attn.bias and ….att
 .safetensors files, and names with the prefixes "module." and "_orig_mod." of PyTorch's wrappers load too.
 """
 
-import contextlib
 import dataclasses
 import os
 import pickle
@@ -47,7 +46,6 @@ import warnings
 import torch
 
 from bgpt import system
-from bgpt.settings import latest_path
 from bgpt.system import UserError
 from utils import HEAD_SIZE, NUM_SYMBOLS, ModelSizes
 
@@ -200,48 +198,3 @@ def load_sized_weights(model, sizes, path, name):
     check_sizes(sizes, checkpoint["model"], f"{name}: {path!r}")
     load_weights(model, checkpoint["model"], f"{name}: {path!r}")
     return checkpoint
-
-
-# ---- The files of a run ---------------------------------------------------------------------------------------------
-
-
-class RunFiles:
-    """The files of a run: best model, latest state and log. Only rank 0 writes them."""
-
-    def __init__(self, weights_path, logs_path):
-        self.best, self.latest, self.log = weights_path, latest_path(weights_path), logs_path
-        self._own = set()  # the checkpoints that this run has written
-
-    def check(self):
-        """Raises UserError if a file is not writable."""
-        system.check_writable(self.log, "LOGS_PATH")
-        for path in (self.best, self.latest):
-            system.check_writable(path, "WEIGHTS_PATH")
-
-    def find_own(self, run_id):
-        """Finds the checkpoints that this run has written. Returns whether the best model is one."""
-        for path in (self.best, self.latest):
-            with contextlib.suppress(UserError):
-                if load_checkpoint(path, "WEIGHTS_PATH", mmap=True).get("run_id") == run_id:
-                    self._own.add(path)
-        return self.best in self._own
-
-    def save(self, path, contents):
-        """Saves a checkpoint at `best` or `latest`. Backs up another run's file. Returns whether saving succeeded."""
-        try:
-            if path not in self._own:
-                system.print_backups([system.keep_backup(path)])
-                self._own.add(path)
-            save_checkpoint(path, contents)
-        except OSError as error:
-            print(f"cannot save {path}: {error.strerror}; the old file is unchanged, and the run continues")
-            return False
-        return True
-
-    def append_log(self, text):
-        """Appends text to the log."""
-        try:
-            with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as log:
-                log.write(text)
-        except OSError as error:
-            print(f"cannot write {self.log}: {error.strerror}; the run continues")

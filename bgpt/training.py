@@ -194,7 +194,9 @@ class Run:
         paths = (self.train.files[file] for file in np.unique(self.train.indices).tolist())  # both directions have the same
         self.file_hashes = torch.from_numpy(hash_texts(real_paths(paths))).unique()
         self.digests = {"TRAIN_FOLDERS": digest(self.train), "EVAL_FOLDERS": digest(self.held_out)}
-        self.files = checkpoint.RunFiles(settings["WEIGHTS_PATH"], settings["LOGS_PATH"])
+        self.best_path, self.log_path = settings["WEIGHTS_PATH"], settings["LOGS_PATH"]
+        self.latest_path = latest_path(self.best_path)
+        self._own = set()  # the checkpoints that this run has written
         self.optimizer = make_optimizer(model, settings["OPTIMIZER"], settings["LEARNING_RATE"], settings["EMBEDDING_START"])
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
         self.state = State(ranks.gather(os.urandom(8).hex())[0])
@@ -204,9 +206,11 @@ class Run:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self):
-        self.files.check()
+        system.check_writable(self.log_path, "LOGS_PATH")
+        for path in (self.best_path, self.latest_path):
+            system.check_writable(path, "WEIGHTS_PATH")
         if self.ranks.rank == 0:
-            self._stack.enter_context(system.lock(self.files.best, "WEIGHTS_PATH"))
+            self._stack.enter_context(system.lock(self.best_path, "WEIGHTS_PATH"))
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -220,7 +224,7 @@ class Run:
     def resume(self):
         """Loads the latest state, else the best model. Returns whether there was one. Raises UserError if it does not fit."""
         settings, state = self.settings, self.state
-        path = next((path for path in (self.files.latest, self.files.best) if os.path.exists(path)), None)
+        path = next((path for path in (self.latest_path, self.best_path) if os.path.exists(path)), None)
         if path is None or not settings["LOAD_FROM_CHECKPOINT"]:
             return False
         saved = checkpoint.load_sized_weights(self.model, self.sizes, path, "WEIGHTS_PATH")
@@ -281,12 +285,16 @@ class Run:
 
     def _check_best(self, is_other_set):
         """Resets the best score if its checkpoint is missing or had another evaluation set."""
-        has_best = self.files.find_own(self.state.run_id)
+        for path in (self.best_path, self.latest_path):
+            with contextlib.suppress(UserError):  # missing or damaged
+                if checkpoint.load_checkpoint(path, "WEIGHTS_PATH", mmap=True).get("run_id") == self.state.run_id:
+                    self._own.add(path)
+        has_best = self.best_path in self._own
         if (is_other_set or not has_best) and self.state.best_epoch:
-            why = "scored on another evaluation set" if has_best else f"the best model of this run is not at {self.files.best}"
+            why = "scored on another evaluation set" if has_best else f"the best model of this run is not at {self.best_path}"
             print(f"best score reset: {why}")
             if has_best and self.ranks.rank == 0:
-                system.print_backups([system.keep_backup(self.files.best)], why)
+                system.print_backups([system.keep_backup(self.best_path)], why)
             self.state.best_epoch, self.state.best = 0, None
 
     def begin(self):
@@ -462,7 +470,11 @@ class Run:
         self._save()
         line = f"epoch {state.epoch}  " + "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
         if self.ranks.rank == 0:
-            self.files.append_log(f"{line}\n{(report + details) * is_best}")
+            try:
+                with open(self.log_path, "a", encoding="utf-8", errors="backslashreplace") as log:
+                    log.write(f"{line}\n{(report + details) * is_best}")
+            except OSError as error:
+                print(f"cannot write {self.log_path}: {error.strerror}; the run continues")
         print(f"{line}{'  best' * is_best}  {time.monotonic() - self._epoch_began:.0f} s")
         self._epoch_began = time.monotonic()
         if self.wandb:
@@ -475,10 +487,10 @@ class Run:
             self.wandb.finish()
         print(f"finished {state.epoch} of NUM_EPOCHS {self.settings['NUM_EPOCHS']} (raise NUM_EPOCHS to continue)")
         if state.best_epoch:
-            best = f"best: epoch {state.best_epoch}, {self.best_name} {state.best:.4f}, in {self.files.best}"
+            best = f"best: epoch {state.best_epoch}, {self.best_name} {state.best:.4f}, in {self.best_path}"
             print(f"{best}\n{state.report}", end="")
         if not self._saved:
-            self.ranks.leave(f"error: {self.files.latest!r} could not be saved: free disk space and run the same command")
+            self.ranks.leave(f"error: {self.latest_path!r} could not be saved: free disk space and run the same command")
 
     def _save(self, best=False):
         """Saves the latest state or the best model. Returns whether that succeeded. Ends the run if a weight is not finite."""
@@ -493,7 +505,7 @@ class Run:
             fields = dataclasses.asdict(state)
             best_value = fields.pop("best")
             worst = math.inf if self.labels is None else -math.inf
-            is_saved = self.files.save(self.files.best if best else self.files.latest, {
+            is_saved = self._write(self.best_path if best else self.latest_path, {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "lr_sched": self.scheduler.state_dict(),
@@ -513,6 +525,18 @@ class Run:
         if not best:
             self._saved, self._saved_at = is_saved and (state.epoch, state.position), time.monotonic()
         return is_saved
+
+    def _write(self, path, contents):
+        """Writes a checkpoint. Backs up another run's file. Returns whether that succeeded."""
+        try:
+            if path not in self._own:
+                system.print_backups([system.keep_backup(path)])
+                self._own.add(path)
+            checkpoint.save_checkpoint(path, contents)
+        except OSError as error:
+            print(f"cannot save {path}: {error.strerror}; the old file is unchanged, and the run continues")
+            return False
+        return True
 
 
 def cuts_windows(settings):
