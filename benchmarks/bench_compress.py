@@ -24,10 +24,10 @@ import zstandard
 
 import utils
 from bgpt import lossless, system
-from bgpt.checkpoint import load_model
 from bgpt.distributed import tune_memory
 from bgpt.evaluation import COMPRESSORS
 from bgpt.files import extension_of, list_files
+from bgpt.model import load_model
 
 ALL_COMPRESSORS = COMPRESSORS | {
     "zstd -19": zstandard.ZstdCompressor(level=19, write_checksum=False, write_content_size=True).compress,
@@ -39,7 +39,7 @@ def time_coder(options, contents):
     """Compresses and decompresses {path: content}, prints the speeds, and returns the containers' total bytes."""
     tune_memory()
     torch.manual_seed(0)
-    model = load_model(options.weights)[0] if options.weights else utils.ModelSizes(*options.sizes).build()
+    model = load_model(options.weights, "cpu").net if options.weights else utils.ModelSizes(*options.sizes).build()
     coder, seconds = lossless.Coder(model.eval(), options.batch), []
     with tempfile.TemporaryDirectory() as folder:
         # copies, since --bytes may cut files; numbered, since two may have the same name

@@ -40,9 +40,9 @@ if __name__ == "__main__":  # the processes of `compare` import the modules of t
     sys.path.insert(0, ROOT)
 
     import utils
-    from bgpt.checkpoint import load_model
     from bgpt.distributed import pick_device
     from bgpt.generation import PatchWriter, Prompt, Sampling, generate
+    from bgpt.model import load_model
 
 SIZES = {  # 0.9, 5.1 and 110 million parameters
     "quick": {"PATCH_SIZE": 2, "PATCH_LENGTH": 32, "HIDDEN_SIZE": 128, "PATCH_NUM_LAYERS": 3, "BYTE_NUM_LAYERS": 1},
@@ -263,7 +263,7 @@ def compare(args):
     """Prints the rates of whole generations by this code and another folder's, in float32 on the CPU."""
     sizes, weights = SIZES[args.size], None
     if args.weights:
-        model, _ = load_model(args.weights)
+        model = load_model(args.weights, "cpu").net
         weights = model.state_dict()
         sizes = {
             "PATCH_SIZE": model.patch_size,

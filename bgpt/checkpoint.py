@@ -162,14 +162,6 @@ def load_optimizer(optimizer, state, where):
     optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def load_model(path, name="path"):
-    """Returns the model of a checkpoint, in training mode, and the checkpoint. See `load_checkpoint`."""
-    checkpoint, where = load_checkpoint(path, name), f"{name}: {path!r}"
-    model = model_sizes(checkpoint["model"], where).build()
-    load_weights(model, checkpoint["model"], where)
-    return model, checkpoint
-
-
 def label_list(checkpoint, where):
     """Returns the labels of a classifier's checkpoint by index. Raises UserError if they do not match its head."""
     labels, count = checkpoint.get("labels"), len(checkpoint["model"]["classifier.weight"])

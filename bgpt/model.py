@@ -21,10 +21,12 @@ from bgpt.windows import evaluation_windows
 def load_model(path, device=None, precision="auto", name="path"):
     """Returns the Generator or Classifier of a checkpoint, see `bgpt.load`. `name` is the constant with the path."""
     settings.check_value("PRECISION", precision)
-    net, saved = checkpoint.load_model(path, name)
+    saved, where = checkpoint.load_checkpoint(path, name), f"{name}: {path!r}"
+    net = checkpoint.model_sizes(saved["model"], where).build()
+    checkpoint.load_weights(net, saved["model"], where)
     device = distributed.pick_device() if device is None else torch.device(device)
     kind = Classifier if isinstance(net, utils.bGPTForClassification) else Generator
-    return kind(net.to(device).eval(), saved, distributed.pick_dtype(precision, device), f"{name}: {path!r}")
+    return kind(net.to(device).eval(), saved, distributed.pick_dtype(precision, device), where)
 
 
 def _takes_one_or_many(method):

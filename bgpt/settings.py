@@ -75,15 +75,6 @@ def as_dict(config, training_only=False):
     return {name: getattr(config, name) for name in CONSTANTS if not (training_only and name in _INFERENCE)}
 
 
-def check(values):
-    """Raises UserError with the first illegal constant, its value and the legal ones."""
-    for name in CONSTANTS:
-        check_value(name, values[name])
-    if values["BATCH_SIZE"] % values["ACCUMULATION_STEPS"]:
-        text = "BATCH_SIZE is {BATCH_SIZE}, but must be a multiple of ACCUMULATION_STEPS, {ACCUMULATION_STEPS}"
-        raise UserError(text.format(**values))
-
-
 def check_value(name, value):
     """Raises UserError if `value` is illegal for the constant `name`."""
     kind, is_optional = CONSTANTS[name], name in _OPTIONAL
@@ -129,9 +120,12 @@ def override(config, argv=None):
         except (ValueError, KeyError):
             parser.error(f"{name} is {words!r}, but must be {_KINDS[CONSTANTS[name]]}")
     try:
-        check(values)
+        for name, value in values.items():
+            check_value(name, value)
     except UserError as error:
         parser.error(str(error))
+    if values["BATCH_SIZE"] % (parts := values["ACCUMULATION_STEPS"]):
+        parser.error(f"BATCH_SIZE is {values['BATCH_SIZE']}, but must be a multiple of ACCUMULATION_STEPS, {parts}")
     for name, value in values.items():
         before = getattr(config, name)
         if value != before:

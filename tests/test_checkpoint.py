@@ -15,6 +15,7 @@ from conftest import TINY, fill_by_recipe, load_script, one_message, options, ru
 import config
 import utils
 from bgpt import checkpoint, system
+from bgpt import model as models
 
 
 def published_checkpoint(golden, model):
@@ -51,7 +52,8 @@ def test_published_layout_loads(tmp_path, golden, golden_model):
     published = published_checkpoint(golden, golden_model)
     assert sum(name.endswith(".attn.bias") for name in published["model"]) == 4
     torch.save(published, tmp_path / "weights.pth")
-    model, loaded = checkpoint.load_model(str(tmp_path / "weights.pth"), "WEIGHTS_PATH")
+    model = models.load_model(str(tmp_path / "weights.pth"), "cpu").net
+    loaded = checkpoint.load_checkpoint(tmp_path / "weights.pth", "WEIGHTS_PATH")
     for name, tensor in golden_model.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     assert loaded["min_eval_loss"] == 5.5
@@ -75,7 +77,7 @@ def test_training_goes_on_from_the_published_layout(tmp_path, golden, golden_mod
 def test_classifier_checkpoint(tmp_path):
     model = fill_by_recipe(utils.bGPTForClassification(utils.make_configs(4, 16, 64, 2, 1)[0], 3))
     checkpoint.save_checkpoint(tmp_path / "cls.pth", {"model": model.state_dict(), "labels": {"a.x": 0, "b.x": 1, "c.x": 2}})
-    loaded, _ = checkpoint.load_model(str(tmp_path / "cls.pth"), "WEIGHTS_PATH")
+    loaded = models.load_model(str(tmp_path / "cls.pth"), "cpu").net
     assert isinstance(loaded, utils.bGPTForClassification)
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
 
@@ -139,7 +141,7 @@ def broken_checkpoints(folder, model):
 def test_broken_and_hostile_checkpoints_are_refused(tmp_path, tiny_model):
     for name, words in broken_checkpoints(tmp_path, tiny_model):
         with pytest.raises(system.UserError, match=words) as caught:
-            checkpoint.load_model(str(tmp_path / name), "WEIGHTS_PATH")
+            models.load_model(str(tmp_path / name), "cpu", name="WEIGHTS_PATH")
         assert str(caught.value).startswith("WEIGHTS_PATH: ") and name in str(caught.value)
     assert not (tmp_path / "hacked").exists()  # no code of a checkpoint ran
 

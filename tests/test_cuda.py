@@ -14,7 +14,8 @@ from test_training_runs import SETTINGS, assert_same_end, folder, stop, train  #
 from torch.nn.attention import SDPBackend
 
 import utils
-from bgpt import checkpoint, distributed, generation
+from bgpt import distributed, generation
+from bgpt import model as models
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -155,7 +156,7 @@ def test_resume_bit_for_bit_and_back_to_the_cpu(folder):  # noqa: F811
     train(folder, "parts", **settings)
     assert_same_end(folder, "parts", "whole")
 
-    model, _ = checkpoint.load_model(folder / "whole-last.pth")
+    model = models.load_model(folder / "whole-last.pth", "cpu").net
     batch, losses = ragged_batch(4), []
     with torch.no_grad():
         for device in ("cpu", "cuda"):

@@ -13,7 +13,7 @@ from conftest import one_message, options, run_script, torchrun_environments
 
 import config
 import utils
-from bgpt import checkpoint, evaluation, examples, system
+from bgpt import evaluation, examples, system
 from bgpt import model as models
 from bgpt.examples import label_of
 from bgpt.files import list_files
@@ -215,7 +215,7 @@ def test_a_report_of_many_labels_is_short():
 
 def test_accuracy_and_loss_are_those_of_single_files(folder, trained):
     """The logged figures, computed again: every evaluation file alone, without padding."""
-    model, loaded = checkpoint.load_model(str(folder / f"{trained}.pth"), "WEIGHTS_PATH")
+    model, loaded = models.load_model(str(folder / f"{trained}.pth"), "cpu").net, load(folder, trained)
     nats = []
     for path in list_files([str(folder / "eval")], "EVAL_FOLDERS"):
         patches, _ = utils.read_patches(path, 4, last=16)
@@ -372,7 +372,7 @@ def test_classify_agrees_with_the_evaluation_of_training(folder):
     header, *rows = read_predictions(folder)
     assert header == ["file", "label", "probability", "label 2", "probability 2", "label 3", "probability 3"]
     assert [row[0] for row in rows] == sorted(path.name for path in (folder / "eval").iterdir())
-    model, loaded = checkpoint.load_model(str(folder / "half.pth"), "WEIGHTS_PATH")
+    model, loaded = models.load_model(str(folder / "half.pth"), "cpu").net, load(folder, "half")
     for name, *shown in rows:
         patches, _ = utils.read_patches(str(folder / "eval" / name), 4, last=16)
         with torch.no_grad():

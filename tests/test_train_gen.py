@@ -15,7 +15,7 @@ from logs import read_log
 
 import config
 import utils
-from bgpt import checkpoint, distributed, evaluation, system, training
+from bgpt import distributed, evaluation, system, training
 from bgpt import model as models
 from bgpt.files import list_files
 
@@ -68,7 +68,7 @@ def test_a_run_logs_and_saves_what_it_says(folder):
         assert f"epoch {entry['epoch']:.0f}  train_loss {entry['train_loss']:.4f}" in done.stdout
 
     # the best model's figures, computed again: nats over all symbols of the targets, bits over the content
-    model, _ = checkpoint.load_model(str(folder / "weights.pth"), "WEIGHTS_PATH")
+    model = models.load_model(str(folder / "weights.pth"), "cpu").net
     nats, bits, num_bytes = [], 0.0, 0
     for path in list_files([str(folder / "eval")], "EVAL_FOLDERS"):
         with open(path, "rb") as file:
