@@ -66,14 +66,13 @@ def load_pre_trained(model, sizes, labels, path, name):
     # the byte-level decoder and the labels may differ
     wanted = dataclasses.replace(sizes, BYTE_NUM_LAYERS=loaded_sizes.BYTE_NUM_LAYERS, num_labels=loaded_sizes.num_labels)
     checkpoint.check_sizes(wanted, loaded["model"], where)
-    state = {key: value for key, value in loaded["model"].items() if not key.startswith(("byte_level_decoder.", "classifier."))}
+    state = {key: value for key, value in model.state_dict().items() if key.startswith("classifier.")}
+    state |= {key: each for key, each in loaded["model"].items() if not key.startswith(("byte_level_decoder.", "classifier."))}
     has_labels = loaded_sizes.num_labels is not None and "labels" in loaded  # a file of tensors alone has no labels
     keep_head = has_labels and set(checkpoint.label_list(loaded, where)) == set(labels)
     if keep_head:  # its rows in the order of `labels`
         rows = [loaded["labels"][label] for label in sorted(labels, key=labels.get)]
         state |= {key: loaded["model"][key][rows] for key in ("classifier.weight", "classifier.bias")}
-    else:
-        state |= {key: value for key, value in model.state_dict().items() if key.startswith("classifier.")}
     checkpoint.load_weights(model, state, where)
     print(f"a new run, from the patch-level decoder {'and the head ' if keep_head else ''}of {path}, a {loaded_sizes.kind}")
 

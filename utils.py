@@ -448,8 +448,7 @@ def make_configs(patch_size, patch_length, hidden_size, patch_num_layers, byte_n
     """Returns the GPT2Configs of the patch-level and the byte-level decoder."""
     dropouts = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     shared = {"n_embd": hidden_size, "n_head": hidden_size // HEAD_SIZE, "bos_token_id": None, "eos_token_id": None, **dropouts}
-    patch_config = GPT2Config(n_layer=patch_num_layers, n_positions=patch_length, vocab_size=1, **shared)
-    patch_config.patch_size = patch_size
+    patch_config = GPT2Config(n_layer=patch_num_layers, n_positions=patch_length, vocab_size=1, patch_size=patch_size, **shared)
     byte_config = GPT2Config(n_layer=byte_num_layers, n_positions=patch_size + 1, vocab_size=NUM_SYMBOLS, **shared)
     return patch_config, byte_config
 
