@@ -369,11 +369,11 @@ def main():
     files = None if mode == "generate" else find_inputs()
     device, precision = ("cpu", "fp32") if is_coding else (None, config.PRECISION)
     model = load_model(config.INFERENCE_WEIGHTS_PATH, device, precision, "INFERENCE_WEIGHTS_PATH")
-    if isinstance(model, Classifier) != (mode == "classify"):
-        kinds = {False: ("generative model", "train-gen.py"), True: ("classifier", "train-cls.py")}
-        (kind, _), (wanted, script) = kinds[isinstance(model, Classifier)], kinds[mode == "classify"]
+    if mode == "classify" and not isinstance(model, Classifier):
+        raise system.UserError(f"{where} is a generative model; MODE 'classify' needs a classifier, from train-cls.py")
+    if mode != "classify" and isinstance(model, Classifier):
         hint = "; MODE 'classify' reports a classifier's accuracy" * (mode == "evaluate")
-        raise system.UserError(f"{where} is a {kind}; MODE {mode!r} needs a {wanted}, from {script}{hint}")
+        raise system.UserError(f"{where} is a classifier; MODE {mode!r} needs a generative model, from train-gen.py{hint}")
     constants = config.INPUT_EXT, config.TARGET_EXT, config.CONVERSION_MODE
     target = None if mode == "classify" else model.check_task(mode, *constants)
     if mode not in ("generate", "decompress"):
