@@ -138,6 +138,19 @@ def find_examples(folders, name, mode, patch_size, patch_length, own=()):
     return pairs.select(fitting)
 
 
+def check_extensions(extensions, patch_size):
+    """Raises UserError if different extensions have the same extension patch. Case is ignored."""
+    encoded = sorted({(each.encode("utf-8", "surrogateescape"), each) for each in extensions})
+    alike, length = set(), 0
+    for (first, a), (second, b) in zip(encoded, encoded[1:]):
+        common = len(os.path.commonprefix([first, second]))  # bytes
+        if common >= patch_size and a.lower() != b.lower():
+            alike, length = alike | {a, b}, max(length, common)
+    if alike:
+        what = f"PATCH_SIZE is {patch_size}, but different extensions then have the same extension patch"
+        raise UserError(f"{what}: {first_names(sorted(alike))}. Set PATCH_SIZE to {length + 1} or more, or rename the files")
+
+
 def find_sets(settings, own):
     """Returns the Examples of TRAIN_FOLDERS and of EVAL_FOLDERS, None for []. Raises UserError if a folder cannot be used."""
     sets, names = [], ("CONVERSION_MODE", "PATCH_SIZE", "PATCH_LENGTH")
@@ -146,6 +159,7 @@ def find_sets(settings, own):
         sets.append(find_examples(folders, name, *(settings[each] for each in names), own) if folders else None)
         if folders and not sets[-1]:
             raise UserError(f"{name}: no files in {', '.join(folders)}" + "; [] holds out EVAL_SPLIT instead" * (len(sets) - 1))
+    check_extensions(sum((extensions_of(each) for each in sets if each is not None), []), settings["PATCH_SIZE"])
     return sets
 
 

@@ -61,6 +61,25 @@ def test_extension_of_many_bytes_is_cut_within_a_symbol():
     assert utils.extension_patch("\udcff", 2).tolist() == [0xFF, E]  # a name that is not UTF-8
 
 
+@pytest.mark.parametrize(
+    "extensions, size, names, needed",
+    [
+        (["tsv", "bin", "txt"], 1, "tsv, txt", 2),
+        (["jpg", "JPEG", "jpeg", ""], 2, "jpeg, jpg", 3),
+        (["abc", "abcd", "x", "xyzw1", "xyzw2"], 3, "abc, abcd, xyzw1, xyzw2", 5),
+        (["é", "è"], 1, "è, é", 2),  # the second byte differs
+        (["Jpg", "JPG", "jpg", "png"], 1, None, None),  # one extension, apart from case
+        (["txt", "tsv"], 2, None, None),
+    ],
+)
+def test_extensions_that_patch_size_cuts_alike(extensions, size, names, needed):
+    if names is None:
+        return examples.check_extensions(extensions, size)
+    with pytest.raises(system.UserError, match=f"PATCH_SIZE is {size}.*extension patch: {names}.*PATCH_SIZE to {needed} or more"):
+        examples.check_extensions(extensions, size)
+    examples.check_extensions(extensions, needed)
+
+
 def test_one_patch_over_is_cut(tmp_path):
     """A file of one patch too many has two crops: head (evaluation and training) and tail (training)."""
     path = tmp_path / "long.bin"

@@ -322,6 +322,8 @@ def test_wandb(folder, tmp_path, monkeypatch):
         ({"TRAIN_FOLDERS": ["blank", "blank2"], "EVAL_FOLDERS": []}, "EVAL_SPLIT: the 1 evaluation files have no bytes"),
         ({"EVAL_FOLDERS": ["gone"]}, "EVAL_FOLDERS: 'gone' does not exist"),
         ({"CONVERSION_MODE": "abd->mid"}, "CONVERSION_MODE is 'abd->mid'"),
+        ({"TRAIN_FOLDERS": ["empty", "alike"], "EVAL_FOLDERS": []}, "PATCH_SIZE is 4"),
+        ({"TRAIN_FOLDERS": ["alike"], "EVAL_FOLDERS": [], "CONVERSION_MODE": "midi1->midi2"}, "PATCH_SIZE is 4"),
         ({"PRECISION": "fp16"}, "PRECISION is 'fp16'"),
         ({"COMPILE": True}, "COMPILE: torch.compile needs a compiler"),
         ({"LOGS_PATH": "train"}, "LOGS_PATH: 'train' is a folder"),
@@ -332,6 +334,7 @@ def test_wandb(folder, tmp_path, monkeypatch):
 def test_mistakes(folder, monkeypatch, changes, words):
     monkeypatch.chdir(folder)
     (folder / "empty").mkdir()
+    make_empty(folder / "alike", "a.midi1", "a.midi2")
     make_empty(folder, "blank/1.bin", "blank2/1.bin")
     for name, value in {**SETTINGS, **changes}.items():
         monkeypatch.setattr(config, name, value)
