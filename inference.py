@@ -53,6 +53,8 @@ from bgpt.files import describe_extensions, extension_of, list_files
 from bgpt.model import Classifier, load_model
 from bgpt.windows import evaluation_windows
 
+INDEX_SECONDS = 60  # between writes of the index, to look at while the model generates
+
 
 def find_inputs():
     """Returns the files of INPUT_FOLDER to process. Raises UserError if there are none."""
@@ -164,6 +166,7 @@ def write_files(model, files, stop_signals, failed, target):
         target: TARGET_EXT, or the model's own if that is None.
     """
     rows, cut_off, backups = [], [], []  # rows: of the index
+    indexed_at = time.monotonic()
     report.read_index(os.path.join(config.OUTPUT_FOLDER, report.INDEX_NAMES[0]))  # UserError if unreadable
     num_outputs, num_candidates = (config.NUM_SAMPLES, 1) if files is None else (len(files), config.NUM_CANDIDATES)
     if config.NUM_CANDIDATES > 1 and (files is None or config.TEMPERATURE == 0 or config.TOP_K == 1):
@@ -193,6 +196,9 @@ def write_files(model, files, stop_signals, failed, target):
                 name = os.path.relpath(output.path, config.OUTPUT_FOLDER)
                 rows.append((name, output.source, len(content), continuation.bits_per_byte(), how, config.SEED))
                 bar.set_postfix_str(f"{len(rows)}/{num_outputs} files", refresh=False)
+                if time.monotonic() - indexed_at > INDEX_SECONDS:
+                    report.write_index(config.OUTPUT_FOLDER, rows)
+                    indexed_at = time.monotonic()
     finally:  # also after Ctrl-C or on a full disk, to list the files that were written
         print(f"{len(rows)} files written to {config.OUTPUT_FOLDER}")
         system.print_backups(backups)

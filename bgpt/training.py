@@ -209,6 +209,8 @@ class Run:
         system.check_writable(self.log_path, "LOGS_PATH")
         for path in (self.best_path, self.latest_path):
             system.check_writable(path, "WEIGHTS_PATH")
+            if os.path.realpath(path) == os.path.realpath(self.log_path):
+                raise UserError(f"LOGS_PATH: {self.log_path!r} is a file of the run's weights; give another path")
         if self.ranks.rank == 0:
             self._stack.enter_context(system.lock(self.best_path, "WEIGHTS_PATH"))
         return self

@@ -409,6 +409,11 @@ def test_two_runs_at_the_same_weights(folder):
     assert "resumes from" in train(folder, "twice", NUM_EPOCHS=1).stdout
 
 
+def test_weights_and_log_in_one_file(folder):
+    message = one_message(start(folder, "same", LOGS_PATH="same-last.pth")[0].wait())
+    assert "LOGS_PATH: 'same-last.pth'" in message
+
+
 def test_a_link_to_the_weights_stays_one(folder, tmp_path):
     (folder / "linked.pth").symlink_to(tmp_path / "elsewhere.pth")
     train(folder, "linked", NUM_EPOCHS=1)
