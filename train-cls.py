@@ -110,7 +110,7 @@ def evaluate(run, truth):
     dataset, steps = run.evaluation_steps()
     run.model.eval()
     with run.progress("eval", steps) as bar:
-        for number, (indices, batch) in enumerate(zip(steps, utils.batches(dataset, steps, config.NUM_WORKERS))):
+        for number, (indices, batch) in enumerate(utils.batches(dataset, steps, config.NUM_WORKERS)):
             run.begin_step()
             if len(indices):
                 labels = truth[indices].to(run.ranks.device)
@@ -144,7 +144,7 @@ def train(ranks):
             dataset, steps = run.training_steps()
             engine.train()
             with run.progress("train", steps) as bar:
-                for number, (indices, batch) in enumerate(zip(steps, utils.batches(dataset, steps, config.NUM_WORKERS))):
+                for number, (indices, batch) in enumerate(utils.batches(dataset, steps, config.NUM_WORKERS)):
                     is_dummy = not len(indices)  # this rank has no examples in this step, see `training.Steps`
                     batch_truth = truth[:1] if is_dummy else truth[indices]
                     run.begin_step()  # saves or stops the run when that is due

@@ -60,7 +60,7 @@ def evaluate(run):
     totals, (dataset, steps) = SymbolTotals(run.ranks.device), run.evaluation_steps()
     run.model.eval()
     with run.progress("eval", steps) as bar:
-        for number, (indices, batch) in enumerate(zip(steps, utils.batches(dataset, steps, config.NUM_WORKERS))):
+        for number, (indices, batch) in enumerate(utils.batches(dataset, steps, config.NUM_WORKERS)):
             run.begin_step()  # saves or stops the run when that is due
             if len(indices):
                 with run.autocast():
@@ -91,7 +91,7 @@ def train(ranks):
             dataset, steps = run.training_steps()
             engine.train()
             with run.progress("train", steps) as bar:
-                for number, (indices, batch) in enumerate(zip(steps, utils.batches(dataset, steps, config.NUM_WORKERS))):
+                for number, (indices, batch) in enumerate(utils.batches(dataset, steps, config.NUM_WORKERS)):
                     micro_batches = [micro for _, micro in batch.split(config.ACCUMULATION_STEPS)]
                     rng = run.step_rng()
                     targets = [sample_targets(micro.targets, config.PATCH_SAMPLING_BATCH_SIZE, rng) for micro in micro_batches]

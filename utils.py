@@ -284,7 +284,7 @@ class _BatchReader:
 
     def __getitem__(self, indices):
         try:
-            return [self.dataset[index] for index in indices]
+            return indices, [self.dataset[index] for index in indices]
         except OSError as error:  # returned, since DataLoader would raise it with a traceback as its text
             return error
 
@@ -301,7 +301,7 @@ def _begin_worker(index):
 
 
 def batches(dataset, index_batches, num_workers=0):
-    """Yields a Batch for each array of indices, a dummy batch for an empty one.
+    """Yields each array of indices with its Batch, a dummy batch for an empty one.
 
     `num_workers` processes read the items of `dataset`, a ByteDataset or `bgpt.windows.Windows`. They send NumPy arrays through
     pipes, since containers have little shared memory. They ignore stop signals. The main process ends them after its current
@@ -317,12 +317,13 @@ def batches(dataset, index_batches, num_workers=0):
     )  # fmt: skip
     handler = signal.getsignal(signal.SIGCHLD)
     try:
-        for sequences in loader:
+        for item in loader:
             if num_workers:
                 signal.signal(signal.SIGCHLD, handler)  # DataLoader's handler would raise its error within a step
-            if isinstance(sequences, OSError):
-                raise sequences
-            yield Batch(sequences or dummy)
+            if isinstance(item, OSError):
+                raise item
+            indices, sequences = item
+            yield indices, Batch(sequences or dummy)
     except RuntimeError as error:
         if num_workers == 0:
             raise

@@ -103,7 +103,7 @@ def main():
         index_batches = np.array_split(np.arange(len(files)), -(-len(files) // options.batch))
 
         def ours():
-            return [(batch.patches, batch.masks) for batch in utils.batches(dataset, index_batches)]
+            return [(batch.patches, batch.masks) for _, batch in utils.batches(dataset, index_batches)]
 
         def plain():
             return [plain_batch([files[index] for index in indices]) for indices in index_batches]

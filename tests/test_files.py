@@ -389,6 +389,9 @@ def test_batches(tmp_path):
     state = torch.get_rng_state()
     alone, workers = (list(utils.batches(dataset, index_batches, num_workers=n)) for n in (0, 2))
     assert torch.equal(torch.get_rng_state(), state)  # reading draws nothing that training could have drawn
+    for items in (alone, workers):
+        assert [indices.tolist() for indices, _ in items] == [indices.tolist() for indices in index_batches]
+    alone, workers = ([batch for _, batch in items] for items in (alone, workers))
     for one, other in zip(alone, workers, strict=True):
         for name in ("patches", "masks", "counted", "targets"):
             assert torch.equal(getattr(one, name), getattr(other, name))
