@@ -64,12 +64,13 @@ def orthogonalize(matrices, dtype):
 
     5 Newton-Schulz iterations, with the coefficients of torch.optim.Muon.
     """
-    wide = matrices.to(dtype) if matrices.size(1) <= matrices.size(2) else matrices.to(dtype).mT
+    is_tall = matrices.size(1) > matrices.size(2)
+    wide = matrices.to(dtype).mT if is_tall else matrices.to(dtype)
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = wide @ wide.mT
         wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), wide, beta=3.4445)
-    return wide if matrices.size(1) <= matrices.size(2) else wide.mT
+    return wide.mT if is_tall else wide
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -288,7 +289,7 @@ class Run:
     def _check_best(self, is_other_set):
         """Resets the best score if its checkpoint is missing or had another evaluation set."""
         for path in (self.best_path, self.latest_path):
-            with contextlib.suppress(UserError):  # missing or damaged
+            with contextlib.suppress(UserError, OSError):  # missing, damaged or unreadable
                 if checkpoint.load_checkpoint(path, "WEIGHTS_PATH", mmap=True).get("run_id") == self.state.run_id:
                     self._own.add(path)
         has_best = self.best_path in self._own
