@@ -245,6 +245,21 @@ def test_attention_with_dropout_drops_weights():
     assert (later == 0).all()
 
 
+@pytest.mark.parametrize("length", [1, 4, utils.BLOCK + 1, utils.SHORT + 1])
+def test_attention_in_bf16_agrees_with_float32(length):
+    torch.manual_seed(0)
+    qkv = torch.randn(2, length, 3, 2, 64, dtype=torch.bfloat16)  # (B, T, 3, H, 64)
+    factor = torch.randn(2, length, 2, 64)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = qkv.to(dtype).requires_grad_()
+        attended = utils.attend(inputs)
+        assert attended.dtype == dtype
+        results.append((attended.float(), torch.autograd.grad((attended.float() * factor).sum(), inputs)[0].float()))
+    for ours, exact in zip(*results, strict=True):
+        assert (ours - exact).norm() < 0.01 * exact.norm()
+
+
 @pytest.mark.parametrize("most_kept", [0, utils.MOST_KEPT])
 def test_attention_in_blocks(monkeypatch, most_kept):
     """Longer sequences than one block, with the weights in memory or computed again: against PyTorch's utils."""
