@@ -432,7 +432,19 @@ class Ragged:
                 group = padding.index_copy(0, cells, group)
             outputs = attend(group.view(*shape, *qkv.shape[1:]), rate).flatten(0, 1)  # (B·T, H, 64)
             attended.append(outputs if is_full else outputs.index_select(0, cells))
+        attended.append(torch.zeros_like(qkv[len(self.sequence) :, 0]))  # rows of `pad_rows`
         return torch.cat(attended)
+
+
+def pad_rows(x):
+    """Returns x (N, …) with up to N/16 or 31 zero rows more, if it is for bf16 on a CPU.
+
+    oneDNN compiles each product for its number of rows, which takes 2 ms. So few different numbers must occur.
+    """
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return x
+    step = max(32, 1 << len(x).bit_length() >> 5)
+    return F.pad(x, (0,) * (2 * x.dim() - 1) + (-len(x) % step,))
 
 
 def padded_length(length):
@@ -551,8 +563,9 @@ class PatchLevelDecoder(ByteModel):
             raise ValueError("masks must be 1 at the real patches of each sequence and 0 after them: padding is on the right")
         ragged = Ragged(real.sum(1), patches.device)
         embedded = self.embed(patches[ragged.sequence, ragged.position])  # (B, P, S) -> (N, S) -> (N, D)
-        outputs = run_gpt2(self.base, embedded + self.base.wpe(ragged.position), ragged.attend, self.parts)
-        return outputs, ragged
+        inputs = pad_rows(embedded + self.base.wpe(ragged.position))
+        outputs = run_gpt2(self.base, inputs, ragged.attend, self.parts)
+        return outputs[: len(embedded)], ragged
 
     def forward(self, patches, masks=None):
         """Returns an output with `last_hidden_state` (B, P, D), 0 at padding. Arguments as in `encode`."""
@@ -576,9 +589,9 @@ class ByteLevelDecoder(ByteModel):
         """Returns the BytePrediction of targets int64 (N, S), given the patch-level output before each, (N, D)."""
         symbols = self.base.transformer.wte(target_patches[:, :-1])  # (N, S-1, D)
         inputs = torch.cat((encoded_patches.unsqueeze(1).to(symbols.dtype), symbols), dim=1)  # (N, S, D)
-        inputs = inputs + self.base.transformer.wpe.weight[: inputs.shape[1]]
+        inputs = pad_rows(inputs + self.base.transformer.wpe.weight[: inputs.shape[1]])
         hidden = run_gpt2(self.base.transformer, inputs, attend, self.parts)  # (N, S, D)
-        logits = self.base.lm_head(hidden)  # (N, S, V)
+        logits = self.base.lm_head(hidden)[: len(symbols)]  # (N, S, V)
         # (N, S, V) -> (N·S, V) -> (N, S)
         nats = F.cross_entropy(logits.flatten(0, 1).float(), target_patches.flatten(), reduction="none").view_as(target_patches)
         return BytePrediction(loss=nats.mean(), logits=logits, nats=nats)

@@ -8,7 +8,7 @@
 # Everything is written to ./quickstart. INSTANCES=20000 in the environment is a shorter, less accurate run.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-instances=${INSTANCES:-280000}
+instances=${INSTANCES:-480000}
 if [[ $# != 0 && $* != --fresh ]]; then
     echo "usage: bash runs/quickstart.sh [--fresh]" >&2
     exit 2
@@ -29,9 +29,9 @@ python "$root/cpu-simulation.py" --mode generate --num_registers 2 --memory_size
 (cd cpu_states/test && for file in *.bin; do if [[ -e ../train/$file ]]; then rm "$file"; fi; done)
 set -x
 
-# a small model; float32 is faster than bf16 at this size
+# a small model
 python "$root/train-gen.py" --TRAIN_FOLDERS cpu_states/train --EVAL_FOLDERS cpu_states/test \
-    --PATCH_SIZE 4 --PATCH_LENGTH 16 --HIDDEN_SIZE 128 --PATCH_NUM_LAYERS 3 --BYTE_NUM_LAYERS 1 --PRECISION fp32 \
+    --PATCH_SIZE 4 --PATCH_LENGTH 16 --HIDDEN_SIZE 128 --PATCH_NUM_LAYERS 3 --BYTE_NUM_LAYERS 1 \
     --OPTIMIZER muon --EMBEDDING_START bits --BATCH_SIZE 32 --LEARNING_RATE 2e-3 --DROPOUT 0 --NUM_EPOCHS 1
 
 # the model reads each test program and its first state, and writes the other states

@@ -1,5 +1,6 @@
 """The models against the published code's numbers, and what must hold for any weights."""
 
+import copy
 import ctypes
 import functools
 import platform
@@ -373,6 +374,25 @@ def test_sampled_targets(tiny_model):
         whole = tiny_model(batch.patches.long(), batch.masks).nats
         part = tiny_model(batch.patches.long(), batch.masks, drawn[0]).nats
     assert torch.allclose(part, whole[drawn[0][every]], atol=1e-5)
+
+
+def test_bf16_on_a_cpu_computes_few_numbers_of_rows(monkeypatch, tiny_model):
+    """The rows are padded without an effect on the losses and gradients."""
+    shapes, pad_rows = set(), utils.pad_rows
+    monkeypatch.setattr(utils, "pad_rows", lambda x: shapes.add(len(pad_rows(x))) or pad_rows(x))
+    assert utils.pad_rows(torch.ones(33, 2)).shape == (33, 2) and shapes.pop() == 33  # float32
+    batch = as_batch([utils.to_patches(bytes(range(count)), "txt", 4) for count in (0, 5, 40)])
+    results = []
+    for pad in (utils.pad_rows, lambda x: x):
+        monkeypatch.setattr(utils, "pad_rows", pad)
+        model = copy.deepcopy(tiny_model).eval()
+        with autocast(torch.device("cpu"), torch.bfloat16):
+            nats = model(batch.patches.long(), batch.masks).nats
+        nats.mean().backward()
+        results.append([nats, *(weight.grad for weight in model.parameters() if weight.grad is not None)])
+    assert shapes == {32}
+    for padded, plain in zip(*results, strict=True):
+        assert padded.shape == plain.shape and (padded - plain).norm() <= 0.01 * plain.norm()
 
 
 @torch.no_grad()
