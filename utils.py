@@ -14,7 +14,7 @@ A byte enters the model twice: within its patch (`PatchLevelDecoder.embed`) and 
 
 Dimensions in shape comments: B sequences in a batch, P patches in a sequence, L the most patches in a sequence (PATCH_LENGTH),
 S symbols in a patch (PATCH_SIZE), D width (HIDDEN_SIZE), V = 257 symbols, H = D/64 attention heads, T positions of a sequence
-in attention, N real patches, or target patches, of a batch.
+in attention, N real patches, or target patches, of a batch, M these after `pad_rows`.
 
 This file needs only PyTorch, transformers and NumPy. Sizes are arguments.
 """
@@ -338,8 +338,7 @@ BLOCK = 128  # queries in a block on a CPU; smaller blocks multiply slower, larg
 # With up to so many attention weights (B·H·T²) on a CPU, the backward pass uses stored ones, 0.4 GB a layer in float32 with
 # their dropout. Above that it recomputes them.
 MOST_KEPT = 2**26
-# Up to this length, the backward pass of PyTorch's own attention in bf16 on a CPU is 1.3 to 8 times slower than `_attend_block`.
-SHORT = 512
+MOST_SHORT = 512  # longest sequence whose backward pass in bf16 on a CPU is faster by `_attend_block`: at 16 positions 4 times
 
 
 def dropout(x, rate):
@@ -364,8 +363,9 @@ def attend(qkv, rate=0.0):
         return torch.cat([attend(part, rate) for part in qkv.split(MOST_SEQUENCES)])
     queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, 64) each
     shape, length = queries.shape, queries.shape[2]
-    is_slow = rate > 0 or (qkv.requires_grad and qkv.dtype == torch.bfloat16 and length <= SHORT)  # PyTorch's own, on CPUs
-    if not is_slow or qkv.device.type != "cpu":
+    # PyTorch's attention on a CPU is slow with dropout, and in the backward pass of short sequences in bf16
+    is_slow = rate > 0 or (qkv.requires_grad and qkv.dtype == torch.bfloat16 and length <= MOST_SHORT)
+    if qkv.device.type != "cpu" or not is_slow:
         return F.scaled_dot_product_attention(queries, keys, values, dropout_p=rate, is_causal=True).transpose(1, 2)
     queries, keys, values = (each.flatten(0, 1) for each in (queries, keys, values))  # (B·H, T, 64)
     is_kept = length <= BLOCK or len(queries) * length**2 <= MOST_KEPT
@@ -391,7 +391,7 @@ def _attend_block(queries, keys, values, rate):
 class Ragged:
     """Sequences of different lengths, concatenated without padding into rows (N, ·).
 
-    The rows are ordered by the length of their sequence, the shortest first. Only attention pads, each sequence to the
+    The rows are ordered by the length of their sequence, the shortest first. Only attention pads sequences, each to the
     `padded_length` of its own length, so that its result does not depend on the rest of the batch.
     `lengths`, int (B,), are the patches of each sequence, 0 or more. `device` is the device of the rows.
 
@@ -422,7 +422,7 @@ class Ragged:
         self._groups = [(*group, each) for group, each in zip(groups, cells)]  # (rows, (sequences, padded length), cells)
 
     def attend(self, qkv, rate=0.0):
-        """Returns causal attention (N, H, 64) within each sequence, of `qkv` (N, 3, H, 64)."""
+        """Returns causal attention (M, H, 64) within each sequence, of `qkv` (M, 3, H, 64), 0 in rows after the N rows."""
         attended = []
         for rows, shape, cells in self._groups:
             group = qkv[rows]  # (n, 3, H, 64)
@@ -432,18 +432,19 @@ class Ragged:
                 group = padding.index_copy(0, cells, group)
             outputs = attend(group.view(*shape, *qkv.shape[1:]), rate).flatten(0, 1)  # (B·T, H, 64)
             attended.append(outputs if is_full else outputs.index_select(0, cells))
-        attended.append(torch.zeros_like(qkv[len(self.sequence) :, 0]))  # rows of `pad_rows`
+        attended.append(torch.zeros_like(qkv[len(self.sequence) :, 0]))  # for the rows that `pad_rows` appended
         return torch.cat(attended)
 
 
 def pad_rows(x):
-    """Returns x (N, …) with up to N/16 or 31 zero rows more, if it is for bf16 on a CPU.
+    """Returns x (N, …), in bf16 on a CPU with zero rows appended, so (M, …).
 
-    oneDNN compiles each product for its number of rows, which takes 2 ms. So few different numbers must occur.
+    There, oneDNN compiles a product for each number of rows, in 2 ms. M is a multiple of 32, and of a higher power of 2 up to
+    N/16 from N = 1024 on. So few numbers occur.
     """
     if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return x
-    step = max(32, 1 << len(x).bit_length() >> 5)
+    step = max(32, 2 ** len(x).bit_length() // 32)
     return F.pad(x, (0,) * (2 * x.dim() - 1) + (-len(x) % step,))
 
 
@@ -563,8 +564,8 @@ class PatchLevelDecoder(ByteModel):
             raise ValueError("masks must be 1 at the real patches of each sequence and 0 after them: padding is on the right")
         ragged = Ragged(real.sum(1), patches.device)
         embedded = self.embed(patches[ragged.sequence, ragged.position])  # (B, P, S) -> (N, S) -> (N, D)
-        inputs = pad_rows(embedded + self.base.wpe(ragged.position))
-        outputs = run_gpt2(self.base, inputs, ragged.attend, self.parts)
+        inputs = pad_rows(embedded + self.base.wpe(ragged.position))  # (M, D)
+        outputs = run_gpt2(self.base, inputs, ragged.attend, self.parts)  # (M, D)
         return outputs[: len(embedded)], ragged
 
     def forward(self, patches, masks=None):
@@ -589,8 +590,8 @@ class ByteLevelDecoder(ByteModel):
         """Returns the BytePrediction of targets int64 (N, S), given the patch-level output before each, (N, D)."""
         symbols = self.base.transformer.wte(target_patches[:, :-1])  # (N, S-1, D)
         inputs = torch.cat((encoded_patches.unsqueeze(1).to(symbols.dtype), symbols), dim=1)  # (N, S, D)
-        inputs = pad_rows(inputs + self.base.transformer.wpe.weight[: inputs.shape[1]])
-        hidden = run_gpt2(self.base.transformer, inputs, attend, self.parts)  # (N, S, D)
+        inputs = pad_rows(inputs + self.base.transformer.wpe.weight[: inputs.shape[1]])  # (M, S, D)
+        hidden = run_gpt2(self.base.transformer, inputs, attend, self.parts)  # (M, S, D)
         logits = self.base.lm_head(hidden)[: len(symbols)]  # (N, S, V)
         # (N, S, V) -> (N·S, V) -> (N, S)
         nats = F.cross_entropy(logits.flatten(0, 1).float(), target_patches.flatten(), reduction="none").view_as(target_patches)

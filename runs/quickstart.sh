@@ -29,7 +29,7 @@ python "$root/cpu-simulation.py" --mode generate --num_registers 2 --memory_size
 (cd cpu_states/test && for file in *.bin; do if [[ -e ../train/$file ]]; then rm "$file"; fi; done)
 set -x
 
-# a small model
+# a small model, in bf16 if the processor has it
 python "$root/train-gen.py" --TRAIN_FOLDERS cpu_states/train --EVAL_FOLDERS cpu_states/test \
     --PATCH_SIZE 4 --PATCH_LENGTH 16 --HIDDEN_SIZE 128 --PATCH_NUM_LAYERS 3 --BYTE_NUM_LAYERS 1 \
     --OPTIMIZER muon --EMBEDDING_START bits --BATCH_SIZE 32 --LEARNING_RATE 2e-3 --DROPOUT 0 --NUM_EPOCHS 1

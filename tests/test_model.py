@@ -147,7 +147,7 @@ def test_loss_and_gradient_of_a_file_are_the_same_in_any_batch(kind):
 
 @torch.no_grad()
 def test_padding_takes_no_part(tiny_model, monkeypatch):
-    """No layer but the attention sees more rows than there are real patches."""
+    """In float32, no layer but the attention sees more rows than there are real patches."""
     seen = []
     for module in tiny_model.patch_level_decoder.base.modules():
         if not list(module.children()):
@@ -246,10 +246,10 @@ def test_attention_with_dropout_drops_weights():
     assert (later == 0).all()
 
 
-@pytest.mark.parametrize("length", [1, 4, utils.BLOCK + 1, utils.SHORT + 1])
+@pytest.mark.parametrize("length", [1, 4, utils.BLOCK + 1, utils.MOST_SHORT + 1])
 def test_attention_in_bf16_agrees_with_float32(length):
     torch.manual_seed(0)
-    qkv = torch.randn(2, length, 3, 2, 64, dtype=torch.bfloat16)  # (B, T, 3, H, 64)
+    qkv = (1.7 * torch.randn(2, length, 3, 2, 64)).to(torch.bfloat16)  # (B, T, 3, H, 64), scores have a deviation of 3
     factor = torch.randn(2, length, 2, 64)
     results = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -263,7 +263,7 @@ def test_attention_in_bf16_agrees_with_float32(length):
 
 @pytest.mark.parametrize("most_kept", [0, utils.MOST_KEPT])
 def test_attention_in_blocks(monkeypatch, most_kept):
-    """Longer sequences than one block, with the weights in memory or computed again: against PyTorch's utils."""
+    """Longer sequences than one block, with the weights in memory or computed again: against PyTorch's attention."""
     monkeypatch.setattr(utils, "MOST_KEPT", most_kept)
     torch.manual_seed(0)
     qkv = torch.randn(2, 2 * utils.BLOCK + 3, 3, 2, 64, requires_grad=True)  # (B, T, 3, H, 64)
@@ -376,23 +376,23 @@ def test_sampled_targets(tiny_model):
     assert torch.allclose(part, whole[drawn[0][every]], atol=1e-5)
 
 
-def test_bf16_on_a_cpu_computes_few_numbers_of_rows(monkeypatch, tiny_model):
-    """The rows are padded without an effect on the losses and gradients."""
-    shapes, pad_rows = set(), utils.pad_rows
-    monkeypatch.setattr(utils, "pad_rows", lambda x: shapes.add(len(pad_rows(x))) or pad_rows(x))
-    assert utils.pad_rows(torch.ones(33, 2)).shape == (33, 2) and shapes.pop() == 33  # float32
-    batch = as_batch([utils.to_patches(bytes(range(count)), "txt", 4) for count in (0, 5, 40)])
+def test_rows_are_padded_in_bf16_on_a_cpu(monkeypatch, tiny_model):
+    """Padded rows change neither losses nor gradients."""
+    assert len(utils.pad_rows(torch.ones(33, 2))) == 33  # float32
+    with autocast(torch.device("cpu"), torch.bfloat16):
+        padded = [len(utils.pad_rows(torch.ones(count, 1))) for count in range(5000)]
+    assert all(0 <= rows - count <= max(31, count / 16) for count, rows in enumerate(padded)) and len(set(padded)) < 80
+    batch = as_batch([utils.to_patches(bytes(range(count)), "txt", 4) for count in (0, 5, 40)])  # 18 patches, 15 targets
     results = []
-    for pad in (utils.pad_rows, lambda x: x):
-        monkeypatch.setattr(utils, "pad_rows", pad)
+    for pad_rows in (utils.pad_rows, lambda x: x):
+        monkeypatch.setattr(utils, "pad_rows", pad_rows)
         model = copy.deepcopy(tiny_model).eval()
         with autocast(torch.device("cpu"), torch.bfloat16):
             nats = model(batch.patches.long(), batch.masks).nats
         nats.mean().backward()
         results.append([nats, *(weight.grad for weight in model.parameters() if weight.grad is not None)])
-    assert shapes == {32}
-    for padded, plain in zip(*results, strict=True):
-        assert padded.shape == plain.shape and (padded - plain).norm() <= 0.01 * plain.norm()
+    for ours, plain in zip(*results, strict=True):
+        assert ours.shape == plain.shape and (ours - plain).norm() <= 0.01 * plain.norm()
 
 
 @torch.no_grad()
