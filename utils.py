@@ -338,7 +338,7 @@ BLOCK = 128  # queries in a block on a CPU; smaller blocks multiply slower, larg
 # With up to so many attention weights (B·H·T²) on a CPU, the backward pass uses stored ones, 0.4 GB a layer in float32 with
 # their dropout. Above that it recomputes them.
 MOST_KEPT = 2**26
-MOST_SHORT = 512  # longest sequence whose backward pass in bf16 on a CPU is faster by `_attend_block`: at 16 positions 4 times
+MOST_IN_BLOCKS = 512  # in bf16 on a CPU, PyTorch's backward pass is slower up to this length, 4 times at 16 positions
 
 
 def dropout(x, rate):
@@ -364,7 +364,7 @@ def attend(qkv, rate=0.0):
     queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, 64) each
     shape, length = queries.shape, queries.shape[2]
     # PyTorch's attention on a CPU is slow with dropout, and in the backward pass of short sequences in bf16
-    is_slow = rate > 0 or (qkv.requires_grad and qkv.dtype == torch.bfloat16 and length <= MOST_SHORT)
+    is_slow = rate > 0 or (qkv.requires_grad and qkv.dtype == torch.bfloat16 and length <= MOST_IN_BLOCKS)
     if qkv.device.type != "cpu" or not is_slow:
         return F.scaled_dot_product_attention(queries, keys, values, dropout_p=rate, is_causal=True).transpose(1, 2)
     queries, keys, values = (each.flatten(0, 1) for each in (queries, keys, values))  # (B·H, T, 64)

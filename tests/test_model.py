@@ -246,7 +246,7 @@ def test_attention_with_dropout_drops_weights():
     assert (later == 0).all()
 
 
-@pytest.mark.parametrize("length", [1, 4, utils.BLOCK + 1, utils.MOST_SHORT + 1])
+@pytest.mark.parametrize("length", [1, 4, utils.BLOCK + 1, utils.MOST_IN_BLOCKS + 1])
 def test_attention_in_bf16_agrees_with_float32(length):
     torch.manual_seed(0)
     qkv = (1.7 * torch.randn(2, length, 3, 2, 64)).to(torch.bfloat16)  # (B, T, 3, H, 64), scores have a deviation of 3
