@@ -122,7 +122,7 @@ class Ranks:
 
 def tune_memory():
     """Tunes the memory use of oneDNN and glibc. Call it before the first matrix product."""
-    # oneDNN's default of 1024 cached kernels raised the peak by 1.3 GB; 128 were too few for batches of many lengths
+    # 128 cached kernels are too few for batches of many lengths; oneDNN's default, 1024, raised the peak by 1.3 GB
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
     if platform.libc_ver()[0] == "glibc":
         # freed memory stays in the process, since the page faults of large tensors took a fifth of a training step
