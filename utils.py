@@ -14,7 +14,7 @@ A byte enters the model twice: within its patch (`PatchLevelDecoder.embed`) and 
 
 Dimensions in shape comments: B sequences in a batch, P patches in a sequence, L the most patches in a sequence (PATCH_LENGTH),
 S symbols in a patch (PATCH_SIZE), D width (HIDDEN_SIZE), V = 257 symbols, H = D/64 attention heads, T positions of a sequence
-in attention, N real patches, or target patches, of a batch, M these after `pad_rows`.
+in attention, N real patches, or target patches, of a batch, M their number after `pad_rows`.
 
 This file needs only PyTorch, transformers and NumPy. Sizes are arguments.
 """
@@ -338,7 +338,7 @@ BLOCK = 128  # queries in a block on a CPU; smaller blocks multiply slower, larg
 # With up to so many attention weights (B·H·T²) on a CPU, the backward pass uses stored ones, 0.4 GB a layer in float32 with
 # their dropout. Above that it recomputes them.
 MOST_KEPT = 2**26
-MOST_IN_BLOCKS = 512  # in bf16 on a CPU, PyTorch's backward pass is slower up to this length, 4 times at 16 positions
+MOST_IN_BLOCKS = 512  # positions; up to here PyTorch's backward pass in bf16 on a CPU is slower, 4 times at 16
 
 
 def dropout(x, rate):
