@@ -10,8 +10,8 @@ TRAIN_FOLDERS: list[str] = ["cpu_states/train"]
 # Folders of evaluation files. [] = hold out EVAL_SPLIT of the training files instead.
 EVAL_FOLDERS: list[str] = []
 # Share of the training files to hold out if EVAL_FOLDERS is [], at least one file. A held-out file stays held out when other
-# files are added or removed, since SEED and its path decide. Of a very large file the end is held out, 4 KB or more, if that
-# is at most a tenth. Between 0 and 1, exclusive.
+# files are added or removed, since SEED and its path decide. Of a very large file this share
+# of its end is held out, at least 4 KB, or a tenth of the file if that is less. Between 0 and 1, exclusive.
 EVAL_SPLIT: float = 0.01
 # Pre-trained checkpoint to start from if LOAD_FROM_PRE_CHECKPOINT is True. A .pth file.
 PRE_WEIGHTS_PATH: str = "weights-pre.pth"
@@ -47,7 +47,7 @@ BATCH_SIZE: int = 16
 ACCUMULATION_STEPS: int = 1
 # Minutes between saves of the latest state, which is also saved after each epoch. 0 or more, 0 = after every step.
 SAVE_MINUTES: float = 10
-# Most target patches per micro-batch in training, drawn at random. 0 = all.
+# Most target patches per micro-batch in train-gen.py, drawn at random. 0 = all.
 PATCH_SAMPLING_BATCH_SIZE: int = 0
 # Initial embeddings. "published" (normally distributed, best on text), "bits" (bytes that share bits have similar vectors, best
 # on machine code) or "smooth" (nearby byte values have similar vectors in the patch embedding, trained at LEARNING_RATE / 10,
@@ -72,7 +72,7 @@ SEED: int = 0
 LOAD_FROM_CHECKPOINT: bool = True
 # Resume even if data files were added, removed or resized. The current epoch then restarts. True or False.
 ALLOW_CHANGED_FILES: bool = False
-# Start a new run from PRE_WEIGHTS_PATH. True or False.
+# If there is no run to resume, start from PRE_WEIGHTS_PATH. True or False.
 LOAD_FROM_PRE_CHECKPOINT: bool = False
 # Train on pairs of files, or score them in MODE "evaluate". "abc->mid" (one direction), "abc&mid" (both), in upper or lower
 # case, or None (single files).

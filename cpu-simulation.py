@@ -79,12 +79,17 @@ def read_options(argv=None):
 
 
 def stored_options(folder):
-    """Returns the options in a folder's cpu_states.json, {} without one."""
+    """Returns the options in a folder's cpu_states.json, {} without one. Raises UserError if it is damaged."""
     path = os.path.join(folder, "cpu_states.json")
     if not os.path.exists(path):
         return {}
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            stored = json.load(file)
+        return {name: int(stored[name]) for name in STORED}
+    except (ValueError, TypeError, KeyError):
+        problem = f"{path!r} is damaged: it must have {', '.join(STORED)}"
+        raise system.UserError(f"--dir_path: {problem}; restore or delete it") from None
 
 
 if __name__ == "__main__":

@@ -57,10 +57,12 @@ INDEX_SECONDS = 60  # between writes of the index, to look at while the model ge
 
 
 def find_inputs():
-    """Returns the files of INPUT_FOLDER to process. Raises UserError if there are none."""
+    """Returns the files of INPUT_FOLDER to process, without an index of outputs. Raises UserError if there are none."""
     pairs = config.MODE == "evaluate" and config.CONVERSION_MODE is not None  # then INPUT_EXT selects pairs by their input
     extension = None if pairs else config.INPUT_EXT
-    files = list_files([config.INPUT_FOLDER], "INPUT_FOLDER", extension)
+    index = [os.path.join(config.INPUT_FOLDER, name) for name in report.INDEX_NAMES]
+    has_index = config.MODE not in CODING_MODES and report.read_index(index[0]) is not None
+    files = list_files([config.INPUT_FOLDER], "INPUT_FOLDER", extension, index if has_index else ())
     if not files:
         others = describe_extensions(list_files([config.INPUT_FOLDER], "INPUT_FOLDER"))
         kind = "files" if extension is None else f"files of INPUT_EXT {extension!r}"
@@ -167,7 +169,7 @@ def write_files(model, files, stop_signals, failed, target):
     """
     rows, cut_off, backups = [], [], []  # rows: of the index
     indexed_at = time.monotonic()
-    report.read_index(os.path.join(config.OUTPUT_FOLDER, report.INDEX_NAMES[0]))  # UserError if unreadable
+    report.read_index(os.path.join(config.OUTPUT_FOLDER, report.INDEX_NAMES[0]))  # an OSError now, not at the end
     num_outputs, num_candidates = (config.NUM_SAMPLES, 1) if files is None else (len(files), config.NUM_CANDIDATES)
     if config.NUM_CANDIDATES > 1 and (files is None or config.TEMPERATURE == 0 or config.TOP_K == 1):
         when = "in MODE 'generate'" if files is None else "with TEMPERATURE 0 or TOP_K 1, since all candidates are equal"
@@ -385,16 +387,20 @@ def main():
     if mode not in ("generate", "decompress"):
         model.check_files(files, are_scored=mode not in ("convert", "complete"))
     system.make_folder(config.OUTPUT_FOLDER, "OUTPUT_FOLDER")
-    own_names = {"classify": ("predictions.tsv",), "evaluate": report.NAMES, "compress": (), "decompress": ()}
-    for name in own_names.get(mode, report.INDEX_NAMES):
+    run_mode, names = {
+        "classify": (classify_files, ("predictions.tsv",)),
+        "evaluate": (evaluate_files, report.NAMES),
+        "compress": (code_files, ()),
+        "decompress": (code_files, ()),
+    }.get(mode, (functools.partial(write_files, target=target), report.INDEX_NAMES))
+    for name in names:
         system.check_writable(os.path.join(config.OUTPUT_FOLDER, name), "OUTPUT_FOLDER")
-    seed = "" if mode in own_names else f", seed {config.SEED}"
+    seed = f", seed {config.SEED}" * (names == report.INDEX_NAMES)
     print(f"{mode} with {config.INFERENCE_WEIGHTS_PATH}: {model.dtype} on {model.net.device}{seed}")
     # two runs at once would replace each other's files and index
     locked = system.lock(os.path.join(config.OUTPUT_FOLDER, report.INDEX_NAMES[0]), "OUTPUT_FOLDER")
-    run_mode = {"classify": classify_files, "evaluate": evaluate_files, "compress": code_files, "decompress": code_files}
-    run_mode, failed = run_mode.get(mode, functools.partial(write_files, target=target)), []  # failed: (path, reason) of files
-    with distributed.memory_errors(), system.delayed_signals(impatient=True) as stop_signals, locked:
+    failed, memory_errors = [], distributed.memory_errors("lower INFERENCE_BATCH_SIZE")  # failed: (path, reason) of files
+    with memory_errors, system.delayed_signals(impatient=True) as stop_signals, locked:
         try:
             run_mode(model, files, stop_signals, failed)
         finally:  # also after Ctrl-C or on a full disk

@@ -177,7 +177,7 @@ def train(ranks):
 
 
 def main():
-    with distributed.connected_ranks() as ranks, distributed.memory_errors():
+    with distributed.connected_ranks() as ranks, distributed.memory_errors("raise ACCUMULATION_STEPS, or lower BATCH_SIZE"):
         train(ranks)
 
 

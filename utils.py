@@ -173,8 +173,8 @@ class Examples:
 
     def lengths(self, patch_size, indices=slice(None)):
         """Returns the number of patches of each example's whole sequence, int64 (n,)."""
-        sizes = self.sizes(indices)
-        return -(-sizes // patch_size).sum(-1) + sizes.shape[-1] + 1  # an extension patch for each file, one end patch
+        # of each file all but the end patch, and one end patch
+        return (count_patches(self.sizes(indices), patch_size) - 1).sum(-1) + 1
 
     def spans(self, patch_size):
         """Returns the patches used of each example, int64 (n, 2): the first, and the last + 1."""
@@ -335,8 +335,8 @@ def batches(dataset, index_batches, num_workers=0):
 
 MOST_SEQUENCES = 2**15  # of one attention call on a GPU; CUDA has no kernel for 2**16 and more
 BLOCK = 128  # queries in a block on a CPU; smaller blocks multiply slower, larger ones compute more masked weights
-# With up to so many attention weights (B·H·T²) on a CPU, the backward pass uses stored ones, 0.4 GB a layer in float32 with
-# their dropout. Above that it recomputes them.
+# Up to this many attention weights (B·H·T²), the backward pass on a CPU keeps them, 0.4 GB a layer in float32 with
+# dropout. Above, it recomputes them.
 MOST_KEPT = 2**26
 MOST_IN_BLOCKS = 512  # positions; up to here PyTorch's backward pass in bf16 on a CPU is slower, 4 times at 16
 
@@ -439,8 +439,8 @@ class Ragged:
 def pad_rows(x):
     """Returns x (N, …), in bf16 on a CPU with zero rows appended, so (M, …).
 
-    There, oneDNN compiles a product for each number of rows, in 2 ms. M is a multiple of 32, and of a higher power of 2 up to
-    N/16 from N = 1024 on. So few numbers occur.
+    There, oneDNN compiles a product for each number of rows, in 2 ms. M is N rounded up to a multiple of 32, or from N = 1024
+    on to a multiple of the power of 2 between N/32 and N/16, so that few M occur.
     """
     if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return x
@@ -517,7 +517,7 @@ class ByteModel(PreTrainedModel):
     """Base of both decoders, the generative model and the classifier, configured by GPT2Configs."""
 
     config_class = GPT2Config
-    _supports_sdpa = True  # without it, transformers would fall back to its slow attention
+    _supports_sdpa = True  # for callers of `base` itself, as in benchmarks; without it, transformers uses its slow attention
     parts = project_qkv, finish_block  # of a block, compiled by `compile_blocks`
 
     def compile_blocks(self):

@@ -4,7 +4,7 @@
         [--contexts 16 128 500] [--precisions fp32 bf16] [--rounds 5]
     python benchmarks/bench_generate.py --size small --against FOLDER [--weights weights.pth] [--extension abc] [--samples 1 12 64]
 
-With --against, whole generations alternate with another commit (0609c34 or later) in the worktree FOLDER, made with
+With --against, whole generations alternate with another commit in the worktree FOLDER, made with
 `git worktree add FOLDER COMMIT`. Both draw the same random numbers, with TOP_P 0.9, and their outputs are compared.
 
 A step writes one patch of S = 16 bytes for each sample, with one step of the patch-level decoder and 16 of the byte-level one.
@@ -86,14 +86,11 @@ def floor(model, samples, context, rate, read):
     size, width, itemsize = patch_level.patch_size, patch_level.config.n_embd, model.dtype.itemsize
     cached = 2 * patch_level.config.n_layer * width * context  # numbers per sample
     weights = sum(p.numel() for p in patch_level.base.h.parameters() if p.dim() == 2)
-    least = max(samples * (weights + cached) / rate, (weights * itemsize + samples * cached * cache_itemsize(model)) / read)
+    cache_itemsize = 4 if model.device.type == "cpu" else itemsize
+    least = max(samples * (weights + cached) / rate, (weights * itemsize + samples * cached * cache_itemsize) / read)
     weights = sum(p.numel() for p in byte_level.transformer.h.parameters() if p.dim() == 2) + byte_level.lm_head.weight.numel()
     attention = byte_level.config.n_layer * width * (size + 1)  # 2 per position, mean of the steps
     return least + size * max(samples * (weights + attention) / rate, weights * itemsize / read)
-
-
-def cache_itemsize(model):
-    return 4 if model.device.type == "cpu" else model.dtype.itemsize
 
 
 @torch.inference_mode()
@@ -238,11 +235,8 @@ def serve(folder, sizes, weights, extension, pipe):
     """Process that generates with the code in `folder`. Answers (samples, seed) with (seconds, bytes, their digest)."""
     sys.path.insert(0, folder)
     import utils
+    from bgpt.generation import Prompt, Sampling, generate
 
-    if os.path.isdir(os.path.join(folder, "bgpt")):
-        from bgpt.generation import Prompt, Sampling, generate
-    else:  # the flat modules of 0609c34
-        from generation import Prompt, Sampling, generate
     torch.manual_seed(0)
     model = utils.ModelSizes(**sizes).build().eval()
     if weights is not None:

@@ -13,7 +13,7 @@ model by transformers' own forward with PyTorch's attention, fused AdamW and no 
 MEGABYTE-pytorch of about the same size, if it is installed (`pip install MEGABYTE-pytorch==0.3.6`), with the same dropout of
 attention weights and within its feed-forward layers. megabyte-fp32-default has its default dropout, 0.
 
-With --against, before-fp32, before-bf16 and before-fp16 run another commit (0609c34 or later) in the worktree FOLDER, made with
+With --against, before-fp32, before-bf16 and before-fp16 run another commit in the worktree FOLDER, made with
 `git worktree add FOLDER COMMIT`.
 
 With --files, the sequences have the lengths of randomly drawn files, the same in all variants. padded-fp32 also computes the
@@ -42,12 +42,8 @@ sys.path.insert(0, FOLDER)
 
 import utils
 
-if os.path.isdir(os.path.join(FOLDER, "bgpt")):
-    from bgpt.distributed import autocast, pick_device, pick_dtype, tune_memory
-    from bgpt.files import list_files
-else:  # the flat modules of 0609c34
-    from devices import autocast, pick_device, pick_dtype, tune_memory
-    from listing import list_files
+from bgpt.distributed import autocast, pick_device, pick_dtype, tune_memory
+from bgpt.files import list_files
 
 SIZES = {  # 0.9, 5.1 and 110 million parameters
     "quick": utils.ModelSizes(PATCH_SIZE=2, PATCH_LENGTH=32, HIDDEN_SIZE=128, PATCH_NUM_LAYERS=3, BYTE_NUM_LAYERS=1),

@@ -184,7 +184,7 @@ def report(summary):
         lines.append("{files:,} files continue after their true end: {bytes:,} bytes in all".format(**summary["surplus"]))
     lines += [
         "",
-        "opcodes, worst first: executed = next state has right ACC and registers, of the steps that began with right ones",
+        "opcodes, worst first: executed = of the steps that began with right ACC and registers, those that left them right",
         "bytes and states = right in the state that the step itself writes",
         f"{'opcode':<12} {'steps':>12} {'executed %':>10} {'bytes %':>10} {'states %':>10}",
     ]

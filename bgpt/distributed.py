@@ -68,12 +68,11 @@ def autocast(device, dtype):
 
 
 @contextlib.contextmanager
-def memory_errors():
-    """Turns torch.OutOfMemoryError into a UserError."""
+def memory_errors(hint):
+    """Turns torch.OutOfMemoryError into a UserError. `hint` says what to change."""
     try:
         yield
     except torch.OutOfMemoryError:
-        hint = "raise ACCUMULATION_STEPS, or lower BATCH_SIZE or INFERENCE_BATCH_SIZE"
         raise UserError(f"the GPU's memory is full: {hint}") from None
 
 
@@ -86,7 +85,7 @@ class Ranks:
     count: int = 1
 
     def sum(self, values):
-        """Sums a list or array elementwise over all ranks. Returns a list or nested lists of floats."""
+        """Sums a list of numbers elementwise over all ranks. Returns floats."""
         sums = torch.tensor(values, dtype=torch.float64)
         if self.count > 1:
             dist.all_reduce(sums)  # on the CPU, so that no GPU waits

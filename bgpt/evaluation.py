@@ -166,7 +166,7 @@ def score_files(model, windows, folder, batch_size, dtype, progress, failed):
                 for window in windows.of(index):
                     yield index, window, windows.read(index, window)
             except OSError as error:
-                failed.append((windows.examples[index][-1], error.strerror))
+                failed.append((error.filename, error.strerror))
 
     sequences = read()
     while batch := list(itertools.islice(sequences, batch_size)):

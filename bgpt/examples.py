@@ -14,7 +14,6 @@ from bgpt.system import UserError, escape_name, first_names
 from utils import Examples
 
 SHOWN_LABELS = 20  # most lines of the table of labels
-SHOWN_NAMES = 5  # most names in a warning
 FEW_FILES = 100  # with fewer evaluation files, an accuracy is imprecise
 FEW_BYTES = 4096  # with fewer bytes of evaluation files, bits per byte are imprecise
 
@@ -80,7 +79,7 @@ def directions_of(mode):
     """Returns the list of (input, target) extensions of a CONVERSION_MODE in lower case, [] for None."""
     if mode is None:
         return []
-    source, sign, target = re.fullmatch(r"([^&>]+?)(->|&)([^&>]+)", mode.lower()).groups()
+    source, sign, target = re.split("(->|&)", mode.lower())
     return [(source, target), (target, source)][: 1 + (sign == "&")]
 
 
@@ -179,8 +178,8 @@ def draw_by_name(examples, seed):
 def hold_out(examples, share, seed, groups=None):
     """Splits Examples by `draw_by_name` into the rest and a held-out set of about `share`.
 
-    Stratified by `groups`, int64 (n,), the labels of a classifier. Each label keeps one example or more, and holds out one or
-    more if its share is one or more. None = all examples are one group. At least one example is held out.
+    Stratified by `groups`, int64 (n,), the labels of a classifier. Each label keeps at least one example, and holds out at
+    least one if `share` of its examples is one or more. None = all examples are one group. At least one example is held out.
 
     Returns ascending indices, int64 (rest,) and (held out,). Raises UserError if there are too few examples.
     """
@@ -302,12 +301,12 @@ def labels_table(labels, train_counts, held_out_counts):
         lines.append(f"and {len(labels) - SHOWN_LABELS} more of {len(labels)} labels")
     more = "add to EVAL_FOLDERS, or raise EVAL_SPLIT"
     if single := [label for label, n in zip(labels, train_counts) if n == 1]:
-        lines.append(f"warning: a single training file: {first_names(single, SHOWN_NAMES)}; hidden files (.name) do not count")
+        lines.append(f"warning: a single training file: {first_names(single)}; hidden files (.name) do not count")
     if missing := [label for label, n, m in zip(labels, train_counts, held_out_counts) if n > 1 and not m]:
-        lines.append(f"warning: no evaluation file: {first_names(missing, SHOWN_NAMES)}; {more}")
+        lines.append(f"warning: no evaluation file: {first_names(missing)}; {more}")
     if sum(held_out_counts) < FEW_FILES:
         lines.append(f"warning: only {sum(held_out_counts)} evaluation files, so the accuracy is imprecise: {more}")
     distinct = set(labels)  # faster than the list if there are many
     if same := [label for label in labels if label != label.lower() and label.lower() in distinct]:
-        lines.append(f"warning: labels that differ from others in case only: {first_names(same, SHOWN_NAMES)}; rename files")
+        lines.append(f"warning: labels that differ from others in case only: {first_names(same)}; rename files")
     return lines

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from bgpt.system import UserError, check_folders, escape_name, first_names
+from bgpt.system import UserError, escape_name, first_names
 
 
 def extension_of(path):
@@ -46,12 +46,11 @@ class Files:
 
 
 def list_files(folders, name, extension=None, own=()):
-    """Returns all files below the folders as Files, each once, and prints those left out.
+    """Returns all files below the folders as Files, each path once, and prints those left out.
 
     Hidden ones are skipped. `extension` selects one, in upper or lower case, None = all. `own` are paths that runs write, left
     out unless they are in `folders`. Raises UserError with the constant `name` if a folder is missing, a file or unreadable.
     """
-    check_folders(folders, name)
     roots = [os.path.normpath(folder) for folder in folders]
     own = {os.path.realpath(path) for path in own} - {os.path.realpath(root) for root in roots}
     files, seen, left_out, unreadable = [], set(), [], []

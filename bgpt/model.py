@@ -42,11 +42,13 @@ def _takes_one_or_many(method):
 
 
 @contextlib.contextmanager
-def _files_of(contents, ending):
-    """Yields a temporary folder of files with these contents, in the order of their names."""
+def _files_of(contents, ext, batch_size, suffix=""):
+    """Yields a temporary folder of files with these contents, in the order of their names. Raises ValueError if `ext` has a dot."""
+    settings.check_value("INFERENCE_BATCH_SIZE", batch_size)
+    utils.extension_patch(ext, 1)
     with tempfile.TemporaryDirectory() as folder:
         for number, content in enumerate(contents):
-            pathlib.Path(folder, f"{number:09}{ending}").write_bytes(content)
+            pathlib.Path(folder, f"{number:09}.{ext}{suffix}").write_bytes(content)
         yield folder
 
 
@@ -132,13 +134,13 @@ class Generator(Trained):
             conversions = [(source.lower(), target_ext.lower()) for source in sources]
         how = {
             False: "has no record of its training data, so it may not have learned",
-            None: "was trained on plain files, without CONVERSION_MODE, never",
-        }.get(own, f"was trained with CONVERSION_MODE {own!r}, never")
+            None: "was trained on plain files, without CONVERSION_MODE, never on",
+        }.get(own, f"was trained with CONVERSION_MODE {own!r}, never on")
         new = [" -> ".join(each) for each in conversions if each not in directions_of(own or None)]
         if new and own is not False and mode == "evaluate":
             raise UserError(f"CONVERSION_MODE is {conversion_mode!r}, but {self.where} {how} {' or '.join(new)}")
         if new or (own and not conversions):
-            print(f"note: {self.where} {how} {' or '.join(new) or 'on single files'}")
+            print(f"note: {self.where} {how} {' or '.join(new) or 'single files'}")
         return target_ext
 
     def _own_extension(self, sources):
@@ -187,7 +189,7 @@ class Generator(Trained):
     def bits_per_byte(self, content, ext, *, batch_size=32):
         """Returns the bits per byte of a content, its end included, or NaN if empty. Long ones are cut into windows."""
         failed, scores = [], {}
-        with _files_of(content, f".{ext}") as folder:
+        with _files_of(content, ext, batch_size) as folder:
             windows = evaluation_windows(utils.Examples(list_files([folder], "ext")), self.net.patch_size, self.net.patch_length)
             for score in evaluation.score_files(self.net, windows, folder, batch_size, self.dtype, lambda count: None, failed):
                 scores[score.index] = math.nan if score.bits_per_byte is None else score.bits_per_byte
@@ -196,22 +198,22 @@ class Generator(Trained):
     @_takes_one_or_many
     def compress(self, content, ext, *, batch_size=32):
         """Returns the container of a content, see `bgpt.lossless`. Only the same kind of machine can decompress it."""
-        return self._code("compress", content, f".{ext}", batch_size)
+        return self._code("compress", content, ext, batch_size)
 
     @_takes_one_or_many
     def decompress(self, container, ext, *, batch_size=32):
         """Returns the content of a container. Raises ValueError if it is damaged, or of another model or machine."""
         from bgpt.lossless import SUFFIX
 
-        return self._code("decompress", container, f".{ext}{SUFFIX}", batch_size)
+        return self._code("decompress", container, ext, batch_size, SUFFIX)
 
-    def _code(self, how, content, ending, batch_size):
+    def _code(self, how, content, ext, batch_size, suffix=""):
         """Returns the results of `lossless.compress` or `decompress`, which take files."""
         from bgpt import lossless  # needs constriction, which nothing else does
 
-        coder = lossless.Coder(self.net if self.net.device.type == "cpu" else copy.deepcopy(self.net).cpu(), batch_size)
         failed, done = [], {}
-        with _files_of(content, ending) as folder:
+        with _files_of(content, ext, batch_size, suffix) as folder:
+            coder = lossless.Coder(self.net if self.net.device.type == "cpu" else copy.deepcopy(self.net).cpu(), batch_size)
             arguments = (coder, list_files([folder], "ext"), *[True] * (how == "compress"), lambda count: None, failed)
             for path, original, container in getattr(lossless, how)(*arguments):
                 done[path] = container if how == "compress" else original
@@ -234,11 +236,13 @@ class Classifier(Trained):
         self.label_mode = saved.get("label_mode", "name")  # published checkpoints have none
 
     @_takes_one_or_many
-    def classify(self, content, ext):
+    def classify(self, content, ext, *, batch_size=32):
         """Returns {label: probability} of a content's first PATCH_LENGTH patches, likeliest first."""
+        settings.check_value("INFERENCE_BATCH_SIZE", batch_size)
         patches = [utils.to_patches(each, ext, self.net.patch_size)[: self.net.patch_length] for each in content]
-        probabilities = self.probabilities(utils.Batch((each, each != utils.END, 1) for each in patches))
-        return [dict(sorted(zip(self.labels, row), key=lambda item: -item[1])) for row in probabilities.tolist()]
+        batches = (patches[start : start + batch_size] for start in range(0, len(patches), batch_size))
+        rows = (self.probabilities(utils.Batch((each, each != utils.END, 1) for each in batch)) for batch in batches)
+        return [dict(sorted(zip(self.labels, row), key=lambda item: -item[1])) for row in torch.cat(list(rows)).tolist()]
 
     @torch.inference_mode()
     def probabilities(self, batch):

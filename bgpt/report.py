@@ -22,7 +22,6 @@ from bgpt.evaluation import COMPRESSORS, aligned, score_symbols
 from bgpt.files import extension_of
 from bgpt.intervals import bootstrap_interval, wilson_interval
 from bgpt.system import escape_name
-from bgpt.windows import ADVANCE
 from utils import END, read_bytes
 
 NAMES = ("evaluation.tsv", "evaluation.json", "evaluation.html")
@@ -230,7 +229,7 @@ def write_report(folder, model, windows, scores, dtype, settings, unfit, failed)
         "checkpoint": {"path": weights, "sha256": digest, "parameters": model.num_parameters()},
         "patch_size": model.patch_size,
         "patch_length": model.patch_length,
-        "advance": ADVANCE,
+        "advance": 0.5,
         "dtype": str(dtype),
         "device": str(model.device),
         "versions": {"python": platform.python_version(), **{m.__name__: str(m.__version__) for m in (torch, transformers, np)}},

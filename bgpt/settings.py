@@ -46,6 +46,7 @@ _RULES = {  # {constant: (test of a value, legal values in words)}
     **{name: ((lambda v, w=words: v in w.split()), "one of " + words.replace(" ", ", ")) for name, words in _ONE_OF.items()},
     **{name: (bool, "a path") for name in CONSTANTS if name.endswith(("_PATH", "_FOLDER"))},
     **dict.fromkeys(("INPUT_EXT", "TARGET_EXT"), ((lambda v: not re.search(r"[./\\\0]", v)), "without dots or slashes")),
+    "WEIGHTS_PATH": ((lambda v: v and not v.endswith(".safetensors")), "a path for a .pth file (.safetensors are only read)"),
     "TRAIN_FOLDERS": ((lambda v: v and all(v)), "one folder or more"),
     "EVAL_FOLDERS": (all, "folders, or []"),
     "EVAL_SPLIT": ((lambda v: 0 < v < 1), "between 0 and 1"),
@@ -53,7 +54,7 @@ _RULES = {  # {constant: (test of a value, legal values in words)}
     "LEARNING_RATE": ((lambda v: v > 0), "above 0"),
     "DROPOUT": ((lambda v: 0 <= v < 1), "from 0 to below 1"),
     "SEED": ((lambda v: 0 <= v < 2**63), "from 0 to 2**63 - 1"),
-    "CONVERSION_MODE": ((lambda v: re.fullmatch(_MODE, v)), 'None, or two extensions: "abc->mid", or both ways "abc&mid"'),
+    "CONVERSION_MODE": ((lambda v: re.fullmatch(_MODE, v)), 'None, or two extensions in quotes: "abc->mid", or both ways "abc&mid"'),
     "TOP_K": ((lambda v: 0 <= v <= 257), "from 0 (all) to 257"),
     "TOP_P": ((lambda v: 0 < v <= 1), "above 0 and at most 1"),
 }
@@ -170,8 +171,10 @@ def _parse(words, kind, is_optional):
     """Returns the value of an option's words, or raises ValueError or KeyError."""
     if kind is list:
         return [] if words == ["None"] else words
+    if words == "None" and is_optional:
+        return None
     if words == "None":
-        return None if is_optional else float("None")  # a ValueError
+        raise ValueError
     return {"true": True, "false": False}[words.lower()] if kind is bool else kind(words)
 
 

@@ -347,7 +347,7 @@ class Run:
         print(f"training takes about {needed / 1e9:.2f} GB of memory for each process, {how}")
         is_shared = device.type == "cpu" and self.ranks.count > 1  # else LOCAL_WORLD_SIZE may be left over from a job system
         if needed * (int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_shared else 1) > total:
-            print(f"warning: there are {total / 1e9:.1f} GB: raise ACCUMULATION_STEPS, or lower BATCH_SIZE or PATCH_LENGTH")
+            print(f"warning: this device has {total / 1e9:.1f} GB: raise ACCUMULATION_STEPS, or lower BATCH_SIZE or PATCH_LENGTH")
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -409,7 +409,8 @@ class Run:
         if stops or failed:
             where = f"epoch {state.epoch + 1} after {state.position} examples"
             resumes = "the same command" + " with LOAD_FROM_CHECKPOINT True" * (not self.settings["LOAD_FROM_CHECKPOINT"])
-            rest = f"{resumes} resumes from there" if self._saved else "the latest state could not be saved"
+            unsaved = "the latest state could not be saved" if self._own else "nothing was saved yet"
+            rest = f"{resumes} resumes from there" if self._own and self._saved else unsaved
             if failed:
                 hint = "; if a file is gone or has changed, with --ALLOW_CHANGED_FILES True"
                 self.ranks.leave(f"ended by an error in {where}: {rest}{hint}")
@@ -444,9 +445,9 @@ class Run:
             bar.set_postfix(self.totals.shown(), lr=f"{self.scheduler.get_last_lr()[-1]:.1e}", refresh=False)
 
     def _leave_broken(self):
-        what = f"loss or weights became NaN or infinite in epoch {self.state.epoch + 1}. The last checkpoint is intact"
-        hint = "resume from it with a lower LEARNING_RATE, MAX_GRAD_NORM 1.0 or PRECISION fp32"
-        self.ranks.leave(f"error: {what}: {hint}")
+        what = f"loss or weights became NaN or infinite in epoch {self.state.epoch + 1}"
+        rest = "The last checkpoint is intact: resume from it" if self._own else "Nothing was saved yet: start again"
+        self.ranks.leave(f"error: {what}. {rest} with a lower LEARNING_RATE, MAX_GRAD_NORM 1.0 or PRECISION fp32")
 
     # ---- end -------------------------------------------------------------------------------------------------------
 

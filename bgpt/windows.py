@@ -17,12 +17,10 @@ import numpy as np
 
 import utils
 
-ADVANCE = 0.5  # in evaluation, windows advance by this share of PATCH_LENGTH, the rest is context
-
 
 def evaluation_advance(patch_length):
-    """Returns the number of patches by which windows of `patch_length` advance in evaluation."""
-    return max(int(patch_length * ADVANCE), 1)
+    """Returns the number of patches by which windows of `patch_length` advance in evaluation, half of them."""
+    return max(patch_length // 2, 1)
 
 
 def evaluation_windows(examples, patch_size, patch_length):

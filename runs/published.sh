@@ -6,15 +6,8 @@
 #
 # Constants given last override those below. The published config.py has BATCH_SIZE 1 (per process) with PATCH_LENGTH 512, and
 # 8 with 1024 in its last version. Its learning rate is constant in effect, since its cosine schedule belongs to an optimizer
-# that is replaced. These differences remain:
-#
-# - The learning rate has a linear warm-up over the first tenth of all steps. Published: the full rate from the first step.
-# - PRECISION "auto" is bf16 or float32. Published: fp16 (--PRECISION fp16 on a CUDA GPU).
-# - The loss of a step is the mean over all target patches of all processes. Published: the mean of the micro-batches' means.
-# - An incomplete last batch is trained on. Published: it is dropped.
-# - A pair longer than PATCH_LENGTH is left out. Published: it is cut off.
-# - CONVERSION_MODE "abc&mid" trains both directions. Published: abc->mid twice.
-# - SEED gives other random numbers, so order, crops and dropout differ.
+# that is replaced. The last column of README's table of differences has those that remain. On a CUDA GPU, --PRECISION fp16 is
+# the published format. SEED gives other random numbers, so order, crops and dropout differ.
 set -euo pipefail
 if [[ $# == 0 || $1 == -* ]]; then
     echo "usage: bash runs/published.sh FOLDER [FOLDER ...] [--CONSTANT VALUE ...]" >&2

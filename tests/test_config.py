@@ -60,6 +60,7 @@ def test_values_of_every_type(capsys):
         ("--SEED -1", "SEED"),
         ("--SEED 99999999999999999999", "SEED"),
         ("--CONVERSION_MODE abc->abc", "CONVERSION_MODE.*two extensions"),
+        ("--WEIGHTS_PATH a.safetensors", "WEIGHTS_PATH.*only read"),
         ("--MODE invent", "MODE is 'invent'.*generate, convert, complete"),
         ("--PRECISION fp8", "PRECISION.*bf16"),
         ("--LR_SCHEDULE linear", "LR_SCHEDULE.*cosine"),

@@ -348,6 +348,9 @@ def test_true_data_is_right_to_the_last_byte(tmp_path):
     assert evaluate(tmp_path, "--dir_path", "cpu_states/test")[0]["num_registers"] == 3  # from the parent folder
     message = mistake(tmp_path, 1, "--mode", "evaluate", "--num_registers", 2)
     assert "--num_registers 2" in message and "cpu_states.json" in message and "3" in message
+    for damaged in ("{", "{}", "[]"):
+        (tmp_path / "cpu_states" / "cpu_states.json").write_text(damaged)
+        assert "cpu_states.json' is damaged" in mistake(tmp_path, 1, "--mode", "evaluate")
 
 
 def test_worker_processes_find_the_same(tmp_path):

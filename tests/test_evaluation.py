@@ -240,6 +240,9 @@ def test_pairs(tmp_path, tiny_checkpoint):
     assert evaluate(tmp_path, CONVERSION_MODE="abc&mid", INPUT_EXT="mid", OUTPUT_FOLDER="upper").returncode == 0
     upper = report_of(tmp_path, "upper")["groups"]
     assert list(upper) == ["all", "mid->abc"] and upper["all"]["bits_per_byte"] == report["groups"]["mid->abc"]["bits_per_byte"]
+    (tmp_path / "input" / "b.abc").unlink()
+    (tmp_path / "input" / "b.abc").symlink_to(tmp_path / "gone")
+    assert "b.abc: No such file" in evaluate(tmp_path, CONVERSION_MODE="abc->mid").stdout
     for constants in ({"CONVERSION_MODE": "abc->mid", "INPUT_EXT": "mid"}, {"CONVERSION_MODE": "abc->wav"}):
         assert "CONVERSION_MODE" in one_message(evaluate(tmp_path, **constants))
 

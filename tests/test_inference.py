@@ -41,6 +41,9 @@ def test_generate(tmp_path, tiny_checkpoint):
     assert again.returncode == 0
     contents = [[(tmp_path / f / name).read_bytes() for name in outputs_in(tmp_path / f)] for f in ("output", "again")]
     assert contents[0] == contents[1] and len(set(contents[0])) > 1  # the same seed, the same files
+    done = infer(tmp_path, MODE="evaluate", INPUT_FOLDER="again", OUTPUT_FOLDER="evaluated")
+    assert "2 files and folders of runs are left out (again/index.html, again/index.tsv)" in done.stdout
+    assert len((tmp_path / "evaluated" / "evaluation.tsv").read_text().splitlines()) == 1 + 5
 
 
 def test_convert_and_complete(tmp_path, tiny_model, tiny_checkpoint):
@@ -164,7 +167,7 @@ def test_tasks_that_the_model_was_not_trained_on(tiny_model, capsys):
         (published, {"mode": "evaluate", "conversion_mode": "abc->mid"}, "no record of its training data"),
         (pairs, {"mode": "evaluate"}, "CONVERSION_MODE 'ABC->mid'"),
         (pairs, {"mode": "compress"}, "CONVERSION_MODE 'ABC->mid'"),
-        (pairs, {"mode": "convert", "input_ext": "mid"}, "never mid -> abc"),
+        (pairs, {"mode": "convert", "input_ext": "mid"}, "never on mid -> abc"),
     ):
         model.check_task(**task)
         assert re.fullmatch(f"note: .*{words}.*\n", capsys.readouterr().out), task
@@ -362,13 +365,17 @@ def test_bits_per_byte_and_compression_from_python(tmp_path, tiny_model, tiny_ch
     assert model.decompress(packed, "abc") == contents and model.decompress(packed[2], "abc") == contents[2]
     with pytest.raises(ValueError, match="damaged"):
         model.decompress(packed[2][:-1], "abc")
+    for method in (model.bits_per_byte, model.compress):
+        for match, ext, batch_size in (("dot", ".abc", 1), ("INFERENCE_BATCH_SIZE is 0", "abc", 0)):
+            with pytest.raises(ValueError, match=match):
+                method(b"x", ext, batch_size=batch_size)
 
 
 def test_a_classifier_from_python(tmp_path):
     net = fill_by_recipe(utils.bGPTForClassification(utils.make_configs(4, 16, 64, 2, 1)[0], 3))
     path = str(tmp_path / "cls.pth")
     checkpoint.save_checkpoint(path, {"model": net.state_dict(), "labels": {"c.x": 2, "a.x": 0, "b.x": 1}})
-    predictions = bgpt.load(path, device="cpu", precision="fp32").classify([b"abc", bytes(100)], "x")
+    predictions = bgpt.load(path, device="cpu", precision="fp32").classify([b"abc", bytes(100)], "x", batch_size=1)
     for content, shares in zip((b"abc", bytes(100)), predictions):
         with torch.no_grad():
             expected = net(torch.from_numpy(utils.to_patches(content, "x", 4)[:16]).long()[None]).softmax(-1)[0]

@@ -118,13 +118,14 @@ def test_a_run_killed_at_random_moments_ends_the_same(folder, uninterrupted):
     assert_same_end(folder, whole, name)
 
 
-def test_sigterm_saves_the_step_in_hand(folder, uninterrupted):
+def test_a_stop_signal_saves_the_step_in_hand(folder, uninterrupted):
     settings, whole = uninterrupted
-    name = f"terminated{settings['num_processes']}"
-    done = stop(folder, name, signal.SIGTERM, **settings)
-    assert [process.returncode for process in done] == [143] * settings["num_processes"]
+    name = f"stopped{settings['num_processes']}"
+    number = signal.SIGHUP if settings["num_processes"] == 1 else signal.SIGTERM  # a closed terminal, a job system
+    done = stop(folder, name, number, **settings)
+    assert [process.returncode for process in done] == [128 + number] * settings["num_processes"]
     state = load(folder, f"{name}-last")
-    words = f"stopped by SIGTERM in epoch {state['epoch'] + 1} after {state['position']} examples"
+    words = f"stopped by {number.name} in epoch {state['epoch'] + 1} after {state['position']} examples"
     assert words in done[0].stderr and all("stopped" not in process.stderr for process in done[1:])
     train(folder, name, **settings)
     assert_same_end(folder, whole, name)
@@ -293,10 +294,6 @@ def test_a_rerun_with_other_settings(folder):
     done = train(folder, "changed", NUM_EPOCHS=2, MAX_GRAD_NORM=0.5)
     for words in ("LR_SCHEDULE was 'constant' and is now 'cosine'", "MAX_GRAD_NORM was 1.0 and is now 0.5", "NUM_EPOCHS was 1"):
         assert words in done.stdout
-    before = (folder / "changed-last.pth").read_bytes()
-    message = one_message(start(folder, "changed", NUM_EPOCHS=3, PATCH_NUM_LAYERS=1)[0].wait())
-    assert "set PATCH_NUM_LAYERS = 2 (now 1)" in message
-    assert (folder / "changed-last.pth").read_bytes() == before
 
 
 def test_another_conversion_mode_stops_a_rerun(folder):
@@ -341,10 +338,9 @@ def test_workers_end_with_a_killed_run(folder):
     if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
         pytest.skip("this system does not tell the children of a process")
     process = start(folder, "orphans", NUM_WORKERS=2, NUM_EPOCHS=10000)[0]
-    children = Path(f"/proc/{process.process.pid}/task/{process.process.pid}/children")
     workers, deadline = [], time.monotonic() + 60
     while len(workers) < 2 and time.monotonic() < deadline:  # they are restarted for each epoch
-        workers = children.read_text().split()
+        workers = children_of(process.process)
     assert len(workers) == 2
     process.send(signal.SIGKILL)
     process.wait()
@@ -457,14 +453,6 @@ def test_progress_in_a_file_is_short(folder):
     """As with `2> log`: a line a minute, not ten a second."""
     done = train(folder, "quiet", TRAIN_FOLDERS=["train", "many"], NUM_EPOCHS=2)
     assert 0 < len(done.stderr) < 4000 and "epoch 2 train" in done.stderr
-
-
-def test_a_terminal_that_is_closed_stops_a_run(own_folder):
-    """With the state saved."""
-    running = start(own_folder, "closed", NUM_EPOCHS=10000)
-    done = interrupt(running, own_folder / "closed-last.pth", signal.SIGHUP)[0]
-    assert "stopped by SIGHUP in epoch" in one_message(done, 129)
-    assert load(own_folder, "closed-last")["epoch"] < 10000
 
 
 def test_signals_that_a_shell_has_ignored_stay_ignored():
