@@ -113,7 +113,7 @@ def evaluate(run, truth):
         for number, (indices, batch) in enumerate(utils.batches(dataset, steps, config.NUM_WORKERS)):
             run.begin_step()
             if len(indices):
-                labels = truth[indices].to(run.ranks.device)
+                labels = utils.to_device(truth[indices], run.ranks.device)
                 with run.autocast():
                     logits = run.model(batch.patches_on(run.ranks.device), batch.masks).float()
                 totals.add(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
