@@ -57,7 +57,7 @@ INDEX_SECONDS = 60  # between writes of the index, to look at while the model ge
 
 
 def find_inputs():
-    """Returns the files of INPUT_FOLDER to process, without an index of outputs. Raises UserError if there are none."""
+    """Returns the files of INPUT_FOLDER, except an index of outputs. Raises UserError if it has no files of INPUT_EXT."""
     pairs = config.MODE == "evaluate" and config.CONVERSION_MODE is not None  # then INPUT_EXT selects pairs by their input
     extension = None if pairs else config.INPUT_EXT
     index = [os.path.join(config.INPUT_FOLDER, name) for name in report.INDEX_NAMES]

@@ -43,9 +43,9 @@ def _takes_one_or_many(method):
 
 @contextlib.contextmanager
 def _files_of(contents, ext, batch_size, suffix=""):
-    """Yields a temporary folder of files with these contents, in the order of their names. Raises ValueError if `ext` has a dot."""
+    """Yields a temporary folder of files with these contents, in the order of their names."""
     settings.check_value("INFERENCE_BATCH_SIZE", batch_size)
-    utils.extension_patch(ext, 1)
+    utils.extension_patch(ext, 1)  # raises ValueError for a dot
     with tempfile.TemporaryDirectory() as folder:
         for number, content in enumerate(contents):
             pathlib.Path(folder, f"{number:09}.{ext}{suffix}").write_bytes(content)

@@ -360,11 +360,13 @@ def test_a_backup_of_a_link_keeps_what_it_leads_to(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["train-gen.py", "inference.py"])
-def test_scripts_refuse_broken_checkpoints(tmp_path, script):
+def test_scripts_refuse_a_hostile_checkpoint(tmp_path, tiny_model, script):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.bin").write_bytes(b"abc")
-    path = tmp_path / "weights.pth"
-    path.write_text("no checkpoint")
+    path, hostile = tmp_path / "weights.pth", Hostile()
+    hostile.target = tmp_path / "hacked"
+    torch.save({"model": tiny_model.state_dict(), "epoch": hostile}, path)
+    before = path.read_bytes()
     message = one_message(run_script(script, *options(**TINY, TRAIN_FOLDERS=["data"], EVAL_FOLDERS=["data"]), cwd=tmp_path))
-    assert "cannot load 'weights.pth'" in message and len(message.splitlines()) == 1
-    assert path.read_text() == "no checkpoint"
+    assert "refused" in message and len(message.splitlines()) == 1
+    assert path.read_bytes() == before and not hostile.target.exists()

@@ -136,6 +136,13 @@ def test_list_files(tmp_path):
     assert "c.mid" in names and ".hidden" not in names and "c.fifo" not in names
 
 
+@pytest.mark.parametrize("wrong", ["missing", "file.txt"])
+def test_list_files_names_what_is_no_folder(tmp_path, wrong):
+    (tmp_path / "file.txt").write_text("x")
+    with pytest.raises(system.UserError, match=f"TRAIN_FOLDERS.*{wrong}"):
+        list_files([str(tmp_path / wrong)], "TRAIN_FOLDERS")
+
+
 def test_files_are_a_sequence_of_paths_with_sizes(tmp_path):
     names = {"b.x": 3, "a.x": 0, "é.x": 5, "c/d.x": 7, os.fsdecode(b"\xff.x"): 2}
     (tmp_path / "c").mkdir()

@@ -31,7 +31,7 @@ def infer(folder, **constants):
     return run_script("inference.py", *options(**constants), cwd=folder)
 
 
-def test_generate(tmp_path, monkeypatch, tiny_checkpoint):
+def test_generate(tmp_path, monkeypatch, capsys, tiny_checkpoint):
     done = infer(tmp_path, MODE="generate", TARGET_EXT="mid", NUM_SAMPLES=5, INFERENCE_BATCH_SIZE=2)
     assert done.returncode == 0, done.stderr
     names = outputs_in(tmp_path / "output")
@@ -45,6 +45,7 @@ def test_generate(tmp_path, monkeypatch, tiny_checkpoint):
     monkeypatch.setattr(inference.config, "MODE", "evaluate")
     monkeypatch.setattr(inference.config, "INPUT_FOLDER", str(tmp_path / "again"))
     assert list(inference.find_inputs()) == [str(tmp_path / "again" / name) for name in outputs_in(tmp_path / "again")]
+    assert "INPUT_FOLDER: 2 files and folders of runs are left out" in capsys.readouterr().out
 
 
 def test_convert_and_complete(tmp_path, tiny_model, tiny_checkpoint):
